@@ -1,0 +1,224 @@
+//! [`Context`]: everything about *how* a kernel runs, explicit and cheap to copy.
+//!
+//! There are no globals: which instruction set, how many threads, which precision and which
+//! blocking are arguments. Whatever they are, the result has the same bits for any number of
+//! threads (see the numerical contract in the crate's documentation).
+
+use std::fmt;
+use std::num::NonZeroUsize;
+use std::str::FromStr;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use crate::error::{IsaError, ShapeError};
+use crate::isa::{Isa, IsaName};
+
+/// How exact a matrix product must be, in PyTorch's words. It is a floor: where the CPU has no
+/// faster means, a more exact kernel runs, and its name stands in every benchmark record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Precision {
+    /// f32 fused multiply-add only.
+    #[default]
+    Strict,
+    /// The error bound of f32, by the fastest means.
+    Highest,
+    /// About 2⁻¹⁷ relative to |A|·|B|: three bf16 products where the CPU has them.
+    High,
+    /// bf16 operands, f32 accumulation.
+    Medium,
+}
+
+impl Precision {
+    /// Every precision, the most exact first.
+    pub const ALL: [Precision; 4] =
+        [Precision::Strict, Precision::Highest, Precision::High, Precision::Medium];
+
+    /// The word that flags and JSON use.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Precision::Strict => "strict",
+            Precision::Highest => "highest",
+            Precision::High => "high",
+            Precision::Medium => "medium",
+        }
+    }
+}
+
+impl fmt::Display for Precision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
+impl FromStr for Precision {
+    type Err = ShapeError;
+
+    fn from_str(word: &str) -> Result<Self, ShapeError> {
+        Precision::ALL.into_iter().find(|p| p.as_str().eq_ignore_ascii_case(word)).ok_or_else(|| {
+            ShapeError::Value {
+                argument: "precision",
+                value: format!("{word:?}"),
+                expected: "strict, highest, high or medium",
+            }
+        })
+    }
+}
+
+/// Block sizes of the five-loop matrix product. Tests force tiny ones so that small matrices
+/// cross every block edge. `kc` is part of the numerical result (K is summed in blocks of `kc`);
+/// `mc` and `nc` are not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Blocking {
+    /// Rows of A in one packed block.
+    pub mc: usize,
+    /// Depth of one packed block.
+    pub kc: usize,
+    /// Columns of B in one packed block.
+    pub nc: usize,
+}
+
+/// How kernels run: instruction set, threads, precision, blocking.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Context {
+    isa: Isa,
+    threads: NonZeroUsize,
+    precision: Precision,
+    blocking: Option<Blocking>,
+}
+
+impl Context {
+    /// The environment variable that [`Context::detect`], and nothing else, reads.
+    pub const ISA_VARIABLE: &'static str = "KAVANAM_ISA";
+
+    /// The best instruction set and all threads of the current rayon pool, `Strict`.
+    ///
+    /// # Errors
+    /// [`IsaError`] when `KAVANAM_ISA` is set to a name that is unknown or that this CPU lacks.
+    pub fn detect() -> Result<Context, IsaError> {
+        let isa = match std::env::var(Context::ISA_VARIABLE) {
+            Ok(name) if !name.is_empty() => Isa::new(name.parse::<IsaName>()?)?,
+            _ => Isa::best(),
+        };
+        let threads = NonZeroUsize::new(rayon::current_num_threads()).unwrap_or(NonZeroUsize::MIN);
+        Ok(Context { threads, ..Context::with_isa(isa) })
+    }
+
+    /// That instruction set, one thread, `Strict`, default blocking.
+    pub fn with_isa(isa: Isa) -> Context {
+        Context { isa, threads: NonZeroUsize::MIN, precision: Precision::Strict, blocking: None }
+    }
+
+    /// The same with another number of threads. The result of no kernel depends on it.
+    #[must_use]
+    pub fn threads(self, threads: NonZeroUsize) -> Context {
+        Context { threads, ..self }
+    }
+
+    /// The same on the calling thread alone.
+    #[must_use]
+    pub fn single_threaded(self) -> Context {
+        self.threads(NonZeroUsize::MIN)
+    }
+
+    /// The same with another precision.
+    #[must_use]
+    pub fn precision(self, precision: Precision) -> Context {
+        Context { precision, ..self }
+    }
+
+    /// The same with forced block sizes (for tests and tuning).
+    #[must_use]
+    pub fn blocking(self, blocking: Blocking) -> Context {
+        Context { blocking: Some(blocking), ..self }
+    }
+
+    /// The instruction set.
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    /// The number of threads that a kernel may use, the calling one included.
+    pub fn thread_count(&self) -> usize {
+        self.threads.get()
+    }
+
+    /// The precision of matrix products.
+    pub fn matmul_precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// The forced block sizes, if any.
+    pub fn forced_blocking(&self) -> Option<Blocking> {
+        self.blocking
+    }
+
+    /// Runs `task(0) … task(tasks - 1)`, each once, on at most [`Context::thread_count`] threads of
+    /// the current rayon pool, the calling thread among them. Which thread runs which task is not
+    /// fixed, so a task must write to its own place and must not depend on another.
+    ///
+    /// No pool is made and none is nested: inside a task, a further call shares the same pool.
+    pub fn for_each_task(&self, tasks: usize, task: impl Fn(usize) + Sync) {
+        let workers = self.thread_count().min(tasks);
+        if workers <= 1 {
+            (0..tasks).for_each(task);
+            return;
+        }
+        let next = AtomicUsize::new(0);
+        let work = || {
+            loop {
+                // Relaxed: the counter hands out indices; the scope's end publishes the results.
+                let index = next.fetch_add(1, Ordering::Relaxed);
+                if index >= tasks {
+                    break;
+                }
+                task(index);
+            }
+        };
+        rayon::in_place_scope(|scope| {
+            for _ in 1..workers {
+                scope.spawn(|_| work());
+            }
+            work();
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicU32;
+
+    use super::*;
+
+    #[test]
+    fn every_task_runs_once_whatever_the_threads() {
+        for threads in 1..=5 {
+            let context = Context::with_isa(Isa::scalar()).threads(NonZeroUsize::new(threads).unwrap());
+            for tasks in [0, 1, 2, 7, 100] {
+                let ran: Vec<AtomicU32> = (0..tasks).map(|_| AtomicU32::new(0)).collect();
+                context.for_each_task(tasks, |i| {
+                    ran[i].fetch_add(1, Ordering::Relaxed);
+                });
+                assert!(ran.iter().all(|r| r.load(Ordering::Relaxed) == 1));
+            }
+        }
+    }
+
+    #[test]
+    fn nested_tasks_finish() {
+        let context = Context::with_isa(Isa::scalar()).threads(NonZeroUsize::new(3).unwrap());
+        let total = AtomicU32::new(0);
+        context.for_each_task(8, |_| {
+            context.for_each_task(8, |_| {
+                total.fetch_add(1, Ordering::Relaxed);
+            });
+        });
+        assert_eq!(total.load(Ordering::Relaxed), 64);
+    }
+
+    #[test]
+    fn precision_words_parse_back() {
+        for precision in Precision::ALL {
+            assert_eq!(precision.as_str().parse(), Ok(precision));
+        }
+        assert!("exact".parse::<Precision>().is_err());
+    }
+}

@@ -1,0 +1,204 @@
+//! Instruction-set tokens: to hold an [`Isa`] is the proof that this CPU has it.
+//!
+//! The best set is found at run time, so a downstream build needs no `target-cpu` and no feature
+//! flag. A kernel is one generic body over [`pulp::Simd`]; [`Isa::dispatch`] enters the shell that
+//! is compiled for the token's set. rayon stays outside of that shell: a closure handed to it
+//! inside would be compiled without the set's features.
+
+use std::fmt;
+use std::str::FromStr;
+
+use pulp::{Simd, WithSimd};
+
+use crate::error::IsaError;
+
+/// The name of an instruction set, whether or not this CPU has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum IsaName {
+    /// Portable Rust, one lane; no fused multiply-add.
+    Scalar,
+    /// 64-bit Arm Advanced SIMD, four f32 lanes.
+    Neon,
+    /// x86-64-v3: AVX2 and FMA, eight f32 lanes.
+    Avx2,
+    /// x86-64-v4: AVX-512 F, BW, CD, DQ, VL, sixteen f32 lanes.
+    Avx512,
+}
+
+impl IsaName {
+    /// Every name, from the narrowest to the widest.
+    pub const ALL: [IsaName; 4] = [IsaName::Scalar, IsaName::Neon, IsaName::Avx2, IsaName::Avx512];
+
+    /// The word that logs, JSON and `KAVANAM_ISA` use.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            IsaName::Scalar => "scalar",
+            IsaName::Neon => "neon",
+            IsaName::Avx2 => "avx2",
+            IsaName::Avx512 => "avx512",
+        }
+    }
+}
+
+impl fmt::Display for IsaName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
+impl FromStr for IsaName {
+    type Err = IsaError;
+
+    fn from_str(name: &str) -> Result<Self, IsaError> {
+        IsaName::ALL
+            .into_iter()
+            .find(|isa| isa.as_str().eq_ignore_ascii_case(name))
+            .ok_or_else(|| IsaError::Unknown { name: name.to_owned() })
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Token {
+    Scalar(pulp::Scalar),
+    #[cfg(target_arch = "x86_64")]
+    Avx2(pulp::x86::V3),
+    #[cfg(target_arch = "x86_64")]
+    Avx512(pulp::x86::V4),
+    #[cfg(target_arch = "aarch64")]
+    Neon(pulp::aarch64::Neon),
+}
+
+/// An instruction set that this CPU has. There is no way to make one that it has not.
+#[derive(Debug, Clone, Copy)]
+pub struct Isa(Token);
+
+impl Isa {
+    /// The portable set, which every CPU has.
+    pub fn scalar() -> Isa {
+        Isa(Token::Scalar(pulp::Scalar::new()))
+    }
+
+    /// The set of that name.
+    ///
+    /// # Errors
+    /// [`IsaError::Unsupported`] when the CPU lacks it.
+    pub fn new(name: IsaName) -> Result<Isa, IsaError> {
+        let token = match name {
+            IsaName::Scalar => Some(Isa::scalar()),
+            #[cfg(target_arch = "x86_64")]
+            IsaName::Avx2 => pulp::x86::V3::try_new().map(|t| Isa(Token::Avx2(t))),
+            #[cfg(target_arch = "x86_64")]
+            IsaName::Avx512 => pulp::x86::V4::try_new().map(|t| Isa(Token::Avx512(t))),
+            #[cfg(target_arch = "aarch64")]
+            IsaName::Neon => pulp::aarch64::Neon::try_new().map(|t| Isa(Token::Neon(t))),
+            #[allow(unreachable_patterns)]
+            _ => None,
+        };
+        token.ok_or_else(|| IsaError::Unsupported {
+            requested: name,
+            available: Isa::available().iter().map(|isa| isa.name().as_str()).collect::<Vec<_>>().join(", "),
+        })
+    }
+
+    /// The widest set that this CPU has.
+    pub fn best() -> Isa {
+        Isa::available().pop().unwrap_or_else(Isa::scalar)
+    }
+
+    /// Every set that this CPU has, the narrowest first. Tests run over all of them.
+    pub fn available() -> Vec<Isa> {
+        // `Isa::new` calls this for its error text only, so ask pulp directly.
+        let mut all = vec![Isa::scalar()];
+        #[cfg(target_arch = "x86_64")]
+        {
+            all.extend(pulp::x86::V3::try_new().map(|t| Isa(Token::Avx2(t))));
+            all.extend(pulp::x86::V4::try_new().map(|t| Isa(Token::Avx512(t))));
+        }
+        #[cfg(target_arch = "aarch64")]
+        all.extend(pulp::aarch64::Neon::try_new().map(|t| Isa(Token::Neon(t))));
+        all
+    }
+
+    /// The set's name.
+    pub fn name(self) -> IsaName {
+        match self.0 {
+            Token::Scalar(_) => IsaName::Scalar,
+            #[cfg(target_arch = "x86_64")]
+            Token::Avx2(_) => IsaName::Avx2,
+            #[cfg(target_arch = "x86_64")]
+            Token::Avx512(_) => IsaName::Avx512,
+            #[cfg(target_arch = "aarch64")]
+            Token::Neon(_) => IsaName::Neon,
+        }
+    }
+
+    /// How many f32 one vector register holds.
+    pub fn f32_lanes(self) -> usize {
+        struct Lanes;
+        impl WithSimd for Lanes {
+            type Output = usize;
+            #[inline(always)]
+            fn with_simd<S: Simd>(self, _: S) -> usize {
+                S::F32_LANES
+            }
+        }
+        self.dispatch(Lanes)
+    }
+
+    /// Runs `op` inside the shell compiled for this set.
+    #[inline]
+    pub fn dispatch<Op: WithSimd>(self, op: Op) -> Op::Output {
+        match self.0 {
+            Token::Scalar(t) => t.vectorize(op),
+            #[cfg(target_arch = "x86_64")]
+            Token::Avx2(t) => Simd::vectorize(t, op),
+            #[cfg(target_arch = "x86_64")]
+            Token::Avx512(t) => Simd::vectorize(t, op),
+            #[cfg(target_arch = "aarch64")]
+            Token::Neon(t) => Simd::vectorize(t, op),
+        }
+    }
+}
+
+impl PartialEq for Isa {
+    fn eq(&self, other: &Isa) -> bool {
+        self.name() == other.name()
+    }
+}
+
+impl Eq for Isa {}
+
+impl fmt::Display for Isa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.name().fmt(f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scalar_is_always_there_and_comes_first() {
+        let all = Isa::available();
+        assert_eq!(all[0].name(), IsaName::Scalar);
+        assert_eq!(Isa::best(), *all.last().unwrap());
+        assert!(all.windows(2).all(|w| w[0].f32_lanes() <= w[1].f32_lanes()));
+    }
+
+    #[test]
+    fn names_parse_back() {
+        for name in IsaName::ALL {
+            assert_eq!(name.as_str().parse::<IsaName>(), Ok(name));
+        }
+        let error = "sse9".parse::<IsaName>().unwrap_err();
+        assert!(error.to_string().contains("sse9"), "{error}");
+    }
+
+    #[test]
+    fn an_isa_that_the_cpu_lacks_is_an_error() {
+        let foreign = if cfg!(target_arch = "x86_64") { IsaName::Neon } else { IsaName::Avx2 };
+        let error = Isa::new(foreign).unwrap_err();
+        assert!(error.to_string().contains("it supports: scalar"), "{error}");
+    }
+}

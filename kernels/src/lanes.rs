@@ -1,0 +1,215 @@
+//! Loops over vectors: map, zip, fold. The only place that handles a slice's tail.
+//!
+//! Every function is `#[inline(always)]` so that it is compiled inside the `#[target_feature]`
+//! shell of its caller. A tail runs the same instructions on a partly filled register, so an
+//! element's result does not depend on where in the slice it stands.
+//!
+//! Folds spread the vectors over [`ACCUMULATORS`] registers, vector `i` into register
+//! `i % ACCUMULATORS`, lane by lane, and combine them in a fixed order. So appending neutral
+//! elements (zeros for a sum) never changes the bits: a padded row gives what the row gives.
+
+use pulp::Simd;
+
+/// Independent accumulators of a fold: enough to hide the latency of an addition.
+pub const ACCUMULATORS: usize = 4;
+
+/// `y[i] = f(x[i])`.
+///
+/// # Panics
+/// When the lengths differ.
+#[inline(always)]
+pub fn map<S: Simd>(simd: S, x: &[f32], y: &mut [f32], f: impl Fn(S::f32s) -> S::f32s) {
+    assert_eq!(x.len(), y.len());
+    let (x_body, x_tail) = S::as_simd_f32s(x);
+    let (y_body, y_tail) = S::as_mut_simd_f32s(y);
+    for (x, y) in x_body.iter().zip(y_body) {
+        *y = f(*x);
+    }
+    if !x_tail.is_empty() {
+        simd.partial_store_f32s(y_tail, f(simd.partial_load_f32s(x_tail)));
+    }
+}
+
+/// `x[i] = f(x[i])`.
+#[inline(always)]
+pub fn map_in_place<S: Simd>(simd: S, x: &mut [f32], f: impl Fn(S::f32s) -> S::f32s) {
+    let (body, tail) = S::as_mut_simd_f32s(x);
+    for x in body {
+        *x = f(*x);
+    }
+    if !tail.is_empty() {
+        let value = f(simd.partial_load_f32s(tail));
+        simd.partial_store_f32s(tail, value);
+    }
+}
+
+/// `y[i] = f(a[i], b[i])`.
+///
+/// # Panics
+/// When the lengths differ.
+#[inline(always)]
+pub fn zip<S: Simd>(simd: S, a: &[f32], b: &[f32], y: &mut [f32], f: impl Fn(S::f32s, S::f32s) -> S::f32s) {
+    assert!(a.len() == y.len() && b.len() == y.len());
+    let (a_body, a_tail) = S::as_simd_f32s(a);
+    let (b_body, b_tail) = S::as_simd_f32s(b);
+    let (y_body, y_tail) = S::as_mut_simd_f32s(y);
+    for ((a, b), y) in a_body.iter().zip(b_body).zip(y_body) {
+        *y = f(*a, *b);
+    }
+    if !y_tail.is_empty() {
+        let value = f(simd.partial_load_f32s(a_tail), simd.partial_load_f32s(b_tail));
+        simd.partial_store_f32s(y_tail, value);
+    }
+}
+
+/// `y[i] = f(x[i], y[i])`.
+///
+/// # Panics
+/// When the lengths differ.
+#[inline(always)]
+pub fn update<S: Simd>(simd: S, x: &[f32], y: &mut [f32], f: impl Fn(S::f32s, S::f32s) -> S::f32s) {
+    assert_eq!(x.len(), y.len());
+    let (x_body, x_tail) = S::as_simd_f32s(x);
+    let (y_body, y_tail) = S::as_mut_simd_f32s(y);
+    for (x, y) in x_body.iter().zip(y_body) {
+        *y = f(*x, *y);
+    }
+    if !x_tail.is_empty() {
+        let value = f(simd.partial_load_f32s(x_tail), simd.partial_load_f32s(y_tail));
+        simd.partial_store_f32s(y_tail, value);
+    }
+}
+
+/// `Σ f(x[i])` in a fixed order. `f` must map 0 to 0, because a tail is filled with zeros.
+#[inline(always)]
+pub fn sum_map<S: Simd>(simd: S, x: &[f32], f: impl Fn(S::f32s) -> S::f32s) -> f32 {
+    let mut acc = [simd.splat_f32s(0.0); ACCUMULATORS];
+    let (body, tail) = S::as_simd_f32s(x);
+    let (groups, rest) = body.as_chunks::<ACCUMULATORS>();
+    for group in groups {
+        for (acc, x) in acc.iter_mut().zip(group) {
+            *acc = simd.add_f32s(*acc, f(*x));
+        }
+    }
+    for (acc, x) in acc.iter_mut().zip(rest) {
+        *acc = simd.add_f32s(*acc, f(*x));
+    }
+    if !tail.is_empty() {
+        let acc = &mut acc[rest.len()];
+        *acc = simd.add_f32s(*acc, f(simd.partial_load_f32s(tail)));
+    }
+    simd.reduce_sum_f32s(combine(acc, |a, b| simd.add_f32s(a, b)))
+}
+
+/// `Σ x[i]` in a fixed order.
+#[inline(always)]
+pub fn sum<S: Simd>(simd: S, x: &[f32]) -> f32 {
+    sum_map(simd, x, |x| x)
+}
+
+/// `Σ a[i]·b[i]` in a fixed order.
+///
+/// # Panics
+/// When the lengths differ.
+#[inline(always)]
+pub fn dot<S: Simd>(simd: S, a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    let mut acc = [simd.splat_f32s(0.0); ACCUMULATORS];
+    let (a_body, a_tail) = S::as_simd_f32s(a);
+    let (b_body, b_tail) = S::as_simd_f32s(b);
+    let (a_groups, a_rest) = a_body.as_chunks::<ACCUMULATORS>();
+    let (b_groups, b_rest) = b_body.as_chunks::<ACCUMULATORS>();
+    for (a, b) in a_groups.iter().zip(b_groups) {
+        for i in 0..ACCUMULATORS {
+            acc[i] = simd.mul_add_e_f32s(a[i], b[i], acc[i]);
+        }
+    }
+    for (acc, (a, b)) in acc.iter_mut().zip(a_rest.iter().zip(b_rest)) {
+        *acc = simd.mul_add_e_f32s(*a, *b, *acc);
+    }
+    if !a_tail.is_empty() {
+        let acc = &mut acc[a_rest.len()];
+        *acc = simd.mul_add_e_f32s(simd.partial_load_f32s(a_tail), simd.partial_load_f32s(b_tail), *acc);
+    }
+    simd.reduce_sum_f32s(combine(acc, |a, b| simd.add_f32s(a, b)))
+}
+
+/// `max x[i]`, −∞ for an empty slice. Unspecified when an element is NaN.
+#[inline(always)]
+pub fn max<S: Simd>(simd: S, x: &[f32]) -> f32 {
+    let lowest = simd.splat_f32s(f32::NEG_INFINITY);
+    let mut acc = [lowest; ACCUMULATORS];
+    let (body, tail) = S::as_simd_f32s(x);
+    let (groups, rest) = body.as_chunks::<ACCUMULATORS>();
+    for group in groups {
+        for (acc, x) in acc.iter_mut().zip(group) {
+            *acc = simd.max_f32s(*acc, *x);
+        }
+    }
+    for (acc, x) in acc.iter_mut().zip(rest) {
+        *acc = simd.max_f32s(*acc, *x);
+    }
+    let mut best = simd.reduce_max_f32s(combine(acc, |a, b| simd.max_f32s(a, b)));
+    for &x in tail {
+        best = if x > best { x } else { best };
+    }
+    best
+}
+
+#[inline(always)]
+fn combine<T: Copy>(acc: [T; ACCUMULATORS], f: impl Fn(T, T) -> T) -> T {
+    f(f(acc[0], acc[1]), f(acc[2], acc[3]))
+}
+
+#[cfg(test)]
+mod tests {
+    use pulp::WithSimd;
+
+    use super::*;
+    use crate::isa::Isa;
+
+    struct All<'a>(&'a [f32]);
+
+    impl WithSimd for All<'_> {
+        type Output = (Vec<f32>, Vec<f32>, f32, f32, f32);
+
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, simd: S) -> Self::Output {
+            let x = self.0;
+            let mut doubled = vec![f32::NAN; x.len()];
+            map(simd, x, &mut doubled, |x| simd.add_f32s(x, x));
+            let mut difference = vec![f32::NAN; x.len()];
+            zip(simd, &doubled, x, &mut difference, |a, b| simd.sub_f32s(a, b));
+            update(simd, x, &mut doubled, |x, y| simd.add_f32s(x, y));
+            map_in_place(simd, &mut doubled, |y| simd.mul_f32s(y, simd.splat_f32s(2.0)));
+            (doubled, difference, sum(simd, x), dot(simd, x, x), max(simd, x))
+        }
+    }
+
+    #[test]
+    fn every_length_on_every_isa() {
+        for isa in Isa::available() {
+            for len in (0..=70).chain([127, 128, 129]) {
+                let x: Vec<f32> = (0..len).map(|i| ((i * 7) % 23) as f32 - 11.0).collect();
+                let (six_times, same, sum, dot, max) = isa.dispatch(All(&x));
+                assert!(x.iter().zip(&six_times).all(|(x, y)| *y == 6.0 * x), "{isa} {len}");
+                assert_eq!(same, x);
+                assert_eq!(sum, x.iter().sum::<f32>());
+                assert_eq!(dot, x.iter().map(|x| x * x).sum::<f32>());
+                assert_eq!(max, x.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+            }
+        }
+    }
+
+    #[test]
+    fn appended_zeros_change_no_bits() {
+        for isa in Isa::available() {
+            let mut x: Vec<f32> = (0..37).map(|i| (i as f32 * 0.37).sin()).collect();
+            let before = isa.dispatch(All(&x));
+            x.resize(101, 0.0);
+            let after = isa.dispatch(All(&x));
+            assert_eq!(before.2.to_bits(), after.2.to_bits(), "{isa} sum");
+            assert_eq!(before.3.to_bits(), after.3.to_bits(), "{isa} dot");
+        }
+    }
+}

@@ -1,0 +1,29 @@
+//! CPU kernels for sequence models: matrix products, softmax and friends, flash attention, RNN cells,
+//! forward and backward, on stable Rust.
+//!
+//! # Map
+//! | room | what it holds |
+//! |---|---|
+//! | [`isa`] | tokens that prove what the CPU can do |
+//! | [`context`] | how a kernel runs: ISA, threads, precision, blocking |
+//! | [`view`] | checked matrices and head tensors |
+//! | [`lanes`] | loops over vectors, the only tail code |
+//! | [`scratch`] | aligned per-thread memory |
+//!
+//! # The numerical contract
+//! For one ISA and precision a result has the same bits for any number of threads and for any batch:
+//! a row's result depends neither on its neighbours nor on how many there are nor on padding.
+//! Each kernel states its error bound against f64; the tests of `reference` and of the crate
+//! `kavanam-tests` hold it to that.
+
+pub mod context;
+pub mod error;
+pub mod isa;
+pub mod lanes;
+pub mod scratch;
+pub mod view;
+
+pub use context::{Blocking, Context, Precision};
+pub use error::{IsaError, ShapeError};
+pub use isa::{Isa, IsaName};
+pub use view::{HeadsLayout, HeadsMut, HeadsRef, MatMut, MatRef};

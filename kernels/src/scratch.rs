@@ -1,0 +1,115 @@
+//! Per-thread scratch memory: 64-byte aligned f32 buffers that are kept for the next kernel call.
+//!
+//! A kernel that packs or stages data takes a [`ScratchBuf`] and drops it; the memory goes to the
+//! dropping thread's free list, so a training loop allocates in its first step only. This is the only
+//! `thread_local!` of the crate.
+
+use std::cell::RefCell;
+use std::ops::{Deref, DerefMut};
+
+/// One cache line of f32; a `Vec` of these is 64-byte aligned.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([f32; Line::LEN]);
+
+impl Line {
+    const LEN: usize = 16;
+}
+
+/// At most this many buffers wait in one thread's free list; what goes beyond is freed.
+const KEPT_BUFFERS: usize = 16;
+
+thread_local! {
+    static FREE: RefCell<Vec<Vec<Line>>> = const { RefCell::new(Vec::new()) };
+}
+
+/// A 64-byte aligned `[f32]`. Its contents are whatever the last user left: initialised memory, but not zero.
+pub struct ScratchBuf {
+    lines: Vec<Line>,
+    len: usize,
+}
+
+impl ScratchBuf {
+    /// A buffer of `len` f32 with unspecified contents.
+    pub fn take(len: usize) -> ScratchBuf {
+        let needed = len.div_ceil(Line::LEN);
+        let mut lines = FREE.with(|free| {
+            let mut free = free.borrow_mut();
+            // The smallest that fits, else the largest there is (it will grow).
+            let fit = free.iter().enumerate().filter(|(_, b)| b.len() >= needed).min_by_key(|(_, b)| b.len());
+            let pick = fit.or_else(|| free.iter().enumerate().max_by_key(|(_, b)| b.len())).map(|(i, _)| i);
+            pick.map(|i| free.swap_remove(i)).unwrap_or_default()
+        });
+        if lines.len() < needed {
+            lines.clear();
+            lines.resize(needed, Line([0.0; Line::LEN]));
+        }
+        ScratchBuf { lines, len }
+    }
+
+    /// A buffer of `len` zeros.
+    pub fn zeroed(len: usize) -> ScratchBuf {
+        let mut buf = ScratchBuf::take(len);
+        buf.fill(0.0);
+        buf
+    }
+}
+
+impl Deref for ScratchBuf {
+    type Target = [f32];
+
+    #[inline]
+    fn deref(&self) -> &[f32] {
+        // SAFETY: `Line` is `repr(C)` around `[f32; 16]` with no padding, and `take` made sure that
+        // `lines` holds at least `len` initialised f32.
+        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast::<f32>(), self.len) }
+    }
+}
+
+impl DerefMut for ScratchBuf {
+    #[inline]
+    fn deref_mut(&mut self) -> &mut [f32] {
+        // SAFETY: as in `deref`; `&mut self` makes the access unique.
+        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast::<f32>(), self.len) }
+    }
+}
+
+impl Drop for ScratchBuf {
+    fn drop(&mut self) {
+        let lines = std::mem::take(&mut self.lines);
+        // During thread exit the list may be gone already; then the memory is simply freed.
+        let _ = FREE.try_with(|free| {
+            let mut free = free.borrow_mut();
+            if free.len() < KEPT_BUFFERS && !lines.is_empty() {
+                free.push(lines);
+            }
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_are_aligned_and_reused() {
+        let first = ScratchBuf::take(1000);
+        assert_eq!(first.len(), 1000);
+        let address = first.as_ptr() as usize;
+        assert_eq!(address % 64, 0);
+        drop(first);
+        let again = ScratchBuf::take(900);
+        assert_eq!(again.as_ptr() as usize, address);
+        assert_eq!(again.len(), 900);
+    }
+
+    #[test]
+    fn two_at_once_do_not_overlap() {
+        let mut a = ScratchBuf::zeroed(64);
+        let mut b = ScratchBuf::zeroed(64);
+        a.fill(1.0);
+        b.fill(2.0);
+        assert!(a.iter().all(|&x| x == 1.0) && b.iter().all(|&x| x == 2.0));
+        assert!(ScratchBuf::take(0).is_empty());
+    }
+}

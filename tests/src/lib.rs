@@ -1,0 +1,1 @@
+//! Cross-crate contract tests; the tests themselves stand in `tests/tests/`.
