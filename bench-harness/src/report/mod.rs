@@ -1,0 +1,3 @@
+//! Results and the pictures drawn from them.
+
+pub mod results;
