@@ -9,6 +9,8 @@
 //! | [`view`] | checked matrices and head tensors |
 //! | [`lanes`] | loops over vectors, the only tail code |
 //! | [`scratch`] | aligned per-thread memory |
+//! | [`reference`] | the naive f64 form of every kernel |
+//! | `testing` (feature `testing`) | error bounds, comparators, strategies for shapes |
 //!
 //! # The numerical contract
 //! For one ISA and precision a result has the same bits for any number of threads and for any batch:
@@ -20,7 +22,10 @@ pub mod context;
 pub mod error;
 pub mod isa;
 pub mod lanes;
+pub mod reference;
 pub mod scratch;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 pub mod view;
 
 pub use context::{Blocking, Context, Precision};
