@@ -1,2 +1,34 @@
-//! The binary.
-fn main() {}
+//! `kavanam`: compares parallel attention with sequential RNN baselines, and every kernel with its peers.
+
+mod cli;
+mod commands;
+mod error;
+mod files;
+mod measure;
+mod record;
+mod report;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::cli::{Cli, Command};
+use crate::error::HarnessError;
+
+fn main() -> ExitCode {
+    match dispatch(Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+fn dispatch(cli: Cli) -> Result<(), HarnessError> {
+    match cli.command {
+        Command::Machine(args) => commands::machine::run(&args),
+        Command::Report(args) => commands::report::run(&args),
+        Command::Completions(args) => commands::completions::run(&args),
+    }
+}

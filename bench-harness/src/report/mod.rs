@@ -1,3 +1,51 @@
-//! Results and the pictures drawn from them.
+//! What is written after a run: `results.json`, the terminal's tables, and `report.html` drawn from the JSON alone.
 
-pub mod results;
+pub(crate) mod markdown;
+pub(crate) mod results;
+
+use std::path::{Path, PathBuf};
+
+use crate::error::HarnessError;
+use crate::files;
+use crate::measure::fingerprint::Machine;
+use crate::report::results::CompareResults;
+
+/// Where a run goes that names no folder: `results/<machine>/<date>-<commit>`.
+pub(crate) fn default_dir(machine: &Machine, date: &str) -> PathBuf {
+    Path::new("results").join(machine.slug()).join(format!("{date}-{}", machine.commit))
+}
+
+/// Writes `results.json` and everything drawn from it into `dir`, each file atomically.
+pub(crate) fn write(dir: &Path, results: &CompareResults) -> Result<(), HarnessError> {
+    files::write_json(&dir.join("results.json"), results)?;
+    files::write_atomically(&dir.join("environment.txt"), environment(results).as_bytes())
+}
+
+/// The text of `environment.txt`: by which command, when, on what.
+fn environment(results: &CompareResults) -> String {
+    let environment = &results.environment;
+    let mut text = format!(
+        "command   {}\ndate      {}\nseed      {}\nrun with  {} threads, {}, {}, kernels {}\n",
+        results.command,
+        results.date,
+        results.seed,
+        environment.threads,
+        environment.isa,
+        environment.precision,
+        environment.kernels.join(" ")
+    );
+    for (key, value) in &environment.fingerprint {
+        text.push_str(&format!("{key:<9} {value}\n"));
+    }
+    text
+}
+
+/// The tables that a run ends with.
+pub(crate) fn tables(results: &CompareResults) -> String {
+    let mut text = markdown::models_table(&results.models);
+    if !results.sweep.is_empty() {
+        text.push_str("\nTime of one training step in ms, by sequence length (* fastest):\n\n");
+        text.push_str(&markdown::sweep_table(results));
+    }
+    text
+}

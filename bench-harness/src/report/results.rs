@@ -5,181 +5,184 @@
 
 use serde::{Deserialize, Serialize};
 
+/// The version of the layout that this program writes and reads.
+pub(crate) const FORMAT: u32 = 1;
+
 /// A whole comparison.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct CompareResults {
-    /// The version of this layout.
-    pub format: u32,
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct CompareResults {
+    /// The version of this layout, [`FORMAT`].
+    pub(crate) format: u32,
     /// The command that makes this file again.
-    pub command: String,
+    pub(crate) command: String,
     /// `quick` or `full`.
-    pub preset: String,
+    pub(crate) preset: String,
     /// The seed of initialisation, data order and dropout.
-    pub seed: u64,
+    pub(crate) seed: u64,
     /// The day of the run, `YYYY-MM-DD`.
-    pub date: String,
+    pub(crate) date: String,
     /// The commit that was built, with `+dirty` when the tree had changes; `unknown` outside a checkout.
-    pub commit: String,
+    pub(crate) commit: String,
     /// What ran: CPU, ISA, threads, precision, kernel names.
-    pub environment: Environment,
+    pub(crate) environment: Environment,
     /// The data set and its split.
-    pub data: DataSummary,
+    pub(crate) data: DataSummary,
     /// One entry a model, in the order in which they were trained.
-    pub models: Vec<ModelResult>,
+    pub(crate) models: Vec<ModelResult>,
     /// Training-step time against sequence length.
-    pub sweep: Vec<SweepPoint>,
+    pub(crate) sweep: Vec<SweepPoint>,
     /// Where the curves of the sweep cross.
-    pub crossings: Vec<Crossing>,
+    pub(crate) crossings: Vec<Crossing>,
 }
 
 /// What a comparison ran on.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
-pub struct Environment {
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Environment {
     /// The CPU's name.
-    pub cpu: String,
+    pub(crate) cpu: String,
     /// Threads used.
-    pub threads: usize,
+    pub(crate) threads: usize,
     /// The instruction set that was dispatched to.
-    pub isa: String,
+    pub(crate) isa: String,
     /// The precision word of matrix products.
-    pub precision: String,
+    pub(crate) precision: String,
     /// The kernels that ran.
-    pub kernels: Vec<String>,
+    pub(crate) kernels: Vec<String>,
     /// Everything else that a reader may ask for: key and value, as in `environment.txt`.
-    pub fingerprint: Vec<(String, String)>,
+    pub(crate) fingerprint: Vec<(String, String)>,
 }
 
 /// The data set, counted.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
-pub struct DataSummary {
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct DataSummary {
     /// The data set's name.
-    pub name: String,
+    pub(crate) name: String,
     /// Words in the training split.
-    pub train_words: usize,
+    pub(crate) train_words: usize,
     /// Pronunciations in the training split: what an epoch shows.
-    pub train_pairs: usize,
+    pub(crate) train_pairs: usize,
     /// Words in the validation split.
-    pub valid_words: usize,
+    pub(crate) valid_words: usize,
     /// Words in the test split.
-    pub test_words: usize,
+    pub(crate) test_words: usize,
 }
 
 /// One model: how it was trained and what it reaches on held-out words.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct ModelResult {
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct ModelResult {
     /// The short name: `rnn-fixed`, `rnn-attention` or `transformer`.
-    pub name: String,
+    pub(crate) name: String,
     /// What it is, in words.
-    pub description: String,
+    pub(crate) description: String,
     /// All parameters.
-    pub params: usize,
+    pub(crate) params: usize,
     /// Those of them in embedding tables and the output projection.
-    pub embedding_params: usize,
+    pub(crate) embedding_params: usize,
     /// The model's and the trainer's configuration, as in the checkpoint.
-    pub config: serde_json::Value,
+    pub(crate) config: serde_json::Value,
     /// Steps taken.
-    pub steps: u64,
+    pub(crate) steps: u64,
     /// Steps that the learning-rate schedule was made for: `--steps` reproduces the run.
-    pub planned_steps: u64,
+    pub(crate) planned_steps: u64,
     /// Whether the time guard ended the run before `planned_steps`.
-    pub stopped_by_guard: bool,
+    pub(crate) stopped_by_guard: bool,
     /// Seconds spent in training steps.
-    pub train_seconds: f64,
+    pub(crate) train_seconds: f64,
     /// Target tokens shown.
-    pub tokens_seen: u64,
+    pub(crate) tokens_seen: u64,
     /// Passes over the training split.
-    pub epochs: f64,
+    pub(crate) epochs: f64,
     /// Target tokens a second of training.
-    pub train_tokens_per_s: f64,
+    pub(crate) train_tokens_per_s: f64,
     /// Error against seconds, on the validation split.
-    pub curve: Vec<CurvePoint>,
+    pub(crate) curve: Vec<CurvePoint>,
     /// Beam width of the test decoding.
-    pub beam: usize,
+    pub(crate) beam: usize,
     /// Test words decoded.
-    pub test_words: usize,
+    pub(crate) test_words: usize,
     /// Phone error rate on the test words.
-    pub per: f64,
+    pub(crate) per: f64,
     /// Word error rate on the test words.
-    pub wer: f64,
+    pub(crate) wer: f64,
     /// Both by length of the word.
-    pub by_length: Vec<LengthScore>,
+    pub(crate) by_length: Vec<LengthScore>,
     /// Median time to encode one word.
-    pub encode_ms: f64,
+    pub(crate) encode_ms: f64,
     /// Raw samples of it.
-    pub encode_samples_ms: Vec<f64>,
+    pub(crate) encode_samples_ms: Vec<f64>,
     /// Median time to decode one token of one word, greedily.
-    pub decode_ms_per_token: f64,
+    pub(crate) decode_ms_per_token: f64,
     /// Raw samples of it.
-    pub decode_samples_ms_per_token: Vec<f64>,
+    pub(crate) decode_samples_ms_per_token: Vec<f64>,
     /// What the model looks at while it pronounces a few words (empty without attention).
-    pub alignments: Vec<Alignment>,
+    pub(crate) alignments: Vec<Alignment>,
 }
 
 /// A point of a training curve.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct CurvePoint {
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct CurvePoint {
     /// Seconds of training so far.
-    pub seconds: f64,
+    pub(crate) seconds: f64,
     /// Steps so far.
-    pub step: u64,
+    pub(crate) step: u64,
     /// Mean training loss per target token since the last point.
-    pub loss: f64,
+    pub(crate) loss: f64,
     /// Phone error rate on a fixed part of the validation split, greedy.
-    pub valid_per: f64,
+    pub(crate) valid_per: f64,
     /// Word error rate on the same.
-    pub valid_wer: f64,
+    pub(crate) valid_wer: f64,
 }
 
 /// Error on the words of one length.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct LengthScore {
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct LengthScore {
     /// Shortest word of the group, in letters.
-    pub min_letters: usize,
+    pub(crate) min_letters: usize,
     /// Longest word of the group.
-    pub max_letters: usize,
+    pub(crate) max_letters: usize,
     /// Words in the group.
-    pub words: usize,
+    pub(crate) words: usize,
     /// Phone error rate.
-    pub per: f64,
+    pub(crate) per: f64,
     /// Word error rate.
-    pub wer: f64,
+    pub(crate) wer: f64,
 }
 
 /// Attention while one word was pronounced.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Alignment {
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Alignment {
     /// The letters, the columns.
-    pub source: Vec<String>,
+    pub(crate) source: Vec<String>,
     /// The phones that the model gave (the last is the end of the word), the rows.
-    pub target: Vec<String>,
+    pub(crate) target: Vec<String>,
     /// `weights[row][column]`; every row sums to 1.
-    pub weights: Vec<Vec<f32>>,
+    pub(crate) weights: Vec<Vec<f32>>,
 }
 
 /// The time of one training step at one sequence length.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct SweepPoint {
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct SweepPoint {
     /// The model's short name.
-    pub model: String,
+    pub(crate) model: String,
     /// Tokens in each source and in each target.
-    pub length: usize,
+    pub(crate) length: usize,
     /// Sequences in the batch: `length * sequences` is held equal over lengths as far as it divides.
-    pub sequences: usize,
+    pub(crate) sequences: usize,
     /// Parameters of the model that was timed.
-    pub params: usize,
+    pub(crate) params: usize,
     /// Median milliseconds of a step.
-    pub step_ms: f64,
+    pub(crate) step_ms: f64,
     /// Raw samples; the models' samples alternate in time.
-    pub samples_ms: Vec<f64>,
+    pub(crate) samples_ms: Vec<f64>,
 }
 
 /// Between two neighbouring lengths the faster of two models changes.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Crossing {
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Crossing {
     /// Faster below.
-    pub faster_below: String,
+    pub(crate) faster_below: String,
     /// Faster above.
-    pub faster_above: String,
+    pub(crate) faster_above: String,
     /// The length at which a straight line in log–log through the neighbouring points gives equal times.
-    pub length: f64,
+    pub(crate) length: f64,
 }

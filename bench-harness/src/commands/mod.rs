@@ -1,0 +1,5 @@
+//! One file a subcommand; each has a `run`.
+
+pub(crate) mod completions;
+pub(crate) mod machine;
+pub(crate) mod report;

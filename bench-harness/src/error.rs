@@ -1,0 +1,59 @@
+//! [`HarnessError`]: what a command can fail with, and the exit status that it gives.
+
+use std::path::PathBuf;
+
+use kavanam_kernels::{IsaError, ShapeError};
+
+/// A command cannot go on. Its text is the whole message for the person at the terminal.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum HarnessError {
+    /// The command line asks for something that does not exist.
+    #[error("{0}")]
+    Usage(String),
+    /// The instruction set is unknown, or this CPU lacks it.
+    #[error(transparent)]
+    Isa(#[from] IsaError),
+    /// A kernel rejected its arguments.
+    #[error(transparent)]
+    Shape(#[from] ShapeError),
+    /// A file or folder cannot be read or written.
+    #[error("cannot {action} {}: {source}", path.display())]
+    Io {
+        /// What was tried: `read`, `write`, `create`.
+        action: &'static str,
+        /// On which path.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A JSON file does not hold what it should.
+    #[error("{}: {source}", path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// Where and why it fails.
+        source: serde_json::Error,
+    },
+    /// A run went wrong.
+    #[error("{0}")]
+    Failed(String),
+}
+
+impl HarnessError {
+    /// The process's exit status: 2 for a wrong command line, 1 for everything else.
+    pub(crate) fn exit_code(&self) -> u8 {
+        match self {
+            HarnessError::Usage(_) | HarnessError::Isa(_) => 2,
+            _ => 1,
+        }
+    }
+
+    /// For `map_err`: an I/O error with what was tried and where.
+    pub(crate) fn io(
+        action: &'static str,
+        path: impl Into<PathBuf>,
+    ) -> impl FnOnce(std::io::Error) -> HarnessError {
+        let path = path.into();
+        move |source| HarnessError::Io { action, path, source }
+    }
+}
