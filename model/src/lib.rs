@@ -7,14 +7,19 @@
 //! | [`tensor`], [`param`] | values, and the named weights of a model |
 //! | [`pool`], [`tape`] | memory of a step, and the way back through it |
 //! | [`models`] | the model families, their configurations, [`Seq2Seq`] |
+//! | [`train`] | order of the data, learning rate, the training step and its state on disk |
+//! | [`vocab`], [`io`] | tokens and ids; checkpoints |
 #![forbid(unsafe_code)]
 
 pub mod error;
+pub mod io;
 pub mod models;
 pub mod param;
 pub mod pool;
 pub mod tape;
 pub mod tensor;
+pub mod train;
+pub mod vocab;
 
 pub use error::ModelError;
 pub use models::{Batch, LossOptions, ModelConfig, Seq2Seq};
