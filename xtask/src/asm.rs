@@ -1,0 +1,141 @@
+//! `cargo xtask asm`: reads the assembly of the microkernels and fails when an inner loop spills a register
+//! or calls a function: both cost more than a wrong block size, and no test of results notices them.
+
+use std::fs;
+use std::path::PathBuf;
+
+use crate::steps;
+
+/// A symbol of a microkernel contains this (mangling v0 keeps the names of generic arguments).
+const MICROKERNEL: &str = "outer_product";
+/// A loop with at least this many packed multiply-adds is the k-loop of a full-sized tile.
+const MULTIPLY_ADDS: usize = 8;
+
+/// Compiles the kernels with `--emit asm` into a target folder of its own and judges every k-loop.
+pub(crate) fn run() -> Result<(), String> {
+    if !cfg!(target_arch = "x86_64") {
+        println!("── assembly: skipped, the rules are written for x86_64");
+        return Ok(());
+    }
+    let target = steps::workspace_root().join("target").join("asm");
+    let mut build =
+        steps::cargo(&["rustc", "--package", "kavanam-kernels", "--lib", "--release", "--target-dir"]);
+    build.arg(&target).args(["--", "--emit", "asm", "-C", "codegen-units=1", "-C", "debuginfo=0"]);
+    build.args(["-C", "symbol-mangling-version=v0"]);
+    steps::run("assembly", build)?;
+
+    let path = newest_assembly(&target.join("release").join("deps"))?;
+    let text =
+        fs::read_to_string(&path).map_err(|error| format!("cannot read {}: {error}", path.display()))?;
+    let (mut loops, mut faults) = (0, Vec::new());
+    for function in functions(&text).into_iter().filter(|f| f.symbol.contains(MICROKERNEL)) {
+        for body in innermost_loops(&function.lines) {
+            let multiply_adds =
+                body.iter().filter(|line| line.contains("vfmadd") && line.contains("ps\t")).count();
+            if multiply_adds < MULTIPLY_ADDS {
+                continue;
+            }
+            loops += 1;
+            faults.extend(
+                body.iter().filter_map(|line| fault(line)).map(|f| format!("{f}, in {}", function.symbol)),
+            );
+        }
+    }
+    if loops == 0 {
+        return Err("no microkernel loop was found in the assembly: has the kernel been renamed?".to_owned());
+    }
+    println!("{loops} microkernel loops, {} faults", faults.len());
+    if faults.is_empty() { Ok(()) } else { Err(faults.join("\n")) }
+}
+
+fn newest_assembly(folder: &std::path::Path) -> Result<PathBuf, String> {
+    let entries =
+        fs::read_dir(folder).map_err(|error| format!("cannot read {}: {error}", folder.display()))?;
+    entries
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            name.starts_with("kavanam_kernels") && name.ends_with(".s")
+        })
+        .max_by_key(|path| path.metadata().and_then(|m| m.modified()).ok())
+        .ok_or_else(|| format!("no assembly of kavanam-kernels in {}", folder.display()))
+}
+
+/// One function of the assembly.
+struct Function<'a> {
+    symbol: &'a str,
+    lines: Vec<&'a str>,
+}
+
+/// Cuts the file at the labels that start a symbol.
+fn functions(text: &str) -> Vec<Function<'_>> {
+    let mut all: Vec<Function<'_>> = Vec::new();
+    for line in text.lines() {
+        match line.strip_suffix(':') {
+            Some(symbol) if !symbol.starts_with(['.', '\t', ' ']) => {
+                all.push(Function { symbol, lines: Vec::new() });
+            }
+            _ => {
+                if let Some(function) = all.last_mut() {
+                    function.lines.push(line);
+                }
+            }
+        }
+    }
+    all
+}
+
+/// The lines between a label and a jump back to it, where no other such pair lies between.
+fn innermost_loops<'a>(lines: &[&'a str]) -> Vec<Vec<&'a str>> {
+    let label_at = |name: &str| lines.iter().position(|line| line.strip_suffix(':') == Some(name));
+    let mut spans: Vec<(usize, usize)> = Vec::new();
+    for (end, line) in lines.iter().enumerate() {
+        let mut words = line.split_whitespace();
+        let (Some(mnemonic), Some(target)) = (words.next(), words.next()) else { continue };
+        if !mnemonic.starts_with('j') {
+            continue;
+        }
+        if let Some(start) = label_at(target).filter(|&start| start < end) {
+            spans.push((start, end));
+        }
+    }
+    spans
+        .iter()
+        .filter(|a| !spans.iter().any(|b| *b != **a && a.0 <= b.0 && b.1 <= a.1))
+        .map(|&(start, end)| lines[start..=end].to_vec())
+        .collect()
+}
+
+/// What is wrong with an instruction of a k-loop, if anything.
+fn fault(line: &str) -> Option<String> {
+    let instruction = line.trim();
+    if instruction.starts_with("call") {
+        Some(format!("call in the k-loop: {instruction}"))
+    } else if instruction.contains("(%rsp)") || instruction.contains("(%rbp)") && instruction.starts_with('v')
+    {
+        Some(format!("spilled register in the k-loop: {instruction}"))
+    } else {
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TEXT: &str = "other:\n\tret\nkernel:\n.LBB0_1:\n\tmovq\t%rax, %rbx\n.LBB0_2:\n\tvfmadd231ps\t%ymm0, \
+                        %ymm1, %ymm2\n\tvmovups\t32(%rsp), %ymm3\n\tjne\t.LBB0_2\n\tjne\t.LBB0_1\n\tjmp\t.LBB0_9\n";
+
+    #[test]
+    fn the_innermost_loop_and_its_spill_are_found() {
+        let all = functions(TEXT);
+        assert_eq!(all.iter().map(|f| f.symbol).collect::<Vec<_>>(), ["other", "kernel"]);
+        let loops = innermost_loops(&all[1].lines);
+        assert_eq!(loops.len(), 1);
+        assert_eq!(loops[0].len(), 4);
+        let faults: Vec<String> = loops[0].iter().filter_map(|line| fault(line)).collect();
+        assert_eq!(faults, ["spilled register in the k-loop: vmovups\t32(%rsp), %ymm3"]);
+        assert!(fault("\tcallq\tmemcpy").is_some());
+    }
+}
