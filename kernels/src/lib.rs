@@ -9,6 +9,8 @@
 //! | [`view`] | checked matrices and head tensors |
 //! | [`lanes`] | loops over vectors, the only tail code |
 //! | [`scratch`] | aligned per-thread memory |
+//! | [`math`] | exp, log, tanh, sigmoid, erf, GELU over vectors |
+//! | [`rowwise`] | kernels over rows and elements: activations, softmax, norms, losses, embedding, dropout |
 //! | [`reference`] | the naive f64 form of every kernel |
 //! | `testing` (feature `testing`) | error bounds, comparators, strategies for shapes |
 //!
@@ -22,7 +24,9 @@ pub mod context;
 pub mod error;
 pub mod isa;
 pub mod lanes;
+pub mod math;
 pub mod reference;
+pub mod rowwise;
 pub mod scratch;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
@@ -31,4 +35,5 @@ pub mod view;
 pub use context::{Blocking, Context, Precision};
 pub use error::{IsaError, ShapeError};
 pub use isa::{Isa, IsaName};
+pub use rowwise::Activation;
 pub use view::{HeadsLayout, HeadsMut, HeadsRef, MatMut, MatRef};

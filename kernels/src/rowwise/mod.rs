@@ -1,0 +1,5 @@
+//! Kernels that go over rows or elements: one or two passes over memory, forward and backward.
+
+pub mod activation;
+
+pub use activation::Activation;
