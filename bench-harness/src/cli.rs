@@ -29,7 +29,7 @@ pub(crate) struct Cli {
 /// What the program can do.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Show the CPU: instruction sets, caches, memory
+    /// Show the CPU: instruction sets, caches, and its measured limits
     Machine(MachineArgs),
     /// Draw the tables again from a results.json
     Report(ReportArgs),

@@ -1,11 +1,39 @@
 //! The time: a monotonic clock that tests can replace, and the calendar's date for file names.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+/// A clock that never goes back.
+pub(crate) trait Clock {
+    /// Nanoseconds since some fixed moment.
+    fn now_ns(&self) -> f64;
+}
+
+/// The system's monotonic clock.
+pub(crate) struct Monotonic(Instant);
+
+impl Monotonic {
+    /// A clock that starts now.
+    pub(crate) fn start() -> Monotonic {
+        Monotonic(Instant::now())
+    }
+}
+
+impl Clock for Monotonic {
+    fn now_ns(&self) -> f64 {
+        // A double counts nanoseconds exactly for a hundred days.
+        self.0.elapsed().as_nanos() as f64
+    }
+}
 
 /// Now, UTC, as `2026-11-23T04:05:06Z`.
 pub(crate) fn utc_now() -> String {
     let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_secs());
     format_utc(seconds)
+}
+
+/// Today, UTC, as `2026-11-23`.
+pub(crate) fn utc_date() -> String {
+    utc_now().chars().take(10).collect()
 }
 
 /// `2026-11-23T04:05:06Z` for the seconds since 1970.

@@ -1,0 +1,146 @@
+//! Sampling: the peers of one case take turns, so that what slows the machine slows all of them.
+//!
+//! ```text
+//! for each peer: run until warm, from its time choose how many calls one sample needs
+//! for each round: for each peer, beginning with another one each time:
+//!     one call that is not timed, then `calls` calls by the clock; the sample is time / calls
+//! ```
+//!
+//! The untimed call brings back into the caches what the other peers drove out; a peer whose single call
+//! lasts a whole sample has no use for it and goes without.
+
+use crate::measure::clock::Clock;
+
+/// How long and how often.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Plan {
+    /// A peer runs at least this long before its first sample.
+    pub(crate) warm_up_ns: f64,
+    /// One sample lasts about this long, or one call when that is longer.
+    pub(crate) sample_ns: f64,
+    /// Samples of each peer.
+    pub(crate) samples: usize,
+    /// No new round begins after this time, once there are [`MIN_SAMPLES`].
+    pub(crate) budget_ns: f64,
+}
+
+/// However slow a case is, each peer gives this many samples (or [`Plan::samples`], when that is fewer).
+pub(crate) const MIN_SAMPLES: usize = 3;
+
+impl Plan {
+    /// For figures that are to be kept.
+    pub(crate) const FULL: Plan = Plan { warm_up_ns: 50e6, sample_ns: 10e6, samples: 25, budget_ns: 10e9 };
+    /// For a first look.
+    pub(crate) const QUICK: Plan = Plan { warm_up_ns: 5e6, sample_ns: 2e6, samples: 9, budget_ns: 0.5e9 };
+}
+
+/// Runs all of `work` by turns and returns, for each, its samples in nanoseconds a call.
+pub(crate) fn interleave<W: FnMut()>(clock: &impl Clock, plan: &Plan, work: &mut [W]) -> Vec<Vec<f64>> {
+    let calls: Vec<usize> = work.iter_mut().map(|run| calibrate(clock, plan, run)).collect();
+    let mut samples = vec![Vec::with_capacity(plan.samples); work.len()];
+    let began = clock.now_ns();
+    for round in 0..plan.samples {
+        if round >= MIN_SAMPLES && clock.now_ns() - began > plan.budget_ns {
+            break;
+        }
+        for turn in 0..work.len() {
+            let i = (round + turn) % work.len();
+            if calls[i] > 1 {
+                work[i]();
+            }
+            let start = clock.now_ns();
+            for _ in 0..calls[i] {
+                work[i]();
+            }
+            samples[i].push((clock.now_ns() - start) / calls[i] as f64);
+        }
+    }
+    samples
+}
+
+/// Warms up and returns how many calls fill one sample: by the fastest of ever larger batches.
+fn calibrate(clock: &impl Clock, plan: &Plan, run: &mut impl FnMut()) -> usize {
+    let began = clock.now_ns();
+    let (mut batch, mut fastest) = (1usize, f64::INFINITY);
+    loop {
+        let start = clock.now_ns();
+        for _ in 0..batch {
+            run();
+        }
+        let now = clock.now_ns();
+        fastest = fastest.min((now - start) / batch as f64);
+        if now - began >= plan.warm_up_ns {
+            // A clock that stands still (a batch below its resolution) must not divide by zero.
+            return (plan.sample_ns / fastest.max(0.1)).ceil().max(1.0) as usize;
+        }
+        batch = batch.saturating_mul(2).min((plan.sample_ns / fastest.max(0.1)).ceil().max(1.0) as usize);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::{Cell, RefCell};
+
+    use super::*;
+
+    struct Mock<'a>(&'a Cell<f64>);
+
+    impl Clock for Mock<'_> {
+        fn now_ns(&self) -> f64 {
+            self.0.get()
+        }
+    }
+
+    const PLAN: Plan = Plan { warm_up_ns: 1_000.0, sample_ns: 100.0, samples: 8, budget_ns: 1e9 };
+
+    #[test]
+    fn samples_are_the_time_of_one_call() {
+        let now = Cell::new(0.0);
+        let takes = [10.0, 25.0, 400.0];
+        let mut work: Vec<_> = takes.iter().map(|ns| || now.set(now.get() + ns)).collect();
+        let samples = interleave(&Mock(&now), &PLAN, &mut work);
+        for (samples, ns) in samples.iter().zip(takes) {
+            assert_eq!(samples, &vec![ns; PLAN.samples]);
+        }
+    }
+
+    #[test]
+    fn peers_take_turns_and_batches_fill_a_sample() {
+        let now = Cell::new(0.0);
+        let log = RefCell::new(String::new());
+        let mut work: Vec<_> = [('a', 50.0), ('b', 100.0)]
+            .into_iter()
+            .map(|(name, ns)| {
+                let (now, log) = (&now, &log);
+                move || {
+                    now.set(now.get() + ns);
+                    log.borrow_mut().push(name);
+                }
+            })
+            .collect();
+        let plan = Plan { warm_up_ns: 0.0, samples: 3, ..PLAN };
+        interleave(&Mock(&now), &plan, &mut work);
+        // One warm-up call each; then a: one untimed and two timed calls, b: one timed; b begins round two.
+        assert_eq!(log.into_inner(), "ab".to_owned() + "aaab" + "baaa" + "aaab");
+    }
+
+    #[test]
+    fn a_slow_case_stops_at_its_budget_with_enough_samples() {
+        let now = Cell::new(0.0);
+        let mut work = [|| now.set(now.get() + 1e9)];
+        let plan = Plan { budget_ns: 1.0, ..PLAN };
+        assert_eq!(interleave(&Mock(&now), &plan, &mut work)[0].len(), MIN_SAMPLES);
+    }
+
+    #[test]
+    fn the_first_cold_calls_do_not_count() {
+        let now = Cell::new(0.0);
+        let calls = Cell::new(0);
+        let mut work = [|| {
+            calls.set(calls.get() + 1);
+            now.set(now.get() + if calls.get() < 5 { 300.0 } else { 20.0 });
+        }];
+        let samples = interleave(&Mock(&now), &PLAN, &mut work);
+        assert!(samples[0].iter().all(|&ns| ns == 20.0), "{samples:?}");
+    }
+}
