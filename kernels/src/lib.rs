@@ -11,7 +11,8 @@
 //! | [`scratch`] | aligned per-thread memory |
 //! | [`math`] | exp, log, tanh, sigmoid, erf, GELU over vectors |
 //! | [`rowwise`] | kernels over rows and elements: activations, softmax, norms, losses, embedding, dropout |
-//! | [`reference`] | the naive f64 form of every kernel |
+//! | [`gemm`] | matrix products with composing epilogues, packed weights |
+//! | [`mod@reference`] | the naive f64 form of every kernel |
 //! | `testing` (feature `testing`) | error bounds, comparators, strategies for shapes |
 //!
 //! # The numerical contract
@@ -22,6 +23,7 @@
 
 pub mod context;
 pub mod error;
+pub mod gemm;
 pub mod isa;
 pub mod lanes;
 pub mod math;

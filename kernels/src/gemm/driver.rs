@@ -1,0 +1,47 @@
+//! Cuts C into one part for each task and runs them on the context's threads.
+//!
+//! A part is a slab of rows and columns that a task computes alone, with its own packing buffers and
+//! all of K: there is no barrier, and no bit depends on where the cuts lie.
+
+use super::macrokernel::{Part, Problem, RightOperand};
+use super::microkernel::{kernel_of, with_kernel};
+use crate::context::Context;
+
+/// Multiply-adds below which a task is not worth handing to another thread (about 20 µs).
+const MIN_TASK_WORK: usize = 1 << 20;
+
+/// Computes all of C.
+pub(super) fn run(ctx: &Context, problem: &Problem<'_>) {
+    let (m, n, k) = (problem.a.rows(), problem.n, problem.a.cols());
+    if m == 0 || n == 0 {
+        return;
+    }
+    let work = m.saturating_mul(n).saturating_mul(k.max(1));
+    let threads = ctx.thread_count().min((work / MIN_TASK_WORK).max(1));
+    let (row_parts, col_parts) = grid(ctx, problem, threads);
+    let (mr, nr) = (kernel_of(ctx.isa().name()).mr, kernel_of(ctx.isa().name()).nr);
+    ctx.for_each_task(row_parts * col_parts, |task| {
+        let rows = slab(m, mr, row_parts, task / col_parts);
+        let cols = slab(n, nr, col_parts, task % col_parts);
+        with_kernel(ctx.isa(), Part { problem, rows, cols });
+    });
+}
+
+/// How many slabs of rows and of columns: as many parts as threads, cut along the longer side.
+fn grid(ctx: &Context, problem: &Problem<'_>, threads: usize) -> (usize, usize) {
+    let kernel = kernel_of(ctx.isa().name());
+    let row_tiles = problem.a.rows().div_ceil(kernel.mr);
+    let col_tiles = problem.n.div_ceil(kernel.nr);
+    let by_rows = match problem.b {
+        RightOperand::Packed(_) => row_tiles >= threads,
+        RightOperand::Plain(_) => problem.a.rows() >= problem.n,
+    };
+    if by_rows { (threads.min(row_tiles), 1) } else { (1, threads.min(col_tiles)) }
+}
+
+/// Slab `index` of `parts` of `0..len`, cut at multiples of `tile`.
+fn slab(len: usize, tile: usize, parts: usize, index: usize) -> std::ops::Range<usize> {
+    let tiles = len.div_ceil(tile);
+    let edge = |i: usize| (tiles * i / parts * tile).min(len);
+    edge(index)..edge(index + 1)
+}

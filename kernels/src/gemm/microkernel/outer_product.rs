@@ -1,0 +1,358 @@
+//! The f32 kernel: one generic body over [`pulp::Simd`], for every ISA.
+//!
+//! # Naive form
+//! ```text
+//! for i in 0..MR { for j in 0..NR { for p in 0..depth { acc[i][j] += lhs[i][p] * rhs[p][j] } } }
+//! ```
+//! # Deviations
+//! - `p` is the outer loop, so that one step is the outer product of a column of lhs and a row of
+//!   rhs: MR broadcasts and VECS loads feed MR·VECS independent multiply-adds, enough to hide their
+//!   latency (4 cycles × 2 units on the cores at hand, so at least 8 accumulators).
+//! - All accumulators stay in registers: MR·VECS of them, VECS for the row of rhs and one broadcast
+//!   (AVX2 6×16: 12 + 2 + 1 of 16; AVX-512 8×48: 24 + 3 + 1 of 32).
+//! - Fewer rows than MR or fewer vectors than VECS run as a smaller tile of the same body: no work is
+//!   spent on padding, and the bits are the same because each element has its own chain over `p`.
+//! - A row-major left operand is read in place (depth stride 1): where few panels of rhs follow, packing
+//!   it costs more than it saves.
+
+use pulp::{Simd, WithSimd};
+
+use super::{Activation, Finish, Microkernel, Out, Strip, kernel_with_lanes};
+
+/// The kernel with tiles of MR rows and VECS vectors.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct OuterProduct<S, const MR: usize, const VECS: usize>(pub(crate) S);
+
+impl<S: Simd, const MR: usize, const VECS: usize> Microkernel for OuterProduct<S, MR, VECS> {
+    type Lhs = f32;
+    type Rhs = f32;
+    type Out = f32;
+    type Simd = S;
+    const MR: usize = MR;
+    const NR: usize = VECS * S::F32_LANES;
+    const K_STEP: usize = 1;
+    const NAME: &'static str = kernel_with_lanes(S::F32_LANES).name;
+
+    #[inline(always)]
+    fn simd(self) -> S {
+        self.0
+    }
+
+    #[inline(always)]
+    unsafe fn run(self, strip: &Strip<'_, Self>) {
+        debug_assert!(strip.cols >= 1 && strip.cols <= Self::NR && VECS <= 4);
+        match strip.cols.div_ceil(S::F32_LANES) {
+            1 => self.0.vectorize(Tiles::<_, MR, VECS, 1> { kernel: self, strip }),
+            2 => self.0.vectorize(Tiles::<_, MR, VECS, 2> { kernel: self, strip }),
+            3 => self.0.vectorize(Tiles::<_, MR, VECS, 3> { kernel: self, strip }),
+            _ => self.0.vectorize(Tiles::<_, MR, VECS, 4> { kernel: self, strip }),
+        }
+    }
+}
+
+/// All tiles of a strip that is W vectors wide.
+struct Tiles<'a, S: Simd, const MR: usize, const VECS: usize, const W: usize> {
+    kernel: OuterProduct<S, MR, VECS>,
+    strip: &'a Strip<'a, OuterProduct<S, MR, VECS>>,
+}
+
+impl<S: Simd, const MR: usize, const VECS: usize, const W: usize> WithSimd for Tiles<'_, S, MR, VECS, W> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<T: Simd>(self, _: T) {
+        if const { W > VECS } {
+            unreachable!("a strip is at most {VECS} vectors wide");
+        }
+        let strip = self.strip;
+        let full = strip.rows / MR;
+        for tile in 0..full {
+            self.tile::<MR>(tile * MR);
+        }
+        let first = full * MR;
+        match strip.rows - first {
+            0 => {}
+            1 => self.tile::<1>(first),
+            2 => self.tile::<2>(first),
+            3 => self.tile::<3>(first),
+            4 => self.tile::<4>(first),
+            5 => self.tile::<5>(first),
+            6 => self.tile::<6>(first),
+            _ => self.tile::<7>(first),
+        }
+    }
+}
+
+impl<S: Simd, const MR: usize, const VECS: usize, const W: usize> Tiles<'_, S, MR, VECS, W> {
+    /// The tile of H rows that starts at row `first` of the strip.
+    #[inline(always)]
+    fn tile<const H: usize>(&self, first: usize) {
+        if const { H > MR } {
+            unreachable!("a tile is at most {MR} rows high");
+        }
+        let (simd, strip) = (self.kernel.0, self.strip);
+        let lhs = strip.lhs;
+        // SAFETY: tile `first / MR` is part of the left operand by `run`'s contract.
+        let a = unsafe { lhs.ptr.add(first / MR * lhs.tile_stride) };
+        let (b, b_stride, depth) = (strip.rhs.ptr, strip.rhs.depth_stride, strip.depth);
+        // SAFETY: `run`'s contract: H rows of lhs and W whole vectors of rhs, `depth` deep.
+        let acc = unsafe {
+            if lhs.row_stride == 1 {
+                accumulate::<S, H, W>(simd, depth, (a, 1, lhs.depth_stride), (b, b_stride))
+            } else {
+                debug_assert!(lhs.depth_stride == 1 || strip.depth <= 1);
+                accumulate::<S, H, W>(simd, depth, (a, lhs.row_stride, 1), (b, b_stride))
+            }
+        };
+        // SAFETY: `run`'s contract on `out`, bias and residual.
+        unsafe { Tile { simd, acc }.finish(first, strip.cols, &strip.finish, strip.out) };
+    }
+}
+
+/// `acc[i][w] = Σ_p a[i][p] · b[p][w]`.
+///
+/// # Safety
+/// `a` (pointer, row stride, depth stride) reaches H × depth, `b` (pointer, depth stride) depth × W vectors.
+#[inline(always)]
+unsafe fn accumulate<S: Simd, const H: usize, const W: usize>(
+    simd: S,
+    depth: usize,
+    (mut a, row_stride, depth_stride): (*const f32, usize, usize),
+    (mut b, b_stride): (*const f32, usize),
+) -> [[S::f32s; W]; H] {
+    let mut acc = [[simd.splat_f32s(0.0); W]; H];
+    for _ in 0..depth {
+        let mut row = [simd.splat_f32s(0.0); W];
+        for (w, row) in row.iter_mut().enumerate() {
+            // SAFETY: step `p` of the contract on `b`.
+            *row = unsafe { b.add(w * S::F32_LANES).cast::<S::f32s>().read_unaligned() };
+        }
+        for (i, acc) in acc.iter_mut().enumerate() {
+            // SAFETY: step `p` of the contract on `a`.
+            let x = simd.splat_f32s(unsafe { *a.add(i * row_stride) });
+            for w in 0..W {
+                acc[w] = simd.mul_add_e_f32s(x, row[w], acc[w]);
+            }
+        }
+        a = a.wrapping_add(depth_stride);
+        b = b.wrapping_add(b_stride);
+    }
+    acc
+}
+
+/// A computed tile on its way to C: H × W vectors, of which the first `cols` columns count.
+///
+/// The order of operations on an element is the same wherever it stands: `scale`, old C, bias,
+/// activation, residual.
+struct Tile<S: Simd, const H: usize, const W: usize> {
+    simd: S,
+    acc: [[S::f32s; W]; H],
+}
+
+impl<S: Simd, const H: usize, const W: usize> Tile<S, H, W> {
+    /// Applies the strip's epilogue and stores; the tile's first row is row `first` of the strip.
+    ///
+    /// # Safety
+    /// Rows `first .. first + H` of `out`, and of bias and residual if any, exist with `cols` columns.
+    #[inline(always)]
+    unsafe fn finish(mut self, first: usize, cols: usize, finish: &Finish<'_>, out: Out<f32>) {
+        let simd = self.simd;
+        let contiguous = out.col_stride == 1 && finish.residual.is_none_or(|r| r.col_stride() == 1);
+        if cols < W * S::F32_LANES || !contiguous {
+            // A copy, so that the tile itself stays in registers on the other path.
+            let tile = self.acc;
+            simd.vectorize(EdgeTile { simd, tile: tile.as_flattened(), width: W, first, cols, finish, out });
+            return;
+        }
+        // SAFETY: the contract, with all W vectors whole and contiguous.
+        unsafe {
+            self.scale_and_add(first, finish, out);
+            self.bias_and_activation(finish);
+            self.residual_and_store(first, finish, out);
+        }
+    }
+
+    /// # Safety
+    /// As [`Tile::finish`], all vectors whole and contiguous.
+    #[inline(always)]
+    unsafe fn scale_and_add(&mut self, first: usize, finish: &Finish<'_>, out: Out<f32>) {
+        let simd = self.simd;
+        if finish.scale != 1.0 {
+            let scale = simd.splat_f32s(finish.scale);
+            for x in self.acc.as_flattened_mut() {
+                *x = simd.mul_f32s(*x, scale);
+            }
+        }
+        if finish.add {
+            for (i, row) in self.acc.iter_mut().enumerate() {
+                let old = out.ptr.wrapping_add((first + i) * out.row_stride).cast::<S::f32s>();
+                for (w, x) in row.iter_mut().enumerate() {
+                    // SAFETY: the contract on `out`.
+                    *x = simd.add_f32s(unsafe { old.add(w).read_unaligned() }, *x);
+                }
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`Tile::finish`], all vectors whole.
+    #[inline(always)]
+    unsafe fn bias_and_activation(&mut self, finish: &Finish<'_>) {
+        let simd = self.simd;
+        if let Some(bias) = finish.bias {
+            for w in 0..W {
+                // SAFETY: the contract on the bias.
+                let bias = unsafe { bias.as_ptr().cast::<S::f32s>().add(w).read_unaligned() };
+                for row in &mut self.acc {
+                    row[w] = simd.add_f32s(row[w], bias);
+                }
+            }
+        }
+        match finish.activation {
+            Activation::Identity => {}
+            Activation::Relu => {
+                for x in self.acc.as_flattened_mut() {
+                    *x = Activation::Relu.apply(simd, *x);
+                }
+            }
+            activation => {
+                // A copy, so that the tile itself stays in registers on the other paths.
+                let mut tile = self.acc;
+                simd.vectorize(Activate { simd, tile: tile.as_flattened_mut(), activation });
+                self.acc = tile;
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`Tile::finish`], all vectors whole and contiguous.
+    #[inline(always)]
+    unsafe fn residual_and_store(&mut self, first: usize, finish: &Finish<'_>, out: Out<f32>) {
+        let simd = self.simd;
+        if let Some(residual) = finish.residual {
+            for (i, row) in self.acc.iter_mut().enumerate() {
+                let from =
+                    residual.as_ptr().wrapping_add((first + i) * residual.row_stride()).cast::<S::f32s>();
+                for (w, x) in row.iter_mut().enumerate() {
+                    // SAFETY: the contract on the residual.
+                    *x = simd.add_f32s(*x, unsafe { from.add(w).read_unaligned() });
+                }
+            }
+        }
+        for (i, row) in self.acc.iter().enumerate() {
+            let to = out.ptr.wrapping_add((first + i) * out.row_stride).cast::<S::f32s>();
+            for (w, x) in row.iter().enumerate() {
+                // SAFETY: the contract on `out`.
+                unsafe { to.add(w).write_unaligned(*x) };
+            }
+        }
+    }
+}
+
+/// One activation over a tile that lies in memory: a loop, where the register form would unroll a
+/// polynomial MR·VECS times.
+struct Activate<'a, S: Simd> {
+    simd: S,
+    tile: &'a mut [S::f32s],
+    activation: Activation,
+}
+
+impl<S: Simd> WithSimd for Activate<'_, S> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<T: Simd>(self, _: T) {
+        for x in self.tile {
+            *x = self.activation.apply(self.simd, *x);
+        }
+    }
+}
+
+/// A tile that is not made of whole contiguous vectors of C: the same operations, a vector at a time.
+struct EdgeTile<'a, S: Simd> {
+    simd: S,
+    tile: &'a [S::f32s],
+    width: usize,
+    first: usize,
+    cols: usize,
+    finish: &'a Finish<'a>,
+    out: Out<f32>,
+}
+
+impl<S: Simd> WithSimd for EdgeTile<'_, S> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<T: Simd>(self, _: T) {
+        let EdgeTile { simd, tile, width, first, cols, finish, out } = self;
+        for (at, x) in tile.iter().enumerate() {
+            let (row, col) = (first + at / width, at % width * S::F32_LANES);
+            let count = S::F32_LANES.min(cols - col);
+            let mut x = *x;
+            if finish.scale != 1.0 {
+                x = simd.mul_f32s(x, simd.splat_f32s(finish.scale));
+            }
+            let to = out.ptr.wrapping_add(row * out.row_stride + col * out.col_stride);
+            if finish.add {
+                // SAFETY: `count` elements of C from (row, col).
+                x = simd.add_f32s(unsafe { load(simd, to, out.col_stride, count) }, x);
+            }
+            if let Some(bias) = finish.bias {
+                x = simd.add_f32s(x, simd.partial_load_f32s(&bias[col..col + count]));
+            }
+            x = finish.activation.apply(simd, x);
+            if let Some(residual) = finish.residual {
+                let at = row * residual.row_stride() + col * residual.col_stride();
+                let from = residual.as_ptr().wrapping_add(at);
+                // SAFETY: `count` elements of the residual from (row, col).
+                x = simd.add_f32s(x, unsafe { load(simd, from, residual.col_stride(), count) });
+            }
+            // SAFETY: `count` elements of C from (row, col).
+            unsafe { store(simd, x, to, out.col_stride, count) };
+        }
+    }
+}
+
+/// `count` elements from `ptr`, `stride` apart, and zeros.
+///
+/// # Safety
+/// They are readable.
+#[inline(always)]
+unsafe fn load<S: Simd>(simd: S, ptr: *const f32, stride: usize, count: usize) -> S::f32s {
+    if stride == 1 && count == S::F32_LANES {
+        // SAFETY: the contract, for a whole vector.
+        unsafe { ptr.cast::<S::f32s>().read_unaligned() }
+    } else if stride == 1 {
+        // SAFETY: the contract.
+        simd.partial_load_f32s(unsafe { std::slice::from_raw_parts(ptr, count) })
+    } else {
+        let mut vector = simd.splat_f32s(0.0);
+        let lanes = std::ptr::from_mut(&mut vector).cast::<f32>();
+        for j in 0..count {
+            // SAFETY: the contract; `j` is a lane of the vector.
+            unsafe { *lanes.add(j) = *ptr.add(j * stride) };
+        }
+        vector
+    }
+}
+
+/// The first `count` lanes of `vector` to `ptr`, `stride` apart.
+///
+/// # Safety
+/// They are writable.
+#[inline(always)]
+unsafe fn store<S: Simd>(simd: S, vector: S::f32s, ptr: *mut f32, stride: usize, count: usize) {
+    if stride == 1 && count == S::F32_LANES {
+        // SAFETY: the contract, for a whole vector.
+        unsafe { ptr.cast::<S::f32s>().write_unaligned(vector) }
+    } else if stride == 1 {
+        // SAFETY: the contract. The elements are initialised: they are part of a `MatMut`.
+        simd.partial_store_f32s(unsafe { std::slice::from_raw_parts_mut(ptr, count) }, vector);
+    } else {
+        let lanes = std::ptr::from_ref(&vector).cast::<f32>();
+        for j in 0..count {
+            // SAFETY: the contract; `j` is a lane of the vector.
+            unsafe { *ptr.add(j * stride) = *lanes.add(j) };
+        }
+    }
+}

@@ -1,0 +1,113 @@
+//! The matrix product `C = activation(scale·A·B [+ C] + bias) + residual` in f32.
+//!
+//! # Naive form
+//! ```text
+//! for i in 0..m { for j in 0..n { for p in 0..k { c[i][j] += a[i][p] * b[p][j] } } }
+//! ```
+//! # Accuracy
+//! `|ĉ − c| ≤ γ_k·(|A|·|B|)` element by element: each element is a chain of fused multiply-adds
+//! over `p` within a block of K, and the blocks are added in order. The result has the same bits for
+//! any number of threads, for a row alone or in any batch, and for plain or packed weights. A
+//! [`Precision`](crate::Precision) is a floor of accuracy: every kernel here is f32 and serves all of them.
+//!
+//! # Source
+//! Goto and van de Geijn, *Anatomy of High-Performance Matrix Multiplication*, 2008; the macrokernel
+//! and microkernel of Van Zee and van de Geijn, *BLIS*, 2015.
+
+mod blocking;
+mod driver;
+mod epilogue;
+mod macrokernel;
+mod microkernel;
+mod pack;
+mod packed;
+#[cfg(test)]
+mod tests;
+
+pub use crate::rowwise::Activation;
+pub use epilogue::{Accum, Epilogue};
+pub use microkernel::KernelInfo;
+pub use packed::PackedWeights;
+
+use crate::context::{Blocking, Context};
+use crate::error::{ShapeError, expect_dim};
+use crate::view::{MatMut, MatRef};
+use macrokernel::{Problem, RightOperand};
+
+/// `C = activation(scale·A·B [+ C] + bias) + residual`, any strides.
+///
+/// # Shapes
+/// A `[m, k]`, B `[k, n]`, C `[m, n]`, bias `[n]`, residual `[m, n]`. With k = 0 the product is 0.
+///
+/// # Errors
+/// [`ShapeError`] when the shapes do not fit together; nothing has been read or written then.
+///
+/// # Accuracy
+/// See the [module](self); asserted by `gemm::tests::the_error_is_within_gamma_k`.
+pub fn gemm(
+    ctx: &Context,
+    a: MatRef<'_>,
+    b: MatRef<'_>,
+    c: MatMut<'_>,
+    accum: Accum,
+    epilogue: &Epilogue<'_>,
+) -> Result<(), ShapeError> {
+    expect_dim("b", "rows", a.cols(), b.rows())?;
+    let right = RightOperand::Plain(b);
+    product(ctx, a, (right, b.cols()), c, accum, epilogue)
+}
+
+/// As [`gemm`] with weights that were packed beforehand, and with the same bits.
+///
+/// # Errors
+/// As [`gemm`], and [`ShapeError::PackedForAnotherKernel`].
+pub fn gemm_packed(
+    ctx: &Context,
+    a: MatRef<'_>,
+    b: &PackedWeights,
+    c: MatMut<'_>,
+    accum: Accum,
+    epilogue: &Epilogue<'_>,
+) -> Result<(), ShapeError> {
+    let kernel = kernel_name(ctx);
+    if b.kernel_name() != kernel {
+        return Err(ShapeError::PackedForAnotherKernel {
+            argument: "b",
+            packed_for: b.kernel_name(),
+            kernel,
+        });
+    }
+    expect_dim("b", "rows", a.cols(), b.rows())?;
+    let blocking = Blocking { kc: b.depth(), ..blocking::blocking(ctx) };
+    let ctx = ctx.blocking(blocking);
+    product(&ctx, a, (RightOperand::Packed(b.data()), b.cols()), c, accum, epilogue)
+}
+
+/// The name of the kernel that `ctx` selects, for example `f32_6x16_avx2`.
+pub fn kernel_name(ctx: &Context) -> &'static str {
+    microkernel::kernel_of(ctx.isa().name()).name
+}
+
+/// Every kernel of this crate, whether or not this CPU can run it: the support matrix.
+pub fn kernels() -> &'static [KernelInfo] {
+    &microkernel::KERNELS
+}
+
+fn product(
+    ctx: &Context,
+    a: MatRef<'_>,
+    (b, n): (RightOperand<'_>, usize),
+    mut c: MatMut<'_>,
+    accum: Accum,
+    epilogue: &Epilogue<'_>,
+) -> Result<(), ShapeError> {
+    expect_dim("c", "rows", a.rows(), c.rows())?;
+    expect_dim("c", "cols", n, c.cols())?;
+    epilogue.check(a.rows(), n)?;
+    let sizes = blocking::blocking(ctx);
+    let blocking = Blocking { kc: blocking::block_depth(a.cols(), sizes.kc), ..sizes };
+    let (row_stride, col_stride) = (c.row_stride(), c.col_stride());
+    let c = microkernel::Out { ptr: c.as_mut_ptr(), row_stride, col_stride };
+    driver::run(ctx, &Problem { a, b, n, c, accum, epilogue: *epilogue, blocking });
+    Ok(())
+}

@@ -1,0 +1,196 @@
+//! The properties of the product, on every ISA of the machine.
+
+use std::num::NonZeroUsize;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::reference;
+use crate::testing::{
+    Guarded, assert_same_bits, assert_within, for_each_isa, gamma, integers, straddle, uniform,
+};
+
+/// Blocks so small that a matrix of a few dozen rows crosses every edge.
+const TINY: Blocking = Blocking { mc: 9, kc: 7, nc: 20 };
+
+/// A matrix with its strides, in a buffer of its own.
+#[derive(Debug, Clone)]
+struct Matrix {
+    data: Vec<f32>,
+    rows: usize,
+    cols: usize,
+    strides: (usize, usize),
+}
+
+impl Matrix {
+    /// `order` 0: row-major, 1: column-major, 2: rows with gaps, 3: both strides above 1.
+    fn new(rows: usize, cols: usize, order: u8, fill: impl Fn(usize) -> Vec<f32>) -> Matrix {
+        let strides = match order {
+            0 => (cols, 1),
+            1 => (1, rows),
+            2 => (cols + 3, 1),
+            _ => (2 * cols + 1, 2),
+        };
+        let len = rows * strides.0 + cols * strides.1;
+        Matrix { data: fill(len), rows, cols, strides }
+    }
+
+    fn view(&self) -> MatRef<'_> {
+        MatRef::with_strides(&self.data, self.rows, self.cols, self.strides.0, self.strides.1).unwrap()
+    }
+
+    fn view_mut(&mut self) -> MatMut<'_> {
+        MatMut::with_strides(&mut self.data, self.rows, self.cols, self.strides.0, self.strides.1).unwrap()
+    }
+}
+
+fn elements(view: MatRef<'_>) -> Vec<f32> {
+    (0..view.rows()).flat_map(|i| (0..view.cols()).map(move |j| view.at(i, j))).collect()
+}
+
+fn row_major(data: &[f32], rows: usize, cols: usize) -> MatRef<'_> {
+    MatRef::new(data, rows, cols).unwrap()
+}
+
+/// `A·B` into a poisoned, guarded C.
+fn overwrite(ctx: &Context, a: MatRef<'_>, b: MatRef<'_>) -> Vec<f32> {
+    let (m, n) = (a.rows(), b.cols());
+    let mut c = Guarded::poisoned(m * n);
+    let view = MatMut::new(c.body_mut(), m, n).unwrap();
+    gemm(ctx, a, b, view, Accum::Overwrite, &Epilogue::new()).unwrap();
+    c.check();
+    c.body().to_vec()
+}
+
+fn dims() -> impl Strategy<Value = (usize, usize, usize)> {
+    (straddle(&[4, 6, 8, 9]), straddle(&[4, 8, 16, 20]), straddle(&[1, 7]))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    /// `γ_{k+3}`: k roundings of the chains and block sums, scale, old C, bias; the activation does not
+    /// amplify, the residual adds one more.
+    #[test]
+    fn the_error_is_within_gamma_k(
+        (m, n, k) in dims(),
+        orders in (0u8..4, 0u8..4, 0u8..4),
+        (add, relu, with_bias, with_residual) in any::<(bool, bool, bool, bool)>(),
+        scale in prop_oneof![Just(1.0f32), -2.0f32..2.0],
+        seed in any::<u64>(),
+    ) {
+        let a = Matrix::new(m, k, orders.0, |len| uniform(len, seed));
+        let b = Matrix::new(k, n, orders.1, |len| uniform(len, seed ^ 1));
+        let residual = Matrix::new(m, n, orders.0, |len| uniform(len, seed ^ 2));
+        let old = Matrix::new(m, n, orders.2, |len| if add { uniform(len, seed ^ 3) } else { vec![f32::NAN; len] });
+        let bias = uniform(n, seed ^ 4);
+        let mut epilogue = Epilogue::new().scale(scale);
+        if relu { epilogue = epilogue.activation(Activation::Relu) }
+        if with_bias { epilogue = epilogue.bias(&bias) }
+        if with_residual { epilogue = epilogue.residual(residual.view()) }
+        let accum = if add { Accum::Add } else { Accum::Overwrite };
+
+        let product = reference::gemm(a.view(), b.view());
+        let magnitude = reference::gemm_abs(a.view(), b.view());
+        let term = |on: bool, x: f32| if on { f64::from(x) } else { 0.0 };
+        let (mut expected, mut bound) = (Vec::new(), Vec::new());
+        for i in 0..m { for j in 0..n {
+            let parts = [term(add, old.view().at(i, j)), term(with_bias, bias[j])];
+            let rest = term(with_residual, residual.view().at(i, j));
+            let before = f64::from(scale) * product[i * n + j] + parts[0] + parts[1];
+            let activated = if relu { before.max(0.0) } else { before };
+            expected.push(activated + rest);
+            let sum = f64::from(scale).abs() * magnitude[i * n + j] + parts[0].abs() + parts[1].abs() + rest.abs();
+            bound.push(gamma(2 * k + 4) * sum);
+        }}
+        for_each_isa(|ctx| {
+            let ctx = ctx.blocking(TINY);
+            let mut c = old.clone();
+            gemm(&ctx, a.view(), b.view(), c.view_mut(), accum, &epilogue).unwrap();
+            assert_within(&elements(c.view()), &expected, |i| bound[i]);
+            let packed = PackedWeights::pack(&ctx, b.view()).unwrap();
+            let mut same = old.clone();
+            gemm_packed(&ctx, a.view(), &packed, same.view_mut(), accum, &epilogue).unwrap();
+            assert_same_bits(&same.data, &c.data);
+        });
+    }
+
+    #[test]
+    fn integers_are_exact((m, n, k) in dims(), seed in any::<u64>()) {
+        let (a, b) = (integers(m * k, 100, seed), integers(k * n, 100, seed ^ 1));
+        let (a, b) = (row_major(&a, m, k), row_major(&b, k, n));
+        let expected = reference::gemm(a, b);
+        for_each_isa(|ctx| {
+            for ctx in [*ctx, ctx.blocking(TINY)] {
+                assert_within(&overwrite(&ctx, a, b), &expected, |_| 0.0);
+            }
+        });
+    }
+
+    #[test]
+    fn bits_do_not_depend_on_threads((m, n, k) in (1usize..300, 1usize..300, 1usize..300), seed in any::<u64>()) {
+        let (a, b) = (uniform(m * k, seed), uniform(k * n, seed ^ 1));
+        let (a, b) = (row_major(&a, m, k), row_major(&b, k, n));
+        for_each_isa(|ctx| {
+            let one = overwrite(ctx, a, b);
+            for threads in [2, 3, 5] {
+                let ctx = ctx.threads(NonZeroUsize::new(threads).unwrap());
+                assert_same_bits(&overwrite(&ctx, a, b), &one);
+            }
+        });
+    }
+
+    #[test]
+    fn a_row_alone_has_the_bits_of_the_row_in_a_batch((m, n, k) in (1usize..40, 1usize..60, 0usize..600), seed in any::<u64>()) {
+        let (a, b) = (uniform(m * k, seed), uniform(k * n, seed ^ 1));
+        let (a, b) = (row_major(&a, m, k), row_major(&b, k, n));
+        for_each_isa(|ctx| {
+            let batch = overwrite(ctx, a, b);
+            for i in 0..m {
+                assert_same_bits(&overwrite(ctx, a.sub(i..i + 1, 0..k), b), &batch[i * n..(i + 1) * n]);
+            }
+            assert_same_bits(&overwrite(ctx, a, b.t().t()), &batch);
+        });
+    }
+}
+
+#[test]
+fn a_mistake_of_the_caller_is_an_error_and_touches_nothing() {
+    let ctx = Context::with_isa(crate::Isa::scalar());
+    let data = uniform(12, 1);
+    let (a, b) = (row_major(&data, 3, 4), row_major(&data, 4, 3));
+    let mut c = vec![7.0; 9];
+    let mut run = |a, b, epilogue: Epilogue<'_>| {
+        let result = gemm(&ctx, a, b, MatMut::new(&mut c, 3, 3).unwrap(), Accum::Overwrite, &epilogue);
+        assert!(c.iter().all(|&x| x == 7.0));
+        result.unwrap_err().to_string()
+    };
+    assert_eq!(run(a, a, Epilogue::new()), "b: rows is 3, expected 4");
+    assert_eq!(run(b, a, Epilogue::new()), "c: rows is 3, expected 4");
+    assert_eq!(run(a, b, Epilogue::new().bias(&data)), "bias: elements is 12, expected 3");
+    assert_eq!(run(a, b, Epilogue::new().residual(a)), "residual: cols is 4, expected 3");
+}
+
+#[test]
+fn weights_packed_for_another_kernel_are_refused() {
+    let data = uniform(16, 1);
+    let b = row_major(&data, 4, 4);
+    for_each_isa(|ctx| {
+        let packed = PackedWeights::pack(ctx, b).unwrap();
+        assert_eq!((packed.rows(), packed.cols(), packed.kernel_name()), (4, 4, kernel_name(ctx)));
+        for_each_isa(|other| {
+            let mut c = vec![0.0; 16];
+            let c = MatMut::new(&mut c, 4, 4).unwrap();
+            let result = gemm_packed(other, b, &packed, c, Accum::Overwrite, &Epilogue::new());
+            assert_eq!(result.is_ok(), other.isa() == ctx.isa());
+        });
+    });
+}
+
+#[test]
+fn the_table_lists_every_kernel_once() {
+    for_each_isa(|ctx| {
+        let named = kernels().iter().filter(|kernel| kernel.name == kernel_name(ctx));
+        assert_eq!(named.map(|kernel| kernel.isa).collect::<Vec<_>>(), [ctx.isa().name()]);
+    });
+}
