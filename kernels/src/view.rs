@@ -582,6 +582,24 @@ impl<'a> HeadsMut<'a> {
         unsafe { self.head_unsync(batch, head) }
     }
 
+    /// The heads before `at`, and those from `at` on: how a fused projection's gradient is written in parts.
+    ///
+    /// # Panics
+    /// When `at` is larger than the number of heads.
+    pub fn split_heads(self, at: usize) -> (Self, Self) {
+        let HeadsLayout { heads, head_stride, .. } = self.layout;
+        assert!(at <= heads, "split at head {at} of {heads}");
+        let empty = self.layout.shape().contains(&0) || at == heads;
+        let offset = if empty { 0 } else { at * head_stride };
+        // SAFETY: head `at` exists unless the offset is 0, so its first element lies in the buffer.
+        let ptr = unsafe { self.ptr.add(offset) };
+        // No two indices of the whole meet, so the two parts are disjoint; `self` is consumed.
+        (
+            HeadsMut { layout: HeadsLayout { heads: at, ..self.layout }, ..self },
+            HeadsMut { ptr, layout: HeadsLayout { heads: heads - at, ..self.layout }, lifetime: PhantomData },
+        )
+    }
+
     /// As [`HeadsMut::head_mut`] through a shared borrow, for tasks that each own one head.
     ///
     /// # Safety
@@ -652,6 +670,20 @@ mod tests {
         let bhsd = HeadsRef::new(&data, HeadsLayout::batch_heads_seq(batch, heads, seq, dim)).unwrap();
         assert_eq!(bshd.head(1, 2).at(2, 3), (((3 + 2) * 4 + 2) * 5 + 3) as f32);
         assert_eq!(bhsd.head(1, 2).at(2, 3), (((4 + 2) * 3 + 2) * 5 + 3) as f32);
+    }
+
+    #[test]
+    fn a_fused_tensor_splits_into_disjoint_heads() {
+        let mut data = vec![0.0f32; 2 * 3 * 4 * 5];
+        let fused = HeadsMut::new(&mut data, HeadsLayout::batch_seq_heads(2, 3, 4, 5)).unwrap();
+        let (mut one, rest) = fused.split_heads(1);
+        let (mut three, none) = rest.split_heads(3);
+        assert_eq!((one.layout().heads, three.layout().heads, none.layout().heads), (1, 3, 0));
+        one.head_mut(1, 0).row_mut(2).fill(1.0);
+        three.head_mut(1, 2).row_mut(2).fill(3.0);
+        assert_eq!(data[100..105], [1.0; 5]);
+        assert_eq!(data[115..120], [3.0; 5]);
+        assert_eq!(data.iter().sum::<f32>(), 20.0);
     }
 
     #[test]
