@@ -134,6 +134,128 @@ pub fn dot<S: Simd>(simd: S, a: &[f32], b: &[f32]) -> f32 {
     simd.reduce_sum_f32s(combine(acc, |a, b| simd.add_f32s(a, b)))
 }
 
+/// `y[i] = f(x[i])`, and `Σ y[i]` in the order of [`sum`].
+///
+/// # Panics
+/// When the lengths differ.
+#[inline(always)]
+pub fn map_sum<S: Simd>(simd: S, x: &[f32], y: &mut [f32], f: impl Fn(S::f32s) -> S::f32s) -> f32 {
+    assert_eq!(x.len(), y.len());
+    let mut acc = [simd.splat_f32s(0.0); ACCUMULATORS];
+    let (x_body, x_tail) = S::as_simd_f32s(x);
+    let (y_body, y_tail) = S::as_mut_simd_f32s(y);
+    let (x_groups, x_rest) = x_body.as_chunks::<ACCUMULATORS>();
+    let (y_groups, y_rest) = y_body.as_chunks_mut::<ACCUMULATORS>();
+    for (x, y) in x_groups.iter().zip(y_groups) {
+        for i in 0..ACCUMULATORS {
+            y[i] = f(x[i]);
+            acc[i] = simd.add_f32s(acc[i], y[i]);
+        }
+    }
+    for (acc, (x, y)) in acc.iter_mut().zip(x_rest.iter().zip(y_rest)) {
+        *y = f(*x);
+        *acc = simd.add_f32s(*acc, *y);
+    }
+    if !x_tail.is_empty() {
+        simd.partial_store_f32s(y_tail, f(simd.partial_load_f32s(x_tail)));
+        let acc = &mut acc[x_rest.len()];
+        // Loading the tail back puts zeros where f made something of the filling.
+        *acc = simd.add_f32s(*acc, simd.partial_load_f32s(y_tail));
+    }
+    simd.reduce_sum_f32s(combine(acc, |a, b| simd.add_f32s(a, b)))
+}
+
+/// `Σ f(x[i])` for several functions at once, each in the order of [`sum`]. The filling of a tail is
+/// masked, so `f` may map 0 to anything.
+#[inline(always)]
+pub fn sums<S: Simd, const N: usize>(simd: S, x: &[f32], f: impl Fn(S::f32s) -> [S::f32s; N]) -> [f32; N] {
+    let zero = simd.splat_f32s(0.0);
+    let mut acc = [[zero; ACCUMULATORS]; N];
+    let (body, tail) = S::as_simd_f32s(x);
+    let (groups, rest) = body.as_chunks::<ACCUMULATORS>();
+    for group in groups {
+        for i in 0..ACCUMULATORS {
+            let terms = f(group[i]);
+            for n in 0..N {
+                acc[n][i] = simd.add_f32s(acc[n][i], terms[n]);
+            }
+        }
+    }
+    for (i, x) in rest.iter().enumerate() {
+        let terms = f(*x);
+        for n in 0..N {
+            acc[n][i] = simd.add_f32s(acc[n][i], terms[n]);
+        }
+    }
+    if !tail.is_empty() {
+        let filled = simd.mask_between_m32s(0, tail.len() as u32).mask();
+        let terms = f(simd.partial_load_f32s(tail));
+        for n in 0..N {
+            let term = simd.select_f32s(filled, terms[n], zero);
+            acc[n][rest.len()] = simd.add_f32s(acc[n][rest.len()], term);
+        }
+    }
+    let mut total = [0.0; N];
+    for n in 0..N {
+        total[n] = simd.reduce_sum_f32s(combine(acc[n], |a, b| simd.add_f32s(a, b)));
+    }
+    total
+}
+
+/// Goes over several slices at once: `f` gets the vectors at one place of all of them, those to read
+/// and those to update, and returns the new values of the latter. A tail is filled with zeros.
+///
+/// # Panics
+/// When the lengths differ.
+#[inline(always)]
+pub fn visit<S: Simd, const R: usize, const W: usize>(
+    simd: S,
+    read: [&[f32]; R],
+    write: [&mut [f32]; W],
+    mut f: impl FnMut([S::f32s; R], [S::f32s; W]) -> [S::f32s; W],
+) {
+    let len = write[0].len();
+    let bodies = len / S::F32_LANES;
+    let zero = simd.splat_f32s(0.0);
+    let mut read_parts: [(&[S::f32s], &[f32]); R] = [(&[], &[]); R];
+    for (part, slice) in read_parts.iter_mut().zip(read) {
+        assert_eq!(slice.len(), len);
+        let (body, tail) = S::as_simd_f32s(slice);
+        *part = (&body[..bodies], tail);
+    }
+    let write_parts = write.map(|slice| {
+        assert_eq!(slice.len(), len);
+        let (body, tail) = S::as_mut_simd_f32s(slice);
+        (&mut body[..bodies], tail)
+    });
+    let mut reads = [zero; R];
+    let mut writes = [zero; W];
+    for i in 0..bodies {
+        for k in 0..R {
+            reads[k] = read_parts[k].0[i];
+        }
+        for k in 0..W {
+            writes[k] = write_parts[k].0[i];
+        }
+        writes = f(reads, writes);
+        for k in 0..W {
+            write_parts[k].0[i] = writes[k];
+        }
+    }
+    if !len.is_multiple_of(S::F32_LANES) {
+        for k in 0..R {
+            reads[k] = simd.partial_load_f32s(read_parts[k].1);
+        }
+        for k in 0..W {
+            writes[k] = simd.partial_load_f32s(write_parts[k].1);
+        }
+        writes = f(reads, writes);
+        for k in 0..W {
+            simd.partial_store_f32s(write_parts[k].1, writes[k]);
+        }
+    }
+}
+
 /// `max x[i]`, −∞ for an empty slice. Unspecified when an element is NaN.
 #[inline(always)]
 pub fn max<S: Simd>(simd: S, x: &[f32]) -> f32 {

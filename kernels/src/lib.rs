@@ -27,6 +27,7 @@ pub mod gemm;
 pub mod isa;
 pub mod lanes;
 pub mod math;
+pub mod optim;
 pub mod reference;
 pub mod rowwise;
 pub mod scratch;

@@ -308,6 +308,27 @@ impl<'a, T> MatMut<'a, T> {
         }
     }
 
+    /// No rows, no columns.
+    pub(crate) fn empty() -> Self {
+        MatMut {
+            ptr: std::ptr::NonNull::dangling().as_ptr(),
+            rows: 0,
+            cols: 0,
+            row_stride: 0,
+            col_stride: 1,
+            lifetime: PhantomData,
+        }
+    }
+
+    /// The whole matrix as one slice, when it is row-major without gaps.
+    #[inline]
+    pub fn as_mut_slice(&mut self) -> Option<&mut [T]> {
+        let slice = self.as_ref().as_slice()?;
+        let (ptr, len) = (slice.as_ptr().cast_mut(), slice.len());
+        // SAFETY: the elements are this view's own, and `self` is borrowed mutably.
+        Some(unsafe { std::slice::from_raw_parts_mut(ptr, len) })
+    }
+
     /// A shorter loan of the same matrix.
     #[inline]
     pub fn reborrow(&mut self) -> MatMut<'_, T> {
@@ -400,6 +421,35 @@ impl<'a, T> MatMut<'a, T> {
     pub(crate) fn expect_contiguous_rows(&self, argument: &'static str) -> Result<(), ShapeError> {
         self.as_ref().expect_contiguous_rows(argument)
     }
+}
+
+/// Calls `f(index, blocks)` once for each index, with block `index` of each of three matrices: so many
+/// rows of each as stand beside it, the last block shorter. On the context's threads; where the blocks
+/// lie depends on no number of threads. A kernel with fewer outputs gives [`MatMut::empty`].
+///
+/// # Panics
+/// When the matrices have different numbers of blocks (empty ones aside).
+pub(crate) fn zip_row_blocks<T: Send + Sync, U: Send + Sync, V: Send + Sync>(
+    context: &Context,
+    first: (MatMut<'_, T>, usize),
+    second: (MatMut<'_, U>, usize),
+    third: (MatMut<'_, V>, usize),
+    f: impl Fn(usize, (MatMut<'_, T>, MatMut<'_, U>, MatMut<'_, V>)) + Sync,
+) {
+    fn block<'a, T>((matrix, rows_per_block): &'a (MatMut<'_, T>, usize), index: usize) -> MatMut<'a, T> {
+        let first = (index * rows_per_block).min(matrix.rows);
+        let last = (first + rows_per_block).min(matrix.rows);
+        let part = matrix.as_ref().sub(first..last, 0..matrix.cols);
+        // As in `for_each_row_block`: each index is run once, so each block is lent once.
+        MatMut { ptr: part.ptr.cast_mut(), rows: part.rows, lifetime: PhantomData, ..*matrix }
+    }
+    let blocks =
+        [first.0.rows.div_ceil(first.1), second.0.rows.div_ceil(second.1), third.0.rows.div_ceil(third.1)];
+    let count = blocks[0].max(blocks[1]).max(blocks[2]);
+    assert!(blocks.iter().all(|&n| n == count || n == 0), "blocks {blocks:?}");
+    context.for_each_task(count, |index| {
+        f(index, (block(&first, index), block(&second, index), block(&third, index)));
+    });
 }
 
 /// Calls `f(index, chunk)` once for each `chunk_len` elements of `data` (the last chunk may be

@@ -9,12 +9,10 @@
 
 use pulp::{Simd, WithSimd};
 
+use super::CHUNK;
 use crate::context::Context;
 use crate::error::{ShapeError, expect_dim};
 use crate::{lanes, math, view};
-
-/// Elements of one parallel task: about 20 µs of work.
-const CHUNK: usize = 16 * 1024;
 
 /// A function that is applied to each element.
 ///

@@ -1,0 +1,166 @@
+//! Root-mean-square normalisation over rows.
+//!
+//! ```text
+//! forward:   rstd = 1/√(Σ x²/n + eps);  y[j] = x[j]·rstd·gamma[j]
+//! backward:  g[j] = d_y[j]·gamma[j];  x̂[j] = x[j]·rstd
+//!            d_x[j] = rstd·(g[j] − x̂[j]·Σ g·x̂ / n);  d_gamma[j] += Σ rows d_y[j]·x̂[j]
+//! ```
+//! As [`super::layernorm`] without the mean: forward reads a row twice from L1.
+//!
+//! A NaN makes its whole row NaN.
+//!
+//! Source: Zhang and Sennrich 2019, arXiv:1910.07467, equation 4.
+
+use pulp::{Simd, WithSimd};
+
+use super::{ROWS_PER_SUM, expect_rows, reduce, rows_per_block};
+use crate::context::Context;
+use crate::error::{ShapeError, expect_dim};
+use crate::lanes;
+use crate::scratch::ScratchBuf;
+use crate::view::{self, MatMut, MatRef};
+
+struct Forward<'a> {
+    x: MatRef<'a>,
+    gamma: &'a [f32],
+    eps: f32,
+    y: MatMut<'a>,
+    rstd: &'a mut [f32],
+}
+
+impl WithSimd for Forward<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(mut self, simd: S) {
+        let n = self.x.cols() as f32;
+        for (i, rstd) in self.rstd.iter_mut().enumerate() {
+            let (x, y) = (self.x.row(i), self.y.row_mut(i));
+            *rstd = 1.0 / (lanes::dot(simd, x, x) / n + self.eps).sqrt();
+            let rstd = simd.splat_f32s(*rstd);
+            lanes::zip(simd, x, self.gamma, y, |x, gamma| simd.mul_f32s(simd.mul_f32s(x, rstd), gamma));
+        }
+    }
+}
+
+struct Backward<'a> {
+    x: MatRef<'a>,
+    gamma: &'a [f32],
+    rstd: &'a [f32],
+    d_y: MatRef<'a>,
+    d_x: MatMut<'a>,
+    d_gamma: &'a mut [f32],
+}
+
+impl WithSimd for Backward<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(mut self, simd: S) {
+        let n = 1.0 / self.x.cols() as f32;
+        self.d_gamma.fill(0.0);
+        for (i, rstd) in self.rstd.iter().enumerate() {
+            let (x, d_y, d_x) = (self.x.row(i), self.d_y.row(i), self.d_x.row_mut(i));
+            let rstd = simd.splat_f32s(*rstd);
+            let mut sum = simd.splat_f32s(0.0);
+            lanes::visit(simd, [x, d_y, self.gamma], [&mut *self.d_gamma], |[x, d_y, gamma], [d_gamma]| {
+                let normal = simd.mul_f32s(x, rstd);
+                sum = simd.mul_add_e_f32s(simd.mul_f32s(d_y, gamma), normal, sum);
+                [simd.mul_add_e_f32s(d_y, normal, d_gamma)]
+            });
+            let mean = simd.splat_f32s(simd.reduce_sum_f32s(sum) * n);
+            lanes::visit(simd, [x, d_y, self.gamma], [d_x], |[x, d_y, gamma], _| {
+                let normal = simd.mul_f32s(x, rstd);
+                let inner = simd.negate_mul_add_e_f32s(normal, mean, simd.mul_f32s(d_y, gamma));
+                [simd.mul_f32s(rstd, inner)]
+            });
+        }
+    }
+}
+
+/// `y[i][j] = x[i][j]·rstd[i]·gamma[j]`, `rstd[i] = 1/√(Σⱼ x[i][j]²/cols + eps)`, which is saved.
+///
+/// # Shapes
+/// x, y: `[rows, cols]`, rows contiguous; gamma: `[cols]`; rstd: `[rows]`.
+///
+/// # Errors
+/// [`ShapeError`] when the shapes differ or a row is not contiguous.
+///
+/// Accuracy: relative error at most `(cols/2 + 5)·2⁻²⁴` (`rowwise::tests::rmsnorm`).
+pub fn forward(
+    ctx: &Context,
+    x: MatRef,
+    gamma: &[f32],
+    eps: f32,
+    y: MatMut,
+    rstd: &mut [f32],
+) -> Result<(), ShapeError> {
+    let (rows, cols) = (x.rows(), x.cols());
+    x.expect_contiguous_rows("x")?;
+    expect_dim("gamma", "length", cols, gamma.len())?;
+    expect_rows("y", y.as_ref(), rows, cols)?;
+    expect_dim("rstd", "length", rows, rstd.len())?;
+    let block = rows_per_block(cols);
+    let rstd = MatMut::new(rstd, rows, 1)?;
+    let none = (MatMut::<f32>::empty(), 1);
+    view::zip_row_blocks(ctx, (y, block), (rstd, block), none, |index, (y, mut rstd, _)| {
+        let first = index * block;
+        let x = x.sub(first..first + rstd.rows(), 0..cols);
+        let rstd = rstd.as_mut_slice().expect("a block of a slice is a slice");
+        ctx.isa().dispatch(Forward { x, gamma, eps, y, rstd });
+    });
+    Ok(())
+}
+
+/// What backward reads: the input of forward, gamma, and what forward saved.
+#[derive(Debug, Clone, Copy)]
+pub struct Saved<'a> {
+    /// The input of forward, `[rows, cols]`.
+    pub x: MatRef<'a>,
+    /// The scale, `[cols]`.
+    pub gamma: &'a [f32],
+    /// What forward saved, `[rows]`.
+    pub rstd: &'a [f32],
+}
+
+/// The gradients of x and gamma; that of gamma is **added** to what is there.
+///
+/// # Shapes
+/// saved.x, d_y, d_x: `[rows, cols]`, rows contiguous; d_gamma: `[cols]`.
+///
+/// # Errors
+/// [`ShapeError`] when the shapes differ or a row is not contiguous.
+///
+/// Accuracy: the bounds of `rowwise::tests::rmsnorm`. d_gamma is summed over [`ROWS_PER_SUM`] rows at a
+/// time in a fixed order, so its bits depend on no number of threads.
+pub fn backward(
+    ctx: &Context,
+    saved: &Saved,
+    d_y: MatRef,
+    d_x: MatMut,
+    d_gamma: &mut [f32],
+) -> Result<(), ShapeError> {
+    let Saved { x, gamma, rstd } = *saved;
+    let (rows, cols) = (x.rows(), x.cols());
+    x.expect_contiguous_rows("x")?;
+    expect_dim("gamma", "length", cols, gamma.len())?;
+    expect_dim("rstd", "length", rows, rstd.len())?;
+    expect_rows("d_y", d_y, rows, cols)?;
+    expect_rows("d_x", d_x.as_ref(), rows, cols)?;
+    expect_dim("d_gamma", "length", cols, d_gamma.len())?;
+    if rows == 0 || cols == 0 {
+        return Ok(());
+    }
+    let chunks = rows.div_ceil(ROWS_PER_SUM);
+    let mut partial = ScratchBuf::take(chunks * cols);
+    let sums = MatMut::new(&mut partial, chunks, cols)?;
+    let none = (MatMut::<f32>::empty(), 1);
+    view::zip_row_blocks(ctx, (d_x, ROWS_PER_SUM), (sums, 1), none, |index, (d_x, mut sums, _)| {
+        let rows = index * ROWS_PER_SUM..index * ROWS_PER_SUM + d_x.rows();
+        let (x, d_y) = (x.sub(rows.clone(), 0..cols), d_y.sub(rows.clone(), 0..cols));
+        let rstd = &rstd[rows];
+        ctx.isa().dispatch(Backward { x, gamma, rstd, d_y, d_x, d_gamma: sums.row_mut(0) });
+    });
+    reduce::add_rows(ctx, MatRef::new(&partial, chunks, cols)?, d_gamma);
+    Ok(())
+}
