@@ -8,6 +8,7 @@ use std::fmt;
 use std::num::NonZeroUsize;
 use std::str::FromStr;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use crate::error::{IsaError, ShapeError};
 use crate::isa::{Isa, IsaName};
@@ -178,6 +179,20 @@ impl Context {
                 scope.spawn(|_| work());
             }
             work();
+        });
+    }
+
+    /// Runs `task` on each of `items`, which it takes by value: what owns disjoint parts of buffers is
+    /// handed to threads this way. As [`Context::for_each_task`] otherwise.
+    pub fn for_each_owned<T: Send>(&self, items: Vec<T>, task: impl Fn(T) + Sync) {
+        if self.thread_count() == 1 || items.len() <= 1 {
+            items.into_iter().for_each(task);
+            return;
+        }
+        let items: Vec<Mutex<Option<T>>> = items.into_iter().map(|item| Mutex::new(Some(item))).collect();
+        self.for_each_task(items.len(), |i| {
+            let item = items[i].lock().unwrap_or_else(PoisonError::into_inner).take();
+            task(item.expect("each index runs once"));
         });
     }
 }

@@ -256,6 +256,42 @@ pub fn visit<S: Simd, const R: usize, const W: usize>(
     }
 }
 
+/// `Σ f(x[0][i], x[1][i], …)` in a fixed order. `f` must map zeros to 0, because tails are filled with zeros.
+///
+/// # Panics
+/// When the lengths differ.
+#[inline(always)]
+pub fn sum_zip<S: Simd, const I: usize>(simd: S, x: [&[f32]; I], f: impl Fn([S::f32s; I]) -> S::f32s) -> f32 {
+    let len = x.first().map_or(0, |x| x.len());
+    assert!(x.iter().all(|x| x.len() == len));
+    let vectors = len / S::F32_LANES;
+    let x = x.map(|x| S::as_simd_f32s(x));
+    let zero = simd.splat_f32s(0.0);
+    let (mut acc, mut value) = ([zero; ACCUMULATORS], [zero; I]);
+    let grouped = vectors - vectors % ACCUMULATORS;
+    for first in (0..grouped).step_by(ACCUMULATORS) {
+        for (j, acc) in acc.iter_mut().enumerate() {
+            for k in 0..I {
+                value[k] = x[k].0[first + j];
+            }
+            *acc = simd.add_f32s(*acc, f(value));
+        }
+    }
+    for i in grouped..vectors {
+        for k in 0..I {
+            value[k] = x[k].0[i];
+        }
+        acc[i - grouped] = simd.add_f32s(acc[i - grouped], f(value));
+    }
+    if len > vectors * S::F32_LANES {
+        for k in 0..I {
+            value[k] = simd.partial_load_f32s(x[k].1);
+        }
+        acc[vectors - grouped] = simd.add_f32s(acc[vectors - grouped], f(value));
+    }
+    simd.reduce_sum_f32s(combine(acc, |a, b| simd.add_f32s(a, b)))
+}
+
 /// `max x[i]`, −∞ for an empty slice. Unspecified when an element is NaN.
 #[inline(always)]
 pub fn max<S: Simd>(simd: S, x: &[f32]) -> f32 {

@@ -29,6 +29,7 @@ pub mod lanes;
 pub mod math;
 pub mod optim;
 pub mod reference;
+pub mod rnn;
 pub mod rowwise;
 pub mod scratch;
 #[cfg(any(test, feature = "testing"))]

@@ -531,6 +531,19 @@ impl HeadsLayout {
         }
     }
 
+    /// [seq, batch, dim] without gaps, one head: the time-major order of recurrent layers.
+    pub fn seq_batch(seq: usize, batch: usize, dim: usize) -> HeadsLayout {
+        HeadsLayout {
+            batch,
+            seq,
+            heads: 1,
+            dim,
+            batch_stride: dim,
+            seq_stride: batch * dim,
+            head_stride: dim,
+        }
+    }
+
     fn shape(&self) -> [usize; 4] {
         [self.batch, self.seq, self.heads, self.dim]
     }
@@ -648,6 +661,24 @@ impl<'a> HeadsMut<'a> {
             HeadsMut { layout: HeadsLayout { heads: at, ..self.layout }, ..self },
             HeadsMut { ptr, layout: HeadsLayout { heads: heads - at, ..self.layout }, lifetime: PhantomData },
         )
+    }
+
+    /// Every head of every sequence, head by head within a sequence: disjoint parts to hand to threads.
+    pub fn into_heads(self) -> Vec<MatMut<'a>> {
+        let HeadsLayout { batch, heads, seq, dim, seq_stride, .. } = self.layout;
+        let pairs = (0..batch).flat_map(|b| (0..heads).map(move |h| (b, h)));
+        pairs
+            .map(|(b, h)| MatMut {
+                // SAFETY: `offset` checked the indices; the constructor checked that they lie in the buffer.
+                // Each pair occurs once and no two indices meet, so the parts are disjoint; `self` is consumed.
+                ptr: unsafe { self.ptr.add(self.layout.offset(b, h)) },
+                rows: seq,
+                cols: dim,
+                row_stride: seq_stride,
+                col_stride: 1,
+                lifetime: PhantomData,
+            })
+            .collect()
     }
 
     /// As [`HeadsMut::head_mut`] through a shared borrow, for tasks that each own one head.

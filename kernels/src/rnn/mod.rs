@@ -1,0 +1,289 @@
+//! Recurrent layers over whole sequences and step by step, forward and backward, and additive attention.
+//!
+//! Naively a layer is, for each step, one product of the input and one of the state with each gate's
+//! weights, then the gates:
+//! ```text
+//! for t in 0..seq:                          # or seq-1 down to 0
+//!     for b in 0..batch with t < lengths[b]:
+//!         a = W_ih · x[t, b] + b_ih + W_hh · h[b] + b_hh
+//!         h[b], c[b] = cell(a, h[b], c[b])
+//!         y[t, b] = h[b]
+//! ```
+//! What is done instead, and why it is fast:
+//! - **One input product.** The input's part of `a` is one matrix product over all steps, with the
+//!   biases in its epilogue; the recurrence then adds to it ([`sequence`](self)).
+//! - **All gates at once.** The gates' weights are one matrix, packed once a call, so a step is one
+//!   product accumulated onto the projected gates and one vector pass (`gates`).
+//! - **No work for padding.** Rows are ranked by length, longest first, and stored step by step without
+//!   gaps (`plan`): the rows that are alive at a step are a prefix of the batch, every product runs on
+//!   exactly those, and the state of a finished row is already where it belongs.
+//! - **Backward is one product a step.** The recurrence needs only `d_h = d_a · W_hh`; the gradients of
+//!   all weights and of the input are products over all steps after the loop. The gates' gradients
+//!   overwrite the saved gates.
+//! - **Reverse by index.** The reverse direction visits the steps from the last to the first; a row
+//!   joins at its own last step, so no sequence is reversed in memory.
+//! - **Threads own rows.** Each thread runs the recurrence of its own ranks from the first step to the
+//!   last, with no barrier in between.
+//!
+//! [`Saved`] takes its memory from the thread's scratch list, so inference simply drops it.
+//!
+//! # Layout
+//! Sequences are time-major: row `t * batch + b`. The columns of a gates buffer are `4 · hidden` for both
+//! cells: `[i f g o]` for the LSTM and `[n r z q]` for the GRU, where `q = W_hn·h + b_hn` is the part of the
+//! candidate that the reset gate scales. Weights have PyTorch's order (i f g o; r z n).
+//!
+//! # Numerical contract
+//! A row's outputs, final state and input gradient have the same bits for any batch around it, any padding and
+//! any number of threads; running step by step or carrying the state over a cut gives the same bits as one
+//! whole sequence. Error against f64: at most twice that of the naive f32 form, gradients three times
+//! (`tests` of `lstm` and `gru`).
+
+use crate::error::{ShapeError, expect_dim};
+use crate::view::{MatMut, MatRef};
+
+pub mod additive_attention;
+mod gates;
+mod gru;
+mod lstm;
+mod plan;
+mod sequence;
+mod step;
+#[cfg(test)]
+mod tests;
+
+pub use sequence::{Saved, backward, forward};
+pub use step::{PackedBackward, PackedCell, StepInput, project, step, step_backward, weight_gradients};
+
+use std::ops::Range;
+
+/// The kind of a recurrent layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Cell {
+    /// Long short-term memory; gates in the order i, f, g, o.
+    ///
+    /// # Source
+    /// Hochreiter and Schmidhuber 1997; with the forget gate of Gers, Schmidhuber and Cummins 2000.
+    Lstm,
+    /// Gated recurrent unit; gates in the order r, z, n; the reset gate scales `W_hn·h + b_hn`.
+    ///
+    /// # Source
+    /// Cho et al. 2014 (arXiv:1406.1078), with the reset after the product as in cuDNN and PyTorch.
+    Gru,
+}
+
+/// Columns of a gates buffer and the rows of `W_ih` whose product they receive.
+struct Window {
+    columns: Range<usize>,
+    rows: Range<usize>,
+}
+
+impl Cell {
+    /// Blocks of `hidden` rows in the weights: 4 for the LSTM, 3 for the GRU.
+    pub const fn gates(self) -> usize {
+        match self {
+            Cell::Lstm => 4,
+            Cell::Gru => 3,
+        }
+    }
+
+    /// Columns of a gates buffer.
+    pub const fn gate_columns(self, hidden: usize) -> usize {
+        4 * hidden
+    }
+
+    /// Whether the cell carries a second state `c`.
+    pub const fn has_cell_state(self) -> bool {
+        matches!(self, Cell::Lstm)
+    }
+
+    /// Columns of the state `c`: 0 for a cell that has none.
+    const fn cell_columns(self, hidden: usize) -> usize {
+        if self.has_cell_state() { hidden } else { 0 }
+    }
+
+    /// Where the input's product goes.
+    fn input_windows(self, hidden: usize) -> impl Iterator<Item = Window> {
+        let windows = match self {
+            Cell::Lstm => [Some(lstm::input_window(hidden)), None],
+            Cell::Gru => gru::input_windows(hidden).map(Some),
+        };
+        windows.into_iter().flatten()
+    }
+
+    /// The columns that the state's product is added to, in the order of the rows of `W_hh`.
+    fn recurrent_columns(self, hidden: usize) -> Range<usize> {
+        match self {
+            Cell::Lstm => 0..4 * hidden,
+            Cell::Gru => gru::recurrent_columns(hidden),
+        }
+    }
+}
+
+/// In which order a layer visits the steps of a sequence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Direction {
+    /// From step 0 to the row's last.
+    #[default]
+    Forward,
+    /// From the row's last step to step 0: reversal within its length.
+    Reverse,
+}
+
+/// The weights of one layer and direction, as PyTorch stores them.
+///
+/// # Shapes
+/// With G = [`Cell::gates`]: `w_ih` `[G·hidden, input]`, `w_hh` `[G·hidden, hidden]`, biases `[G·hidden]`.
+#[derive(Debug, Clone, Copy)]
+pub struct Weights<'a> {
+    /// The kind of cell.
+    pub cell: Cell,
+    /// Weights of the input; any strides.
+    pub w_ih: MatRef<'a>,
+    /// Weights of the state; any strides.
+    pub w_hh: MatRef<'a>,
+    /// Bias that goes with `w_ih`.
+    pub b_ih: &'a [f32],
+    /// Bias that goes with `w_hh`.
+    pub b_hh: &'a [f32],
+}
+
+impl Weights<'_> {
+    /// Width of the state.
+    pub fn hidden(&self) -> usize {
+        self.w_hh.cols()
+    }
+
+    /// Width of the input.
+    pub fn input(&self) -> usize {
+        self.w_ih.cols()
+    }
+
+    fn check(&self) -> Result<(), ShapeError> {
+        let rows = self.cell.gates() * self.hidden();
+        expect_dim("w_hh", "rows", rows, self.w_hh.rows())?;
+        expect_dim("w_ih", "rows", rows, self.w_ih.rows())?;
+        expect_dim("b_ih", "length", rows, self.b_ih.len())?;
+        expect_dim("b_hh", "length", rows, self.b_hh.len())
+    }
+}
+
+/// Gradients of [`Weights`], which are **added to**; shapes as there.
+#[derive(Debug)]
+pub struct WeightGrads<'a> {
+    /// Gradient of `w_ih`.
+    pub d_w_ih: MatMut<'a>,
+    /// Gradient of `w_hh`.
+    pub d_w_hh: MatMut<'a>,
+    /// Gradient of `b_ih`.
+    pub d_b_ih: &'a mut [f32],
+    /// Gradient of `b_hh`.
+    pub d_b_hh: &'a mut [f32],
+}
+
+impl WeightGrads<'_> {
+    fn check(&self, cell: Cell, hidden: usize, input: usize) -> Result<(), ShapeError> {
+        let rows = cell.gates() * hidden;
+        expect_dim("d_w_ih", "rows", rows, self.d_w_ih.rows())?;
+        expect_dim("d_w_ih", "columns", input, self.d_w_ih.cols())?;
+        expect_dim("d_w_hh", "rows", rows, self.d_w_hh.rows())?;
+        expect_dim("d_w_hh", "columns", hidden, self.d_w_hh.cols())?;
+        expect_dim("d_b_ih", "length", rows, self.d_b_ih.len())?;
+        expect_dim("d_b_hh", "length", rows, self.d_b_hh.len())
+    }
+}
+
+/// A padded batch of input sequences.
+///
+/// # Shapes
+/// `x` `[seq·batch, input]`, row `t·batch + b`, rows contiguous; `lengths` `[batch]`, each at most seq, zero
+/// allowed. Steps from a row's length on are padding: their `x` is never read.
+#[derive(Debug, Clone, Copy)]
+pub struct Sequence<'a> {
+    /// The inputs of all steps.
+    pub x: MatRef<'a>,
+    /// Steps of each row. In descending order they cost no reordering.
+    pub lengths: &'a [usize],
+    /// The order of the steps.
+    pub direction: Direction,
+}
+
+/// The state of a batch of rows, or its gradient, to read. Rows contiguous.
+#[derive(Debug, Clone, Copy)]
+pub struct State<'a> {
+    /// `[batch, hidden]`.
+    pub h: MatRef<'a>,
+    /// `[batch, hidden]` for a cell that has it, else `None`.
+    pub c: Option<MatRef<'a>>,
+}
+
+/// The state of a batch of rows, or its gradient, to write. Rows contiguous.
+#[derive(Debug)]
+pub struct StateMut<'a> {
+    /// `[batch, hidden]`.
+    pub h: MatMut<'a>,
+    /// `[batch, hidden]` for a cell that has it, else `None`.
+    pub c: Option<MatMut<'a>>,
+}
+
+/// Names of a state's arguments, for errors.
+type StateNames = [&'static str; 2];
+
+fn check_state_shape(
+    names: StateNames,
+    cell: Cell,
+    [batch, hidden]: [usize; 2],
+    (h, c): (MatRef<'_>, Option<MatRef<'_>>),
+) -> Result<(), ShapeError> {
+    let check = |name, part: MatRef<'_>| {
+        expect_dim(name, "rows", batch, part.rows())?;
+        expect_dim(name, "columns", hidden, part.cols())?;
+        part.expect_contiguous_rows(name)
+    };
+    check(names[0], h)?;
+    match c {
+        Some(c) if cell.has_cell_state() => check(names[1], c),
+        Some(c) => expect_dim(names[1], "columns (this cell has no such state)", 0, c.cols()),
+        None => expect_dim(names[1], "columns", cell.cell_columns(hidden), 0),
+    }
+}
+
+impl State<'_> {
+    fn check(&self, names: StateNames, cell: Cell, shape: [usize; 2]) -> Result<(), ShapeError> {
+        check_state_shape(names, cell, shape, (self.h, self.c))
+    }
+}
+
+impl StateMut<'_> {
+    fn check(&self, names: StateNames, cell: Cell, shape: [usize; 2]) -> Result<(), ShapeError> {
+        check_state_shape(names, cell, shape, (self.h.as_ref(), self.c.as_ref().map(MatMut::as_ref)))
+    }
+}
+
+/// What [`forward`] writes.
+#[derive(Debug)]
+pub struct Output<'a> {
+    /// The state after each step: `[seq·batch, hidden]`, rows contiguous; padding becomes zeros.
+    pub y: MatMut<'a>,
+    /// The state after each row's last step (for length 0 the initial state), where it is wanted.
+    pub last: Option<StateMut<'a>>,
+}
+
+/// The gradients that reach [`backward`]; what is `None` is zero.
+#[derive(Debug, Clone, Copy)]
+pub struct OutputGrads<'a> {
+    /// Of [`Output::y`]: `[seq·batch, hidden]`, rows contiguous. Rows of padding are never read.
+    pub d_y: Option<MatRef<'a>>,
+    /// Of [`Output::last`].
+    pub d_last: Option<State<'a>>,
+}
+
+/// The gradients that [`backward`] gives.
+#[derive(Debug)]
+pub struct InputGrads<'a> {
+    /// Of the weights: **added to**.
+    pub weights: WeightGrads<'a>,
+    /// Of the inputs: `[seq·batch, input]`, rows contiguous, overwritten; padding becomes zeros.
+    pub d_x: Option<MatMut<'a>>,
+    /// Of the initial state, overwritten.
+    pub d_initial: Option<StateMut<'a>>,
+}

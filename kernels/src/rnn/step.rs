@@ -1,0 +1,334 @@
+//! Single steps for decoding and for decoders with attention, and the products that a layer consists of.
+//!
+//! A decoder that feeds attention into its next input cannot project all inputs beforehand. It packs the
+//! weights once ([`PackedCell`]), steps ([`step`]), keeps each step's gates, goes back step by step
+//! ([`step_backward`], which leaves the gates' gradients in the gates buffer), and at the end computes
+//! the weights' gradients of all steps at once ([`weight_gradients`]). The part of the input that is known
+//! beforehand (the embedding) can still be projected at once: [`project`] with the columns of `W_ih` that
+//! belong to it, then steps with [`Accum::Add`] and a cell packed from the other columns.
+
+use crate::context::Context;
+use crate::error::{ShapeError, expect_dim};
+use crate::gemm::{Accum, Epilogue, PackedWeights, gemm, gemm_packed};
+use crate::rowwise::reduce;
+use crate::scratch::ScratchBuf;
+use crate::view::{MatMut, MatRef};
+
+use super::plan::{matrix, matrix_mut};
+use super::{Cell, State, StateMut, WeightGrads, Weights, Window, gates};
+
+/// What the columns of a gates buffer start from: the sum of both biases where both act.
+pub(super) fn start_bias(weights: &Weights<'_>) -> ScratchBuf {
+    let hidden = weights.hidden();
+    let mut bias = ScratchBuf::zeroed(weights.cell.gate_columns(hidden));
+    bias[weights.cell.recurrent_columns(hidden)].copy_from_slice(weights.b_hh);
+    for Window { columns, rows } in weights.cell.input_windows(hidden) {
+        for (sum, b) in bias[columns].iter_mut().zip(&weights.b_ih[rows]) {
+            *sum += b;
+        }
+    }
+    bias
+}
+
+/// A bias as an epilogue.
+fn biased(bias: &[f32]) -> Epilogue<'_> {
+    Epilogue { bias: Some(bias), ..Epilogue::default() }
+}
+
+/// Writes the bias of the columns that no input reaches.
+fn fill_untouched(cell: Cell, hidden: usize, bias: &[f32], gates: &mut MatMut<'_>) {
+    if cell == Cell::Gru {
+        for row in 0..gates.rows() {
+            gates.row_mut(row)[3 * hidden..].copy_from_slice(&bias[3 * hidden..]);
+        }
+    }
+}
+
+/// The input's part of the gates of any number of steps: every column of `gates` becomes what the state's
+/// product is to be added to, biases included.
+///
+/// `gates = x · W_ihᵀ + b` with b the biases that act on the column.
+///
+/// # Shapes
+/// x `[rows, input]` → gates `[rows, 4·hidden]`, rows contiguous.
+///
+/// # Errors
+/// [`ShapeError`] when shapes do not fit; nothing is written then.
+pub fn project(
+    ctx: &Context,
+    weights: &Weights<'_>,
+    x: MatRef<'_>,
+    gates: MatMut<'_>,
+) -> Result<(), ShapeError> {
+    weights.check()?;
+    let packed = pack_input(ctx, weights)?;
+    project_packed(ctx, weights.cell, &packed, &start_bias(weights), (x, gates))
+}
+
+/// `W_ihᵀ`, window by window.
+fn pack_input(ctx: &Context, weights: &Weights<'_>) -> Result<Vec<PackedWeights>, ShapeError> {
+    let windows = weights.cell.input_windows(weights.hidden());
+    windows
+        .map(|Window { rows, .. }| PackedWeights::pack(ctx, weights.w_ih.sub(rows, 0..weights.input()).t()))
+        .collect()
+}
+
+fn project_packed(
+    ctx: &Context,
+    cell: Cell,
+    packed: &[PackedWeights],
+    bias: &[f32],
+    (x, mut gates): (MatRef<'_>, MatMut<'_>),
+) -> Result<(), ShapeError> {
+    let (rows, hidden) = (x.rows(), bias.len() / 4);
+    check_gates(gates.as_ref(), rows, hidden, cell)?;
+    for (Window { columns, .. }, w) in cell.input_windows(hidden).zip(packed) {
+        expect_dim("x", "columns", w.rows(), x.cols())?;
+        let part = gates.reborrow().sub(0..rows, columns.clone());
+        gemm_packed(ctx, x, w, part, Accum::Overwrite, &biased(&bias[columns]))?;
+    }
+    fill_untouched(cell, hidden, bias, &mut gates);
+    Ok(())
+}
+
+fn check_gates(gates: MatRef<'_>, rows: usize, hidden: usize, cell: Cell) -> Result<(), ShapeError> {
+    expect_dim("gates", "rows", rows, gates.rows())?;
+    expect_dim("gates", "columns", cell.gate_columns(hidden), gates.cols())?;
+    gates.expect_contiguous_rows("gates")
+}
+
+/// The weights of a cell, packed for many steps.
+#[derive(Debug)]
+pub struct PackedCell {
+    cell: Cell,
+    hidden: usize,
+    input: usize,
+    w_ih: Vec<PackedWeights>,
+    w_hh: PackedWeights,
+    bias: Vec<f32>,
+}
+
+impl PackedCell {
+    /// Packs the weights for this context's kernel.
+    ///
+    /// # Errors
+    /// [`ShapeError`] when the weights do not fit together.
+    pub fn pack(ctx: &Context, weights: &Weights<'_>) -> Result<PackedCell, ShapeError> {
+        weights.check()?;
+        Ok(PackedCell {
+            cell: weights.cell,
+            hidden: weights.hidden(),
+            input: weights.input(),
+            w_ih: pack_input(ctx, weights)?,
+            w_hh: PackedWeights::pack(ctx, weights.w_hh.t())?,
+            bias: start_bias(weights).to_vec(),
+        })
+    }
+
+    /// The kind of cell.
+    pub fn cell(&self) -> Cell {
+        self.cell
+    }
+
+    /// Width of the state.
+    pub fn hidden(&self) -> usize {
+        self.hidden
+    }
+
+    /// Width of the input.
+    pub fn input(&self) -> usize {
+        self.input
+    }
+}
+
+/// The input of one step.
+#[derive(Debug, Clone, Copy)]
+pub struct StepInput<'a> {
+    /// `[rows, input]`.
+    pub x: MatRef<'a>,
+    /// `Overwrite`: the gates start from the biases. `Add`: they hold a part that [`project`] has put
+    /// there, biases included, and x is the rest of the input.
+    pub accum: Accum,
+}
+
+/// One step of `rows` independent rows.
+///
+/// # Shapes
+/// x `[rows, input]`, states `[rows, hidden]`, gates `[rows, 4·hidden]`, rows contiguous. The gates are left
+/// activated, as [`step_backward`] wants them.
+///
+/// # Errors
+/// [`ShapeError`] when shapes do not fit, or the cell was packed for another kernel.
+///
+/// The bits are those of the same step within [`forward`](super::forward).
+pub fn step(
+    ctx: &Context,
+    cell: &PackedCell,
+    input: StepInput<'_>,
+    state: State<'_>,
+    mut gates: MatMut<'_>,
+    next: StateMut<'_>,
+) -> Result<(), ShapeError> {
+    let (rows, hidden, kind) = (input.x.rows(), cell.hidden, cell.cell);
+    check_gates(gates.as_ref(), rows, hidden, kind)?;
+    expect_dim("x", "columns", cell.input, input.x.cols())?;
+    state.check(["state.h", "state.c"], kind, [rows, hidden])?;
+    next.check(["next.h", "next.c"], kind, [rows, hidden])?;
+    match input.accum {
+        Accum::Overwrite => {
+            project_packed(ctx, kind, &cell.w_ih, &cell.bias, (input.x, gates.reborrow()))?;
+        }
+        Accum::Add => {
+            for (Window { columns, .. }, w) in kind.input_windows(hidden).zip(&cell.w_ih) {
+                let part = gates.reborrow().sub(0..rows, columns);
+                gemm_packed(ctx, input.x, w, part, Accum::Add, &Epilogue::default())?;
+            }
+        }
+    }
+    let sums = gates.reborrow().sub(0..rows, kind.recurrent_columns(hidden));
+    gemm_packed(ctx, state.h, &cell.w_hh, sums, Accum::Add, &Epilogue::default())?;
+    let (c_prev, c) = (state.c.unwrap_or(no_columns(rows)), next.c.unwrap_or(no_columns_mut(rows)));
+    gates::forward(ctx, kind, gates::Forward { gates, h_prev: state.h, c_prev, h: next.h, c });
+    Ok(())
+}
+
+/// The state `c` of a cell that has none.
+fn no_columns(rows: usize) -> MatRef<'static> {
+    matrix(&[], rows, 0)
+}
+
+fn no_columns_mut(rows: usize) -> MatMut<'static> {
+    matrix_mut(&mut [], rows, 0)
+}
+
+/// The weights of a cell, packed for many steps backward.
+#[derive(Debug)]
+pub struct PackedBackward {
+    cell: Cell,
+    hidden: usize,
+    input: usize,
+    w_ih: Vec<PackedWeights>,
+    w_hh: PackedWeights,
+}
+
+impl PackedBackward {
+    /// Packs the weights for this context's kernel.
+    ///
+    /// # Errors
+    /// [`ShapeError`] when the weights do not fit together.
+    pub fn pack(ctx: &Context, weights: &Weights<'_>) -> Result<PackedBackward, ShapeError> {
+        weights.check()?;
+        let (hidden, input) = (weights.hidden(), weights.input());
+        let windows = weights.cell.input_windows(hidden);
+        Ok(PackedBackward {
+            cell: weights.cell,
+            hidden,
+            input,
+            w_ih: windows
+                .map(|Window { rows, .. }| PackedWeights::pack(ctx, weights.w_ih.sub(rows, 0..input)))
+                .collect::<Result<_, _>>()?,
+            w_hh: PackedWeights::pack(ctx, weights.w_hh)?,
+        })
+    }
+}
+
+/// One step backward.
+///
+/// `gates` holds what [`step`] left and becomes the gradients of the sums; `d_state` holds the gradient of the
+/// new state (all that flows into it) and becomes that of the old; `d_x` is overwritten.
+///
+/// # Shapes
+/// As [`step`]; `state` is the state before the step; d_x `[rows, input]`.
+///
+/// # Errors
+/// [`ShapeError`] when shapes do not fit, or the cell was packed for another kernel.
+pub fn step_backward(
+    ctx: &Context,
+    cell: &PackedBackward,
+    state: State<'_>,
+    mut gates: MatMut<'_>,
+    mut d_state: StateMut<'_>,
+    d_x: Option<MatMut<'_>>,
+) -> Result<(), ShapeError> {
+    let (rows, hidden, kind) = (state.h.rows(), cell.hidden, cell.cell);
+    check_gates(gates.as_ref(), rows, hidden, kind)?;
+    state.check(["state.h", "state.c"], kind, [rows, hidden])?;
+    d_state.check(["d_state.h", "d_state.c"], kind, [rows, hidden])?;
+    if let Some(d_x) = &d_x {
+        expect_dim("d_x", "rows", rows, d_x.rows())?;
+        expect_dim("d_x", "columns", cell.input, d_x.cols())?;
+    }
+    let c_prev = state.c.unwrap_or(no_columns(rows));
+    let d_c = d_state.c.unwrap_or(no_columns_mut(rows));
+    let d_h = d_state.h.reborrow();
+    gates::backward(
+        ctx,
+        kind,
+        gates::Backward { gates: gates.reborrow(), h_prev: state.h, c_prev, d_h, d_c },
+    );
+    state_gradient(ctx, (kind, &cell.w_hh), gates.as_ref(), d_state.h)?;
+    let Some(mut d_x) = d_x else { return Ok(()) };
+    let mut accum = Accum::Overwrite;
+    for (Window { columns, .. }, w) in kind.input_windows(hidden).zip(&cell.w_ih) {
+        let d_sums = gates.as_ref().sub(0..rows, columns);
+        gemm_packed(ctx, d_sums, w, d_x.reborrow(), accum, &Epilogue::default())?;
+        accum = Accum::Add;
+    }
+    Ok(())
+}
+
+/// `d_h = d_sums · W_hh`, added to the direct part where the cell has one.
+pub(super) fn state_gradient(
+    ctx: &Context,
+    (cell, w_hh): (Cell, &PackedWeights),
+    d_gates: MatRef<'_>,
+    d_h: MatMut<'_>,
+) -> Result<(), ShapeError> {
+    let accum = match cell {
+        Cell::Lstm => Accum::Overwrite,
+        Cell::Gru => Accum::Add,
+    };
+    let d_sums = d_gates.sub(0..d_gates.rows(), cell.recurrent_columns(w_hh.cols()));
+    gemm_packed(ctx, d_sums, w_hh, d_h, accum, &Epilogue::default())
+}
+
+/// The weights' gradients from the gates' gradients of any number of steps, **added** to `grads`.
+///
+/// `d_W_ih += d_sumsᵀ·x`, `d_W_hh += d_sumsᵀ·h_prev`, `d_b += Σ d_sums`, each over the gates that the weight
+/// acts on.
+///
+/// # Shapes
+/// d_gates `[rows, 4·hidden]`, x `[rows, input]`, h_prev `[rows, hidden]` (the state before each step).
+///
+/// # Errors
+/// [`ShapeError`] when shapes do not fit.
+///
+/// The sums over rows go in a fixed order: the same bits for any number of threads.
+pub fn weight_gradients(
+    ctx: &Context,
+    cell: Cell,
+    d_gates: MatRef<'_>,
+    x: MatRef<'_>,
+    h_prev: MatRef<'_>,
+    grads: WeightGrads<'_>,
+) -> Result<(), ShapeError> {
+    let (rows, hidden, input) = (x.rows(), h_prev.cols(), x.cols());
+    expect_dim("h_prev", "rows", rows, h_prev.rows())?;
+    check_gates(d_gates, rows, hidden, cell)?;
+    grads.check(cell, hidden, input)?;
+    let WeightGrads { mut d_w_ih, d_w_hh, d_b_ih, d_b_hh } = grads;
+    let recurrent = cell.recurrent_columns(hidden);
+    let d_sums = d_gates.sub(0..rows, recurrent.clone()).t();
+    gemm(ctx, d_sums, h_prev, d_w_hh, Accum::Add, &Epilogue::default())?;
+    let mut sums = ScratchBuf::zeroed(cell.gate_columns(hidden));
+    reduce::col_sum(ctx, d_gates, &mut sums)?;
+    let add = |into: &mut [f32], from: &[f32]| into.iter_mut().zip(from).for_each(|(d_b, sum)| *d_b += sum);
+    add(d_b_hh, &sums[recurrent]);
+    for Window { columns, rows: gate_rows } in cell.input_windows(hidden) {
+        let d_sums = d_gates.sub(0..rows, columns.clone()).t();
+        let part = d_w_ih.reborrow().sub(gate_rows.clone(), 0..input);
+        gemm(ctx, d_sums, x, part, Accum::Add, &Epilogue::default())?;
+        add(&mut d_b_ih[gate_rows], &sums[columns]);
+    }
+    Ok(())
+}

@@ -1,0 +1,252 @@
+//! Whole sequences against the naive form, and the bits that must not change.
+
+use std::num::NonZeroUsize;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::error::ShapeError;
+use crate::testing::{assert_same_bits, for_each_isa};
+
+const CELLS: [Cell; 2] = [Cell::Lstm, Cell::Gru];
+const DIRECTIONS: [Direction; 2] = [Direction::Forward, Direction::Reverse];
+
+#[track_caller]
+fn check_against_reference(ctx: &Context, case: &Case) {
+    let (out, grads) = case.run(ctx);
+    let (naive_out, naive_grads) = case.naive::<f32>();
+    let (exact_out, exact_grads) = case.naive::<f64>();
+    let all = tensors(&out, &grads).into_iter().zip(tensors(&naive_out, &naive_grads));
+    for (((name, fast), (_, naive)), (_, exact)) in all.zip(tensors(&exact_out, &exact_grads)) {
+        let factor = if name.starts_with("d_") { 3.0 } else { 2.0 };
+        assert_near(&format!("{name} on {} of {case:?}", ctx.isa()), factor, fast, naive, exact);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn outputs_and_gradients_are_as_exact_as_the_naive_form(
+        gru in any::<bool>(),
+        reverse in any::<bool>(),
+        input in 0usize..20,
+        hidden in prop::sample::select(vec![1usize, 3, 7, 8, 9, 15, 16, 17, 24, 33]),
+        lengths in prop::collection::vec(0usize..7, 0..9),
+    ) {
+        let seq = lengths.iter().copied().max().unwrap_or(0) + input % 2;
+        let case = Case::new(CELLS[gru as usize], DIRECTIONS[reverse as usize], [seq, input, hidden], &lengths);
+        for_each_isa(|ctx| check_against_reference(ctx, &case));
+    }
+}
+
+#[test]
+fn larger_layers_are_as_exact_as_the_naive_form() {
+    for cell in CELLS {
+        for direction in DIRECTIONS {
+            let case = Case::new(cell, direction, [11, 40, 72], &[11, 4, 9, 11, 1, 7, 2, 11, 10, 3, 5, 8, 6]);
+            for_each_isa(|ctx| check_against_reference(ctx, &case));
+        }
+    }
+}
+
+#[test]
+fn bits_do_not_depend_on_threads() {
+    for cell in CELLS {
+        for direction in DIRECTIONS {
+            let lengths: Vec<usize> = (0..29).map(|b| (b * 7) % 13).collect();
+            let case = Case::new(cell, direction, [13, 31, 64], &lengths);
+            for_each_isa(|ctx| {
+                let (out, grads) = case.run(ctx);
+                for threads in 2..=4 {
+                    let (out_n, grads_n) = case.run(&ctx.threads(NonZeroUsize::new(threads).unwrap()));
+                    let both = tensors(&out, &grads).into_iter().zip(tensors(&out_n, &grads_n));
+                    both.for_each(|((_, one), (_, many))| assert_same_bits(one, many));
+                }
+            });
+        }
+    }
+}
+
+/// Rows `rows` of each step of a time-major tensor of `batch` rows of `width`, the first `seq` steps.
+fn pick(data: &[f32], seq: usize, batch: usize, width: usize, rows: &[usize]) -> Vec<f32> {
+    let row = |t: usize, b: usize| &data[(t * batch + b) * width..][..width];
+    (0..seq).flat_map(|t| rows.iter().flat_map(move |&b| row(t, b))).copied().collect()
+}
+
+/// The same layer over some rows of the batch, padded to `seq` steps (padding is NaN).
+fn subset(case: &Case, rows: &[usize], seq: usize) -> Case {
+    let batch = case.batch();
+    let kept = case.seq.min(seq);
+    let steps = |data: &[f32], width: usize| {
+        let mut picked = pick(data, kept, batch, width, rows);
+        picked.resize(seq * rows.len() * width, f32::NAN);
+        picked
+    };
+    let once = |data: &[f32], width: usize| pick(data, 1, batch, width, rows);
+    let (hidden, cell_columns) = (case.hidden, case.cell.cell_columns(case.hidden));
+    Case {
+        seq,
+        lengths: rows.iter().map(|&b| case.lengths[b]).collect(),
+        x: steps(&case.x, case.input),
+        h0: once(&case.h0, hidden),
+        c0: once(&case.c0, cell_columns),
+        d: RecurrentOutput {
+            y: steps(&case.d.y, hidden),
+            h: once(&case.d.h, hidden),
+            c: once(&case.d.c, cell_columns),
+        },
+        ..case.clone()
+    }
+}
+
+#[test]
+fn bits_of_a_row_depend_on_neither_its_neighbours_nor_the_padding() {
+    for cell in CELLS {
+        for direction in DIRECTIONS {
+            let case = Case::new(cell, direction, [6, 10, 19], &[3, 6, 0, 5, 3, 1, 6, 2]);
+            let hidden = case.hidden;
+            for_each_isa(|ctx| {
+                let (whole, whole_grads) = case.run(ctx);
+                for (rows, seq) in [(vec![3], 5), (vec![4], 9), (vec![6, 1, 0], 6), (vec![0, 5, 2], 4)] {
+                    let part = subset(&case, &rows, seq);
+                    let (out, grads) = part.run(ctx);
+                    let kept = seq.min(case.seq);
+                    let same = |whole: &[f32], part: &[f32], seq: usize, width: usize| {
+                        let len = seq * rows.len() * width;
+                        assert_same_bits(&pick(whole, seq, case.batch(), width, &rows), &part[..len]);
+                        assert!(part[len..].iter().all(|&x| x == 0.0), "padding is not zero");
+                    };
+                    same(&whole.y, &out.y, kept, hidden);
+                    same(&whole.h, &out.h, 1, hidden);
+                    same(&whole.c, &out.c, 1, cell.cell_columns(hidden));
+                    same(&whole_grads.d_x, &grads.d_x, kept, case.input);
+                    same(&whole_grads.d_h0, &grads.d_h0, 1, hidden);
+                    same(&whole_grads.d_c0, &grads.d_c0, 1, cell.cell_columns(hidden));
+                    assert!(grads.d_w_ih.iter().chain(&grads.d_w_hh).all(|x| x.is_finite()));
+                }
+            });
+        }
+    }
+}
+
+#[test]
+fn carrying_the_state_over_a_cut_gives_the_bits_of_one_run() {
+    for cell in CELLS {
+        let case = Case::new(cell, Direction::Forward, [7, 5, 18], &[7, 4, 2, 6]);
+        for_each_isa(|ctx| {
+            let (whole, _) = case.run(ctx);
+            let cut = 3;
+            let rows = cut * case.batch();
+            let mut first = case.clone();
+            first.seq = cut;
+            first.lengths.iter_mut().for_each(|length| *length = cut.min(*length));
+            first.x.truncate(rows * case.input);
+            first.d.y.truncate(rows * case.hidden);
+            let (head, _) = first.run(ctx);
+            let mut second = case.clone();
+            second.seq -= cut;
+            second.lengths.iter_mut().for_each(|length| *length -= cut.min(*length));
+            second.x.drain(..rows * case.input);
+            second.d.y.drain(..rows * case.hidden);
+            (second.h0, second.c0) = (head.h.clone(), head.c.clone());
+            let (tail, _) = second.run(ctx);
+            assert_same_bits(&whole.y, &[head.y, tail.y].concat());
+            assert_same_bits(&whole.h, &tail.h);
+            assert_same_bits(&whole.c, &tail.c);
+        });
+    }
+}
+
+#[test]
+fn reverse_is_forward_over_rows_reversed_within_their_lengths() {
+    for cell in CELLS {
+        let reverse = Case::new(cell, Direction::Reverse, [5, 4, 9], &[5, 2, 0, 3]);
+        let flip = |data: &[f32], width: usize| {
+            let mut flipped = data.to_vec();
+            for (b, &length) in reverse.lengths.iter().enumerate() {
+                for t in 0..length {
+                    let (from, to) = ((length - 1 - t) * reverse.batch() + b, t * reverse.batch() + b);
+                    flipped[to * width..][..width].copy_from_slice(&data[from * width..][..width]);
+                }
+            }
+            flipped
+        };
+        let mut forward = reverse.clone();
+        forward.direction = Direction::Forward;
+        forward.x = flip(&reverse.x, reverse.input);
+        forward.d.y = flip(&reverse.d.y, reverse.hidden);
+        for_each_isa(|ctx| {
+            let ((out, grads), (flipped, flipped_grads)) = (reverse.run(ctx), forward.run(ctx));
+            assert_same_bits(&out.y, &flip(&flipped.y, reverse.hidden));
+            assert_same_bits(&out.h, &flipped.h);
+            assert_same_bits(&grads.d_x, &flip(&flipped_grads.d_x, reverse.input));
+            assert_same_bits(&grads.d_h0, &flipped_grads.d_h0);
+        });
+    }
+}
+
+#[test]
+fn gradients_of_weights_are_added_to_what_is_there() {
+    let case = Case::new(Cell::Gru, Direction::Forward, [3, 2, 5], &[3, 1]);
+    for_each_isa(|ctx| {
+        let (_, grads) = case.run(ctx);
+        let (weights, sequence) = (case.weights(), case.sequence());
+        let mut y = vec![0.0; case.d.y.len()];
+        let output = Output { y: MatMut::new(&mut y, 6, 5).unwrap(), last: None };
+        let initial = Some(case.state(&case.h0, &case.c0));
+        let saved = forward(ctx, &weights, &sequence, initial, output).unwrap();
+        let (mut d_w_ih, mut d_w_hh) = (vec![1.0; 30], vec![1.0; 75]);
+        let (mut d_b_ih, mut d_b_hh) = (vec![1.0; 15], vec![1.0; 15]);
+        let upstream = OutputGrads {
+            d_y: Some(MatRef::new(&case.d.y, 6, 5).unwrap()),
+            d_last: Some(case.state(&case.d.h, &case.d.c)),
+        };
+        let d_weights = WeightGrads {
+            d_w_ih: MatMut::new(&mut d_w_ih, 15, 2).unwrap(),
+            d_w_hh: MatMut::new(&mut d_w_hh, 15, 5).unwrap(),
+            d_b_ih: &mut d_b_ih,
+            d_b_hh: &mut d_b_hh,
+        };
+        let into = InputGrads { weights: d_weights, d_x: None, d_initial: None };
+        backward(ctx, &weights, &sequence, saved, upstream, into).unwrap();
+        let pairs = [
+            (&grads.d_w_ih, &d_w_ih),
+            (&grads.d_w_hh, &d_w_hh),
+            (&grads.d_b_ih, &d_b_ih),
+            (&grads.d_b_hh, &d_b_hh),
+        ];
+        for (once, added) in pairs {
+            let near =
+                |(&once, &added): (&f32, &f32)| (once + 1.0 - added).abs() <= 1e-5 * (1.0 + once.abs());
+            assert!(once.iter().zip(added).all(near), "{once:?} {added:?}");
+        }
+    });
+}
+
+#[test]
+fn bad_shapes_are_typed_errors() {
+    let case = Case::new(Cell::Lstm, Direction::Forward, [3, 2, 4], &[3, 1]);
+    let ctx = Context::with_isa(crate::Isa::best());
+    let mut y = vec![7.0; 24];
+    let mut run = |weights: &Weights<'_>, sequence: &Sequence<'_>, initial: Option<State<'_>>| {
+        let output = Output { y: MatMut::new(&mut y, 6, 4).unwrap(), last: None };
+        forward(&ctx, weights, sequence, initial, output).map(|_| ()).unwrap_err().to_string()
+    };
+    let (weights, sequence) = (case.weights(), case.sequence());
+    let error = run(&Weights { b_hh: &case.b_hh[1..], ..weights }, &sequence, None);
+    assert_eq!(error, "b_hh: length is 15, expected 16");
+    let error = run(&Weights { cell: Cell::Gru, ..weights }, &sequence, None);
+    assert_eq!(error, "w_hh: rows is 16, expected 12");
+    let error = run(&weights, &Sequence { lengths: &[3, 4], ..sequence }, None);
+    assert!(error.starts_with("lengths[1] is 4"), "{error}");
+    let error = run(&weights, &Sequence { lengths: &[1; 4], ..sequence }, None);
+    assert!(error.starts_with("x: rows"), "{error}");
+    let h = MatRef::new(&case.h0, 2, 4).unwrap();
+    assert_eq!(run(&weights, &sequence, Some(State { h, c: None })), "initial.c: columns is 0, expected 4");
+    assert!(y.iter().all(|&y| y == 7.0), "written in spite of the error");
+    assert!(matches!(
+        Case { b_ih: vec![], ..case.clone() }.weights().check(),
+        Err(ShapeError::Dimension { argument: "b_ih", .. })
+    ));
+}

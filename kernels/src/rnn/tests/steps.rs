@@ -1,0 +1,148 @@
+//! Single steps: the bits of the whole sequence, forward and backward.
+
+use super::*;
+use crate::gemm::Accum;
+use crate::rnn::{PackedBackward, PackedCell, StepInput, project, step, step_backward, weight_gradients};
+use crate::testing::{assert_same_bits, for_each_isa};
+
+/// Steps through a case whose rows all have full length; gives y, final state, the gates of all steps and the
+/// cell states before each.
+fn by_steps(ctx: &Context, case: &Case) -> (RecurrentOutput<f32>, Vec<f32>, Vec<Vec<f32>>) {
+    let (batch, hidden, input) = (case.batch(), case.hidden, case.input);
+    let packed = PackedCell::pack(ctx, &case.weights()).unwrap();
+    assert_eq!((packed.cell(), packed.hidden(), packed.input()), (case.cell, hidden, input));
+    let (mut h, mut c) = (case.h0.clone(), case.c0.clone());
+    let (mut y, mut all_gates, mut cells) = (vec![], vec![], vec![]);
+    for x in case.x.chunks(batch * input) {
+        let mut gates = vec![f32::NAN; batch * 4 * hidden];
+        let (mut h_next, mut c_next) = (vec![f32::NAN; h.len()], vec![f32::NAN; c.len()]);
+        let x = MatRef::new(x, batch, input).unwrap();
+        let into = MatMut::new(&mut gates, batch, 4 * hidden).unwrap();
+        let next = case.state_mut(&mut h_next, &mut c_next);
+        step(ctx, &packed, StepInput { x, accum: Accum::Overwrite }, case.state(&h, &c), into, next).unwrap();
+        cells.push(c);
+        (h, c) = (h_next, c_next);
+        y.extend_from_slice(&h);
+        all_gates.extend(gates);
+    }
+    (RecurrentOutput { y, h, c }, all_gates, cells)
+}
+
+#[test]
+fn steps_give_the_bits_of_the_whole_sequence() {
+    for cell in [Cell::Lstm, Cell::Gru] {
+        let case = Case::new(cell, Direction::Forward, [4, 6, 21], &[4; 5]);
+        for_each_isa(|ctx| {
+            let (whole, _) = case.run(ctx);
+            let (stepped, ..) = by_steps(ctx, &case);
+            assert_same_bits(&whole.y, &stepped.y);
+            assert_same_bits(&whole.h, &stepped.h);
+            assert_same_bits(&whole.c, &stepped.c);
+        });
+    }
+}
+
+#[test]
+fn steps_backward_give_the_bits_of_the_whole_sequence() {
+    for cell in [Cell::Lstm, Cell::Gru] {
+        let case = Case::new(cell, Direction::Forward, [4, 6, 21], &[4; 5]);
+        let (batch, hidden, input) = (case.batch(), case.hidden, case.input);
+        for_each_isa(|ctx| {
+            let (out, grads) = case.run(ctx);
+            let (_, mut gates, cells) = by_steps(ctx, &case);
+            let packed = PackedBackward::pack(ctx, &case.weights()).unwrap();
+            let h_prev = [&case.h0[..], &out.y[..3 * batch * hidden]].concat();
+            let (mut d_h, mut d_c) = (case.d.h.clone(), case.d.c.clone());
+            let mut d_x = vec![f32::NAN; case.x.len()];
+            for t in (0..case.seq).rev() {
+                let d_y = &case.d.y[t * batch * hidden..][..batch * hidden];
+                d_h.iter_mut().zip(d_y).for_each(|(d_h, d_y)| *d_h += d_y);
+                let gates = &mut gates[t * batch * 4 * hidden..][..batch * 4 * hidden];
+                let gates = MatMut::new(gates, batch, 4 * hidden).unwrap();
+                let d_x = MatMut::new(&mut d_x[t * batch * input..][..batch * input], batch, input).unwrap();
+                let state = case.state(&h_prev[t * batch * hidden..][..batch * hidden], &cells[t]);
+                let d_state = case.state_mut(&mut d_h, &mut d_c);
+                step_backward(ctx, &packed, state, gates, d_state, Some(d_x)).unwrap();
+            }
+            assert_same_bits(&grads.d_h0, &d_h);
+            assert_same_bits(&grads.d_c0, &d_c);
+            assert_same_bits(&grads.d_x, &d_x);
+            check_weight_gradients(ctx, &case, &gates, &h_prev, &grads);
+        });
+    }
+}
+
+fn check_weight_gradients(
+    ctx: &Context,
+    case: &Case,
+    d_gates: &[f32],
+    h_prev: &[f32],
+    expected: &RecurrentGrads<f32>,
+) {
+    let (rows, hidden, input) = (case.seq * case.batch(), case.hidden, case.input);
+    let gate_rows = case.cell.gates() * hidden;
+    let (mut d_w_ih, mut d_w_hh) = (vec![0.0; gate_rows * input], vec![0.0; gate_rows * hidden]);
+    let (mut d_b_ih, mut d_b_hh) = (vec![0.0; gate_rows], vec![0.0; gate_rows]);
+    let grads = WeightGrads {
+        d_w_ih: MatMut::new(&mut d_w_ih, gate_rows, input).unwrap(),
+        d_w_hh: MatMut::new(&mut d_w_hh, gate_rows, hidden).unwrap(),
+        d_b_ih: &mut d_b_ih,
+        d_b_hh: &mut d_b_hh,
+    };
+    let d_gates = MatRef::new(d_gates, rows, 4 * hidden).unwrap();
+    let x = MatRef::new(&case.x, rows, input).unwrap();
+    let h_prev = MatRef::new(h_prev, rows, hidden).unwrap();
+    weight_gradients(ctx, case.cell, d_gates, x, h_prev, grads).unwrap();
+    assert_same_bits(&expected.d_w_ih, &d_w_ih);
+    assert_same_bits(&expected.d_w_hh, &d_w_hh);
+    assert_same_bits(&expected.d_b_ih, &d_b_ih);
+    assert_same_bits(&expected.d_b_hh, &d_b_hh);
+}
+
+#[test]
+fn an_input_in_two_parts_gives_what_the_whole_input_gives() {
+    for cell in [Cell::Lstm, Cell::Gru] {
+        let case = Case::new(cell, Direction::Forward, [1, 9, 12], &[1; 3]);
+        let (batch, hidden, known) = (3, case.hidden, 5);
+        let gate_rows = cell.gates() * hidden;
+        for_each_isa(|ctx| {
+            let (whole, ..) = by_steps(ctx, &case);
+            let weights = case.weights();
+            let x = MatRef::new(&case.x, batch, 9).unwrap();
+            let first = Weights { w_ih: weights.w_ih.sub(0..gate_rows, 0..known), ..weights };
+            let rest = Weights { w_ih: weights.w_ih.sub(0..gate_rows, known..9), ..weights };
+            let mut gates = vec![f32::NAN; batch * 4 * hidden];
+            let mut gates = MatMut::new(&mut gates, batch, 4 * hidden).unwrap();
+            project(ctx, &first, x.sub(0..batch, 0..known), gates.reborrow()).unwrap();
+            let packed = PackedCell::pack(ctx, &rest).unwrap();
+            let (mut h, mut c) = (vec![f32::NAN; case.h0.len()], vec![f32::NAN; case.c0.len()]);
+            let input = StepInput { x: x.sub(0..batch, known..9), accum: Accum::Add };
+            let next = case.state_mut(&mut h, &mut c);
+            step(ctx, &packed, input, case.state(&case.h0, &case.c0), gates, next).unwrap();
+            let (naive, _) = case.naive::<f32>();
+            let (exact, _) = case.naive::<f64>();
+            assert_near("h", 2.0, &h, &naive.h, &exact.h);
+            assert_near("whole h", 2.0, &whole.h, &naive.h, &exact.h);
+        });
+    }
+}
+
+#[test]
+fn bad_shapes_are_typed_errors() {
+    let case = Case::new(Cell::Gru, Direction::Forward, [1, 3, 4], &[1; 2]);
+    let ctx = Context::with_isa(crate::Isa::best());
+    let packed = PackedCell::pack(&ctx, &case.weights()).unwrap();
+    let x = MatRef::new(&case.x, 2, 3).unwrap();
+    let input = StepInput { x, accum: Accum::Overwrite };
+    let (mut gates, mut h, mut c) = (vec![0.0; 32], vec![0.0; 8], vec![0.0; 8]);
+    let next = case.state_mut(&mut h, &mut c);
+    let narrow = MatMut::new(&mut gates[..24], 2, 12).unwrap();
+    let error = step(&ctx, &packed, input, case.state(&case.h0, &[]), narrow, next).unwrap_err();
+    assert_eq!(error.to_string(), "gates: columns is 12, expected 16");
+    let with_cell =
+        State { h: MatRef::new(&case.h0, 2, 4).unwrap(), c: Some(MatRef::new(&case.h0, 2, 4).unwrap()) };
+    let next = case.state_mut(&mut h, &mut c);
+    let all = MatMut::new(&mut gates, 2, 16).unwrap();
+    let error = step(&ctx, &packed, input, with_cell, all, next).unwrap_err();
+    assert!(error.to_string().starts_with("state.c: columns (this cell has no such state)"), "{error}");
+}
