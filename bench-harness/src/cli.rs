@@ -5,11 +5,15 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use kavanam_kernels::{Context, Isa, IsaName, Precision};
+use regex::Regex;
 
+use crate::cases::Family;
 use crate::error::HarnessError;
 
 const EXAMPLES: &str = "\
 Examples:
+  kavanam bench gemm --quick             our matrix products against three other crates, a minute
+  kavanam bench gemm --filter 'square/(64|512)$' --threads 1,2 --json gemm.json
   kavanam machine                        what this CPU can do, and how fast
   kavanam report results/epyc/2026-…     draw report.html again from results.json
   kavanam completions bash > ~/.local/share/bash-completion/completions/kavanam
@@ -29,6 +33,8 @@ pub(crate) struct Cli {
 /// What the program can do.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
+    /// Measure a family of kernels against its peers
+    Bench(BenchArgs),
     /// Show the CPU: instruction sets, caches, and its measured limits
     Machine(MachineArgs),
     /// Draw the tables again from a results.json
@@ -67,6 +73,50 @@ impl ContextArgs {
 
 fn parse_isa(name: &str) -> Result<Isa, kavanam_kernels::IsaError> {
     Isa::new(name.parse::<IsaName>()?)
+}
+
+const BENCH_HELP: &str = "\
+Every peer computes each case on the same inputs, and its result is checked against sums in f64 before a time
+is kept. The samples of all peers alternate. The table shows rates at the median; a ratio above 1 means that
+ours is the faster one, and its bracket is a 95 % bootstrap interval.
+
+--json writes an array of records, rewritten as a whole after every case, with these keys:
+  family, case, peer, peer_version, kernel, precision, isa, threads, median_ns, min_ns, samples_ns, gflops,
+  gbps, percent_of_peak
+and beside it NAME.environment.txt: the command, the date, the machine.
+
+Examples:
+  kavanam bench gemm --quick
+  kavanam bench gemm --filter '^square/' --threads 1,2 --peers ours,gemm --json squares.json
+  kavanam bench gemm --quick --isa scalar,avx2 --peers ours";
+
+/// Arguments of `kavanam bench`.
+#[derive(Debug, Args)]
+#[command(after_help = BENCH_HELP)]
+pub(crate) struct BenchArgs {
+    /// What to measure
+    pub(crate) family: Family,
+    /// Only the cases whose name this regular expression matches
+    #[arg(long, value_name = "RE")]
+    pub(crate) filter: Option<Regex>,
+    /// Thread counts, each measured in turn
+    #[arg(long, value_name = "N,…", value_delimiter = ',', default_value = "1")]
+    pub(crate) threads: Vec<NonZeroUsize>,
+    /// Precision of matrix products that ours is asked for: strict, highest, high or medium
+    #[arg(long, value_name = "WORD", default_value = "strict")]
+    pub(crate) precision: Precision,
+    /// Instruction sets for ours: scalar, avx2, avx512 or neon [default: the best that this CPU has]
+    #[arg(long, value_name = "ISA,…", value_delimiter = ',', value_parser = parse_isa)]
+    pub(crate) isa: Vec<Isa>,
+    /// Who takes part, the first being the one that the others are compared with [default: all]
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    pub(crate) peers: Vec<String>,
+    /// Write the records to this file
+    #[arg(long, value_name = "FILE")]
+    pub(crate) json: Option<PathBuf>,
+    /// Fewer cases, fewer and shorter samples: a first look
+    #[arg(long)]
+    pub(crate) quick: bool,
 }
 
 /// Arguments of `kavanam machine`.

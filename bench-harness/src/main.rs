@@ -1,10 +1,12 @@
 //! `kavanam`: compares parallel attention with sequential RNN baselines, and every kernel with its peers.
 
+mod cases;
 mod cli;
 mod commands;
 mod error;
 mod files;
 mod measure;
+mod peers;
 mod record;
 mod report;
 
@@ -27,6 +29,7 @@ fn main() -> ExitCode {
 
 fn dispatch(cli: Cli) -> Result<(), HarnessError> {
     match cli.command {
+        Command::Bench(args) => commands::bench::run(&args),
         Command::Machine(args) => commands::machine::run(&args),
         Command::Report(args) => commands::report::run(&args),
         Command::Completions(args) => commands::completions::run(&args),

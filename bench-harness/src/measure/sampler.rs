@@ -97,7 +97,8 @@ mod tests {
     fn samples_are_the_time_of_one_call() {
         let now = Cell::new(0.0);
         let takes = [10.0, 25.0, 400.0];
-        let mut work: Vec<_> = takes.iter().map(|ns| || now.set(now.get() + ns)).collect();
+        let mut work: Vec<_> =
+            takes.iter().map(|ns| (ns, &now)).map(|(ns, now)| move || now.set(now.get() + ns)).collect();
         let samples = interleave(&Mock(&now), &PLAN, &mut work);
         for (samples, ns) in samples.iter().zip(takes) {
             assert_eq!(samples, &vec![ns; PLAN.samples]);

@@ -1,5 +1,6 @@
 //! What is written after a run: `results.json`, the terminal's tables, and `report.html` drawn from the JSON alone.
 
+pub(crate) mod bench;
 pub(crate) mod markdown;
 pub(crate) mod results;
 

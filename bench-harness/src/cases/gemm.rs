@@ -1,0 +1,206 @@
+//! Matrix products C = A·B: squares, odd sizes, the layers of models, weight gradients.
+
+use crate::cases::{Case, Op, Work};
+use crate::error::HarnessError;
+use crate::measure::statistics::SplitMix64;
+
+/// How the operands lie in memory. C is always row-major.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Layout {
+    /// A `[m, k]` and B `[k, n]`, both row-major.
+    Plain,
+    /// A `[m, k]`, B stored as `[n, k]`: a linear layer whose weights lie `[out, in]`.
+    TransposedB,
+    /// A stored as `[k, m]`, B `[k, n]`: the gradient of weights, summed over k rows of a batch.
+    TransposedA,
+    /// As `Plain`, and each peer brings B into its own reusable form before the clock runs.
+    Packed,
+}
+
+/// The shape of one product.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Shape {
+    /// Rows of A and C.
+    pub(crate) m: usize,
+    /// Columns of B and C.
+    pub(crate) n: usize,
+    /// Columns of A, rows of B.
+    pub(crate) k: usize,
+    /// How A and B lie.
+    pub(crate) layout: Layout,
+}
+
+impl Shape {
+    /// 2mnk operations; A and B read, C written.
+    pub(crate) fn work(&self) -> Work {
+        let (m, n, k) = (self.m as f64, self.n as f64, self.k as f64);
+        Work { flops: Some(2.0 * m * n * k), bytes: 4.0 * (m * k + k * n + m * n) }
+    }
+
+    /// Row and column stride of A as it is stored.
+    pub(crate) fn a_strides(&self) -> [usize; 2] {
+        if self.layout == Layout::TransposedA { [1, self.m] } else { [self.k, 1] }
+    }
+
+    /// Row and column stride of B as it is stored.
+    pub(crate) fn b_strides(&self) -> [usize; 2] {
+        if self.layout == Layout::TransposedB { [1, self.k] } else { [self.n, 1] }
+    }
+}
+
+const SQUARES: [usize; 9] = [16, 32, 64, 128, 256, 512, 1024, 2048, 4096];
+/// Beside powers of two on either side, and primes: every edge of a tile is ragged.
+const ODD: [[usize; 3]; 8] = [
+    [17, 17, 17],
+    [31, 33, 37],
+    [63, 65, 67],
+    [127, 129, 131],
+    [255, 257, 251],
+    [511, 513, 509],
+    [1000, 1000, 1000],
+    [1023, 1025, 1021],
+];
+/// Rows: one token, beams and small batches, a batch of sentences.
+const MODEL_ROWS: [usize; 9] = [1, 4, 8, 16, 32, 128, 512, 1024, 4096];
+/// (n, k) of transformer base, BERT base, an LSTM step of 1024 units, a vocabulary.
+const MODEL_LAYERS: [[usize; 2]; 8] =
+    [[512, 512], [2048, 512], [512, 2048], [768, 768], [3072, 768], [768, 3072], [1024, 4096], [32000, 512]];
+/// Layers of the small models that `kavanam compare` trains: m, n, k.
+const SMALL_MODELS: [[usize; 3]; 8] = [
+    [64, 512, 128],
+    [256, 128, 128],
+    [1024, 128, 128],
+    [1024, 384, 128],
+    [1024, 512, 128],
+    [1024, 128, 512],
+    [2048, 256, 256],
+    [2048, 44, 128],
+];
+/// Weight gradients: a small C and a long sum. m, n, k.
+const LONG_SUMS: [[usize; 3]; 6] = [
+    [16, 16, 65536],
+    [64, 64, 16384],
+    [128, 128, 4096],
+    [128, 512, 4096],
+    [512, 512, 4096],
+    [512, 512, 65536],
+];
+
+/// Every case, grouped by the first part of its name.
+pub(crate) fn cases() -> Vec<Case> {
+    let case = |group: &str, [m, n, k]: [usize; 3], layout, quick| Case {
+        name: if group == "square" { format!("square/{m}") } else { format!("{group}/{m}x{n}x{k}") },
+        op: Op::Gemm(Shape { m, n, k, layout }),
+        quick,
+    };
+    let mut all = Vec::new();
+    for n in SQUARES {
+        all.push(case("square", [n, n, n], Layout::Plain, n <= 512));
+    }
+    for mnk in ODD {
+        all.push(case("odd", mnk, Layout::Plain, mnk[0] == 127));
+    }
+    for mnk in SMALL_MODELS {
+        all.push(case("small", mnk, Layout::TransposedB, mnk[0] == 1024));
+    }
+    for [n, k] in MODEL_LAYERS {
+        for m in MODEL_ROWS {
+            // What is decoded or batched thinly meets the same weights again and again.
+            let (group, layout) =
+                if m < 512 { ("packed", Layout::Packed) } else { ("linear", Layout::TransposedB) };
+            let quick = [n, k] == [512, 512] && matches!(m, 1 | 8 | 32 | 512);
+            all.push(case(group, [m, n, k], layout, quick));
+        }
+    }
+    for mnk in LONG_SUMS {
+        all.push(case("gradient", mnk, Layout::TransposedA, mnk == [128, 128, 4096]));
+    }
+    all
+}
+
+/// The operands of one case.
+#[derive(Debug)]
+pub(crate) struct Problem {
+    /// The shape.
+    pub(crate) shape: Shape,
+    /// A, as the layout says.
+    pub(crate) a: Vec<f32>,
+    /// B, as the layout says.
+    pub(crate) b: Vec<f32>,
+}
+
+/// Elements of C that are compared with the reference.
+const CHECKED: usize = 400;
+
+impl Problem {
+    /// Random operands in [−1, 1).
+    pub(crate) fn new(shape: Shape) -> Problem {
+        let mut random = SplitMix64(((shape.m as u64) << 42) ^ ((shape.n as u64) << 21) ^ shape.k as u64);
+        let mut fill = |len: usize| (0..len).map(|_| random.signed_unit()).collect::<Vec<f32>>();
+        Problem { shape, a: fill(shape.m * shape.k), b: fill(shape.k * shape.n) }
+    }
+
+    /// Compares elements of C, picked at random and the corners, with sums in f64:
+    /// |ĉ − c| ≤ γ_k·(|A|·|B|), γ_k = ku / (1 − ku), u = 2⁻²⁴.
+    ///
+    /// # Errors
+    /// Names the first element outside of its bound; NaN is outside.
+    pub(crate) fn check(&self, c: &[f32]) -> Result<(), HarnessError> {
+        let Shape { m, n, k, .. } = self.shape;
+        let ku = k as f64 * 2f64.powi(-24);
+        let gamma = ku / (1.0 - ku);
+        let ([a_row, a_col], [b_row, b_col]) = (self.shape.a_strides(), self.shape.b_strides());
+        let mut random = SplitMix64(7);
+        let corners = [[0, 0], [0, n - 1], [m - 1, 0], [m - 1, n - 1]];
+        let picked = (0..CHECKED).map(|_| [random.below(m), random.below(n)]);
+        for [i, j] in corners.into_iter().chain(picked) {
+            let (mut exact, mut magnitude) = (0.0f64, 0.0f64);
+            for p in 0..k {
+                let product =
+                    f64::from(self.a[i * a_row + p * a_col]) * f64::from(self.b[p * b_row + j * b_col]);
+                exact += product;
+                magnitude += product.abs();
+            }
+            let actual = f64::from(c[i * n + j]);
+            let within = (actual - exact).abs() <= gamma * magnitude;
+            if !within {
+                return Err(HarnessError::Failed(format!(
+                    "C[{i}, {j}] is {actual}, but the sum in f64 is {exact}"
+                )));
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_unique_and_some_are_quick() {
+        let cases = cases();
+        let mut names: Vec<&str> = cases.iter().map(|case| case.name.as_str()).collect();
+        names.sort_unstable();
+        assert!(names.windows(2).all(|pair| pair[0] != pair[1]));
+        assert!((10..30).contains(&cases.iter().filter(|case| case.quick).count()));
+    }
+
+    #[test]
+    fn the_check_sees_a_wrong_element_and_an_unwritten_one() {
+        for layout in [Layout::Plain, Layout::TransposedA, Layout::TransposedB] {
+            let problem = Problem::new(Shape { m: 3, n: 2, k: 5, layout });
+            let ([a_row, a_col], [b_row, b_col]) = (problem.shape.a_strides(), problem.shape.b_strides());
+            let mut c = vec![0.0f32; 6];
+            for (index, c) in c.iter_mut().enumerate() {
+                let (i, j) = (index / 2, index % 2);
+                *c =
+                    (0..5).map(|p| problem.a[i * a_row + p * a_col] * problem.b[p * b_row + j * b_col]).sum();
+            }
+            problem.check(&c).unwrap();
+            let wrong: Vec<f32> = c.iter().map(|c| c + 1e-5).collect();
+            assert!(problem.check(&wrong).is_err());
+            assert!(problem.check(&[f32::NAN; 6]).is_err());
+        }
+    }
+}

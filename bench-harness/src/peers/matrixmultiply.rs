@@ -1,0 +1,79 @@
+//! The crate `matrixmultiply`, on one thread.
+
+use std::borrow::Cow;
+
+use kavanam_kernels::Context;
+
+use crate::cases::Problem;
+use crate::cases::gemm;
+use crate::peers::{Declined, Peer, Workload, locked_version};
+
+/// The peer. Its own threads are counted once a process from the environment, so that a run over several
+/// thread counts cannot use them.
+pub(crate) struct MatrixMultiply;
+
+impl Peer for MatrixMultiply {
+    fn name(&self) -> &'static str {
+        "matrixmultiply"
+    }
+
+    fn version(&self) -> String {
+        locked_version("matrixmultiply")
+    }
+
+    fn prepare<'a>(
+        &self,
+        problem: &'a Problem,
+        context: &Context,
+    ) -> Result<Box<dyn Workload + 'a>, Declined> {
+        if context.thread_count() > 1 {
+            return Err(Declined("its thread count cannot be chosen, it runs on 1 thread only".into()));
+        }
+        match problem {
+            Problem::Gemm(problem) => {
+                let c = vec![f32::NAN; problem.shape.m * problem.shape.n];
+                Ok(Box::new(Product { problem, c }))
+            }
+        }
+    }
+}
+
+struct Product<'a> {
+    problem: &'a gemm::Problem,
+    c: Vec<f32>,
+}
+
+impl Workload for Product<'_> {
+    fn run(&mut self) {
+        let gemm::Problem { shape, a, b } = self.problem;
+        let ([a_row, a_col], [b_row, b_col]) = (shape.a_strides(), shape.b_strides());
+        // SAFETY: `Problem::new` gave A m·k and B k·n elements and the strides step through exactly these;
+        // C is row-major with m·n elements and belongs to this workload alone.
+        unsafe {
+            matrixmultiply::sgemm(
+                shape.m,
+                shape.k,
+                shape.n,
+                1.0,
+                a.as_ptr(),
+                a_row as isize,
+                a_col as isize,
+                b.as_ptr(),
+                b_row as isize,
+                b_col as isize,
+                0.0,
+                self.c.as_mut_ptr(),
+                shape.n as isize,
+                1,
+            );
+        }
+    }
+
+    fn outputs(&self) -> Vec<Cow<'_, [f32]>> {
+        vec![Cow::Borrowed(&self.c)]
+    }
+
+    fn kernel(&self) -> String {
+        "sgemm".into()
+    }
+}

@@ -1,0 +1,130 @@
+//! Who is measured: each peer is an adapter from a [`Problem`] to a [`Workload`].
+
+mod gemm_crate;
+mod gemmkit;
+mod matrixmultiply;
+mod ours;
+
+use std::borrow::Cow;
+
+use kavanam_kernels::Context;
+
+use crate::cases::Problem;
+use crate::error::HarnessError;
+
+/// Something that can compute cases.
+pub(crate) trait Peer: Sync {
+    /// Its name in records and in `--peers`.
+    fn name(&self) -> &'static str;
+
+    /// Its version.
+    fn version(&self) -> String;
+
+    /// Whether the context's instruction set decides what runs; otherwise the peer chooses for itself.
+    fn follows_isa(&self) -> bool {
+        false
+    }
+
+    /// Makes ready to compute `problem` on the context's number of threads: allocates the outputs, brings
+    /// reusable operands into their best form.
+    ///
+    /// # Errors
+    /// [`Declined`] when the peer does not do this.
+    fn prepare<'a>(
+        &self,
+        problem: &'a Problem,
+        context: &Context,
+    ) -> Result<Box<dyn Workload + 'a>, Declined>;
+}
+
+/// Why a peer does not take part in a case.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Declined(pub(crate) String);
+
+/// A prepared computation.
+pub(crate) trait Workload {
+    /// Computes once. This is what the clock measures.
+    fn run(&mut self);
+
+    /// What the last call wrote, in the order that the problem's check expects.
+    fn outputs(&self) -> Vec<Cow<'_, [f32]>>;
+
+    /// The kernel that runs, as far as the peer tells.
+    fn kernel(&self) -> String;
+}
+
+/// Every peer, ours first.
+pub(crate) fn all() -> Vec<Box<dyn Peer>> {
+    vec![
+        Box::new(ours::Ours),
+        Box::new(matrixmultiply::MatrixMultiply),
+        Box::new(gemm_crate::Gemm),
+        Box::new(gemmkit::GemmKit),
+    ]
+}
+
+/// The peers of those names, in that order; all of them when no name is given.
+///
+/// # Errors
+/// Names the first unknown one and lists the known.
+pub(crate) fn named(names: &[String]) -> Result<Vec<Box<dyn Peer>>, HarnessError> {
+    if names.is_empty() {
+        return Ok(all());
+    }
+    let find = |name: &String| {
+        all().into_iter().find(|peer| peer.name() == name).ok_or_else(|| {
+            let known: Vec<&str> = all().iter().map(|peer| peer.name()).collect();
+            HarnessError::Usage(format!("unknown peer {name:?}; known: {}", known.join(", ")))
+        })
+    };
+    names.iter().map(find).collect()
+}
+
+/// The version of a dependency, as the lock file has it.
+fn locked_version(package: &str) -> String {
+    let lock = include_str!("../../../Cargo.lock");
+    let entry = lock.split("[[package]]").find(|entry| entry.contains(&format!("name = \"{package}\"\n")));
+    let version = entry.and_then(|entry| entry.split("version = \"").nth(1)?.split('"').next());
+    version.unwrap_or("unknown").to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cases::gemm::{Layout, Problem as GemmProblem, Shape};
+    use crate::measure::threads;
+    use kavanam_kernels::Isa;
+
+    #[test]
+    fn versions_come_from_the_lock_file() {
+        assert!(locked_version("gemm").starts_with("0.19."));
+        assert!(locked_version("matrixmultiply").starts_with("0.3."));
+        assert!(locked_version("gemmkit").starts_with("0.1."));
+        assert_eq!(locked_version("no-such-crate"), "unknown");
+    }
+
+    #[test]
+    fn an_unknown_peer_is_a_wrong_command_line() {
+        let error = named(&["ours".into(), "mkl".into()]).err().unwrap();
+        assert_eq!(error.exit_code(), 2);
+        assert!(error.to_string().contains("\"mkl\"") && error.to_string().contains("gemmkit"));
+    }
+
+    #[test]
+    fn every_peer_computes_every_layout() {
+        for layout in [Layout::Plain, Layout::TransposedA, Layout::TransposedB, Layout::Packed] {
+            let problem = Problem::Gemm(GemmProblem::new(Shape { m: 19, n: 35, k: 23, layout }));
+            for count in [1, 2] {
+                let context = Context::with_isa(Isa::best()).threads(threads::count(count));
+                for peer in all() {
+                    let Ok(mut workload) = peer.prepare(&problem, &context) else { continue };
+                    workload.run();
+                    workload.run();
+                    problem.check(&workload.outputs()).unwrap_or_else(|error| {
+                        panic!("{} {layout:?} on {count} threads: {error}", peer.name())
+                    });
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,48 @@
+//! Matrix products by `kavanam-kernels`.
+
+use std::borrow::Cow;
+
+use kavanam_kernels::gemm::{Accum, Epilogue, PackedWeights, gemm, gemm_packed};
+use kavanam_kernels::{Context, MatMut, MatRef, ShapeError};
+
+use crate::cases::gemm::{Layout, Problem, Shape};
+use crate::peers::Workload;
+
+/// Packs B where the case says so; the rest of the work is inside the clock.
+pub(super) fn prepare(problem: &Problem, context: Context) -> Result<Box<dyn Workload + '_>, ShapeError> {
+    let Shape { m, n, k, layout } = problem.shape;
+    let ([a_row, a_col], [b_row, b_col]) = (problem.shape.a_strides(), problem.shape.b_strides());
+    let a = MatRef::with_strides(&problem.a, m, k, a_row, a_col)?;
+    let b = MatRef::with_strides(&problem.b, k, n, b_row, b_col)?;
+    let packed = (layout == Layout::Packed).then(|| PackedWeights::pack(&context, b)).transpose()?;
+    Ok(Box::new(Product { context, a, b, packed, shape: problem.shape, c: vec![f32::NAN; m * n] }))
+}
+
+struct Product<'a> {
+    context: Context,
+    a: MatRef<'a>,
+    b: MatRef<'a>,
+    packed: Option<PackedWeights>,
+    shape: Shape,
+    c: Vec<f32>,
+}
+
+impl Workload for Product<'_> {
+    fn run(&mut self) {
+        let c = MatMut::new(&mut self.c, self.shape.m, self.shape.n);
+        let epilogue = Epilogue::default();
+        let done = c.and_then(|c| match &self.packed {
+            Some(packed) => gemm_packed(&self.context, self.a, packed, c, Accum::Overwrite, &epilogue),
+            None => gemm(&self.context, self.a, self.b, c, Accum::Overwrite, &epilogue),
+        });
+        done.expect("the shapes of a case fit together");
+    }
+
+    fn outputs(&self) -> Vec<Cow<'_, [f32]>> {
+        vec![Cow::Borrowed(&self.c)]
+    }
+
+    fn kernel(&self) -> String {
+        kavanam_kernels::gemm::kernel_name(&self.context).to_owned()
+    }
+}

@@ -1,0 +1,36 @@
+//! Our own kernels, one adapter a family.
+
+mod gemm;
+
+use kavanam_kernels::Context;
+
+use crate::cases::Problem;
+use crate::peers::{Declined, Peer, Workload};
+
+/// The peer that the others are compared with.
+pub(crate) struct Ours;
+
+impl Peer for Ours {
+    fn name(&self) -> &'static str {
+        "ours"
+    }
+
+    fn version(&self) -> String {
+        env!("CARGO_PKG_VERSION").to_owned()
+    }
+
+    fn follows_isa(&self) -> bool {
+        true
+    }
+
+    fn prepare<'a>(
+        &self,
+        problem: &'a Problem,
+        context: &Context,
+    ) -> Result<Box<dyn Workload + 'a>, Declined> {
+        let prepared = match problem {
+            Problem::Gemm(problem) => gemm::prepare(problem, *context),
+        };
+        prepared.map_err(|error| Declined(error.to_string()))
+    }
+}
