@@ -1,4 +1,7 @@
-//! The crate `gemm`, with its feature `x86-v4`.
+//! The crate `gemm`, with its feature `x86-v4`, through its f32 part.
+//!
+//! `gemm::gemm` does two things before it calls the function that is called here: it picks that function by
+//! type, and it transposes a product whose C is row-major. The second is done below in the same way.
 
 use std::borrow::Cow;
 
@@ -17,7 +20,7 @@ impl Peer for Gemm {
     }
 
     fn version(&self) -> String {
-        locked_version("gemm")
+        locked_version("gemm-f32")
     }
 
     fn prepare<'a>(
@@ -26,8 +29,8 @@ impl Peer for Gemm {
         context: &Context,
     ) -> Result<Box<dyn Workload + 'a>, Declined> {
         let parallelism = match context.thread_count() {
-            1 => gemm::Parallelism::None,
-            threads => gemm::Parallelism::Rayon(threads),
+            1 => gemm_common::Parallelism::None,
+            threads => gemm_common::Parallelism::Rayon(threads),
         };
         match problem {
             Problem::Gemm(problem) => {
@@ -41,30 +44,37 @@ impl Peer for Gemm {
 struct Product<'a> {
     problem: &'a GemmProblem,
     c: Vec<f32>,
-    parallelism: gemm::Parallelism,
+    parallelism: gemm_common::Parallelism,
 }
 
 impl Workload for Product<'_> {
     fn run(&mut self) {
         let GemmProblem { shape, a, b } = self.problem;
         let ([a_row, a_col], [b_row, b_col]) = (shape.a_strides(), shape.b_strides());
+        let product = gemm_f32::gemm::f32::get_gemm_fn();
+        // A column of C has the stride 1 here; where that is the smaller one, Cᵀ = Bᵀ·Aᵀ is computed.
+        let (m, n, [c_row, c_col], left, right) = if shape.n > 1 {
+            (shape.n, shape.m, [1, shape.n], (b, b_col, b_row), (a, a_col, a_row))
+        } else {
+            (shape.m, shape.n, [1, 1], (a, a_row, a_col), (b, b_row, b_col))
+        };
         // SAFETY: `Problem::new` gave A m·k and B k·n elements and the strides step through exactly these;
         // C is row-major with m·n elements and belongs to this workload alone. C is not read.
         unsafe {
-            gemm::gemm(
-                shape.m,
-                shape.n,
+            product(
+                m,
+                n,
                 shape.k,
                 self.c.as_mut_ptr(),
-                1,
-                shape.n as isize,
+                c_col as isize,
+                c_row as isize,
                 false,
-                a.as_ptr(),
-                a_col as isize,
-                a_row as isize,
-                b.as_ptr(),
-                b_col as isize,
-                b_row as isize,
+                left.0.as_ptr(),
+                left.2 as isize,
+                left.1 as isize,
+                right.0.as_ptr(),
+                right.2 as isize,
+                right.1 as isize,
                 0.0,
                 1.0,
                 false,

@@ -97,7 +97,7 @@ mod tests {
 
     #[test]
     fn versions_come_from_the_lock_file() {
-        assert!(locked_version("gemm").starts_with("0.19."));
+        assert!(locked_version("gemm-f32").starts_with("0.19."));
         assert!(locked_version("matrixmultiply").starts_with("0.3."));
         assert!(locked_version("gemmkit").starts_with("0.1."));
         assert_eq!(locked_version("no-such-crate"), "unknown");
