@@ -9,6 +9,7 @@
 //! | [`view`] | checked matrices and head tensors |
 //! | [`lanes`] | loops over vectors, the only tail code |
 //! | [`scratch`] | aligned per-thread memory |
+//! | [`attention`] | flash attention: forward, backward, probabilities |
 //! | [`math`] | exp, log, tanh, sigmoid, erf, GELU over vectors |
 //! | [`rowwise`] | kernels over rows and elements: activations, softmax, norms, losses, embedding, dropout |
 //! | [`gemm`] | matrix products with composing epilogues, packed weights |
@@ -21,6 +22,7 @@
 //! Each kernel states its error bound against f64; the tests of `reference` and of the crate
 //! `kavanam-tests` hold it to that.
 
+pub mod attention;
 pub mod context;
 pub mod error;
 pub mod gemm;

@@ -697,6 +697,21 @@ impl<'a> HeadsMut<'a> {
             lifetime: PhantomData,
         }
     }
+
+    /// As [`HeadsMut::head_unsync`] for some rows (positions) of the head, for tasks that share a head.
+    ///
+    /// # Panics
+    /// When the head has no such rows.
+    ///
+    /// # Safety
+    /// No two views of the same row of the same (batch, head) may live at the same time.
+    #[inline]
+    pub unsafe fn rows_unsync(&self, batch: usize, head: usize, rows: Range<usize>) -> MatMut<'_> {
+        // SAFETY: the view of the whole head ends here; what is left of it reaches only these rows.
+        let head = unsafe { self.head_unsync(batch, head) };
+        let cols = head.cols;
+        head.sub(rows, 0..cols)
+    }
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 //! against, here and in other crates. They know views and nothing else of this crate.
 
 mod additive_attention;
+mod attention;
 mod gemm;
 mod gru;
 mod lstm;
@@ -10,6 +11,9 @@ mod special;
 
 pub use additive_attention::{
     AdditiveAttention, AdditiveAttentionGrads, additive_attention_backward, additive_attention_forward,
+};
+pub use attention::{
+    Attention, AttentionGrads, attention_backward, attention_forward, attention_probabilities,
 };
 pub use gemm::{gemm, gemm_abs};
 pub use gru::{gru_backward, gru_forward};

@@ -24,6 +24,8 @@ pub trait Real:
 {
     /// eˣ.
     fn exp(self) -> Self;
+    /// The natural logarithm.
+    fn ln(self) -> Self;
     /// tanh x.
     fn tanh(self) -> Self;
 
@@ -48,6 +50,10 @@ impl Real for f32 {
         self.exp()
     }
 
+    fn ln(self) -> f32 {
+        self.ln()
+    }
+
     fn tanh(self) -> f32 {
         self.tanh()
     }
@@ -56,6 +62,10 @@ impl Real for f32 {
 impl Real for f64 {
     fn exp(self) -> f64 {
         self.exp()
+    }
+
+    fn ln(self) -> f64 {
+        self.ln()
     }
 
     fn tanh(self) -> f64 {

@@ -1,0 +1,273 @@
+//! The forward pass.
+//!
+//! ```text
+//! for each row i:  s_j = scale·q_i·k_j + bias_ij      over the visible keys j
+//!                  m = max s_j,  l = Σ exp(s_j − m)
+//!                  o_i = Σ exp(s_j − m)·v_j / l,      lse_i = m + ln l
+//! ```
+//! That is the naive form: a matrix of scores, three passes over it. Here:
+//! - Keys go by fixed blocks of [`KEY_BLOCK`] and a row carries (m, l, o) from block to block
+//!   ([`online`]), so scores never leave the first-level cache.
+//! - A block of keys is transposed once for up to [`ROW_CHUNK`] rows: then both products (Q·Kᵀ and P·V) are
+//!   [`tile::product`] with vectors along the contiguous axis, and no score needs a horizontal sum.
+//! - [`ROW_TILE`] rows are taken through one product before the next one starts, so that the block's Kᵀ
+//!   and then its V stay in the first-level cache while the rows stream past.
+//! - Six rows at a time know which keys they see, so that causal order saves half of the work at the
+//!   grain of six rows by one vector; blocks that nobody sees are not looked at.
+
+use std::ops::Range;
+
+use pulp::{Simd, WithSimd};
+
+use super::mask::{Coverage, Sight};
+use super::online::{self, Row};
+use super::problem::{KEY_BLOCK, ROW_CHUNK, ROW_TILE, Shape, Shared, deal, piece};
+use super::tile::{Dest, Extent, GROUP, Left, Right, product};
+use super::{AttentionSpec, stage};
+use crate::context::Context;
+use crate::scratch::ScratchBuf;
+use crate::view::{HeadsMut, HeadsRef, MatMut, MatRef};
+
+/// A checked problem.
+#[derive(Clone, Copy)]
+pub(super) struct Forward<'a> {
+    pub(super) shape: Shape,
+    pub(super) q: HeadsRef<'a>,
+    pub(super) k: HeadsRef<'a>,
+    pub(super) v: HeadsRef<'a>,
+    pub(super) spec: AttentionSpec<'a>,
+    pub(super) out: &'a HeadsMut<'a>,
+    pub(super) lse: Shared,
+}
+
+impl Forward<'_> {
+    /// Runs all of it.
+    pub(super) fn run(&self, ctx: &Context) {
+        let Shape { batch, heads, seq_q, seq_k, dim, v_dim, .. } = self.shape;
+        let units = batch * heads * seq_q.div_ceil(ROW_CHUNK);
+        let work = seq_q.min(ROW_CHUNK).saturating_mul(seq_k.saturating_mul(dim + v_dim));
+        deal(ctx, units, work, |units| Units { problem: *self, units });
+    }
+}
+
+struct Units<'a> {
+    problem: Forward<'a>,
+    units: Range<usize>,
+}
+
+impl WithSimd for Units<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Shape { heads, seq_q, dim, v_dim, .. } = self.problem.shape;
+        let chunks = seq_q.div_ceil(ROW_CHUNK);
+        let rows = seq_q.min(ROW_CHUNK);
+        let stride = KEY_BLOCK.next_multiple_of(S::F32_LANES);
+        let lens = [dim * stride, rows.min(ROW_TILE) * stride, rows * v_dim, rows * S::F32_LANES, rows];
+        let mut scratch = ScratchBuf::take(lens.iter().sum());
+        let (keys, rest) = scratch.split_at_mut(lens[0]);
+        let (scores, rest) = rest.split_at_mut(lens[1]);
+        let (acc, rest) = rest.split_at_mut(lens[2]);
+        let (l, m) = rest.split_at_mut(lens[3]);
+        let mut state = State { keys, scores, acc, l, m };
+        for unit in self.units {
+            let (batch, head) = (unit / chunks / heads, unit / chunks % heads);
+            let rows = piece(unit % chunks, ROW_CHUNK, seq_q);
+            Chunk::new(&self.problem, batch, head, rows).run(simd, &mut state);
+        }
+    }
+}
+
+/// Scratch of one task: Kᵀ of a block [dim, stride], scores of a tile [ROW_TILE, stride], and the rows' o,
+/// l (one vector each) and m.
+struct State<'a> {
+    keys: &'a mut [f32],
+    scores: &'a mut [f32],
+    acc: &'a mut [f32],
+    l: &'a mut [f32],
+    m: &'a mut [f32],
+}
+
+/// Some rows of one head of one sequence.
+struct Chunk<'a> {
+    problem: &'a Forward<'a>,
+    head: usize,
+    rows: Range<usize>,
+    q: MatRef<'a>,
+    k: MatRef<'a>,
+    v: MatRef<'a>,
+    out: MatMut<'a>,
+    lse: &'a mut [f32],
+    sight: Sight,
+}
+
+impl<'a> Chunk<'a> {
+    #[inline(always)]
+    fn new(problem: &'a Forward<'a>, batch: usize, head: usize, rows: Range<usize>) -> Chunk<'a> {
+        let Shape { heads, seq_q, seq_k, .. } = problem.shape;
+        let kv_head = head / problem.shape.group();
+        // SAFETY: each unit is a (batch, head, rows) of its own and runs once, so nobody else has these rows of
+        // `out`, of which only they are written, nor these elements of `lse`, which holds [batch, heads, seq_q].
+        let (out, lse) = unsafe {
+            let first = (batch * heads + head) * seq_q + rows.start;
+            (problem.out.rows_unsync(batch, head, rows.clone()), problem.lse.part(first, rows.len()))
+        };
+        Chunk {
+            problem,
+            head,
+            q: problem.q.head(batch, head),
+            k: problem.k.head(batch, kv_head),
+            v: problem.v.head(batch, kv_head),
+            out,
+            lse,
+            sight: problem.spec.mask.sight(batch, seq_k),
+            rows,
+        }
+    }
+
+    #[inline(always)]
+    fn run<S: Simd>(mut self, simd: S, state: &mut State<'_>) {
+        let n = self.rows.len();
+        state.m[..n].fill(f32::NEG_INFINITY);
+        state.l[..n * S::F32_LANES].fill(0.0);
+        state.acc[..n * self.problem.shape.v_dim].fill(0.0);
+        let seen = self.sight.rows(&self.rows, &(0..self.problem.shape.seq_k));
+        if !seen.is_empty() {
+            for block in seen.start / KEY_BLOCK..seen.end.div_ceil(KEY_BLOCK) {
+                self.block(simd, state, piece(block, KEY_BLOCK, seen.end));
+            }
+        }
+        self.finish(simd, state);
+    }
+
+    /// Takes all rows through one block of keys.
+    #[inline(always)]
+    fn block<S: Simd>(&self, simd: S, state: &mut State<'_>, keys: Range<usize>) {
+        let stride = keys.len().next_multiple_of(S::F32_LANES);
+        stage::transpose(self.k.sub(keys.clone(), 0..self.k.cols()), state.keys, stride);
+        for first in self.rows.clone().step_by(ROW_TILE) {
+            let tile = first..(first + ROW_TILE).min(self.rows.end);
+            if self.sight.classify(&tile, &keys) == Coverage::Skip {
+                continue;
+            }
+            for group in groups(&tile) {
+                self.scores::<S>(simd, state, &keys, group.clone(), group.start - tile.start);
+            }
+            for group in groups(&tile) {
+                self.values::<S>(simd, state, &keys, group.clone(), group.start - tile.start);
+            }
+        }
+    }
+
+    /// `P` of at most six rows, and their new m and l; `at` is the first row's place in the tile.
+    #[inline(always)]
+    fn scores<S: Simd>(
+        &self,
+        simd: S,
+        state: &mut State<'_>,
+        keys: &Range<usize>,
+        rows: Range<usize>,
+        at: usize,
+    ) {
+        let Shape { seq_q, seq_k, dim, v_dim, .. } = self.problem.shape;
+        let seen = self.sight.rows(&rows, keys);
+        if seen.is_empty() {
+            return;
+        }
+        let stride = keys.len().next_multiple_of(S::F32_LANES);
+        let vectors = vectors::<S>(&seen, keys);
+        let columns = vectors.start * S::F32_LANES..vectors.end * S::F32_LANES;
+        let extent = Extent { rows: rows.len(), cols: columns.len(), depth: dim };
+        let scores = &mut state.scores[at * stride..][..rows.len() * stride];
+        // SAFETY: `q` has these rows of `dim` elements; Kᵀ and the scores have `stride` columns, a multiple of
+        // the lanes, which holds all columns; Kᵀ has `dim` rows and the scores have been cut for these rows.
+        unsafe {
+            let q = Left {
+                ptr: self.q.as_ptr().add(rows.start * self.q.row_stride()),
+                row: self.q.row_stride(),
+                depth: 1,
+            };
+            let k = Right { ptr: state.keys.as_ptr().add(columns.start), stride };
+            let s = Dest { ptr: scores.as_mut_ptr().add(columns.start), stride };
+            product(simd, extent, q, k, s, false);
+        }
+        for (r, i) in rows.enumerate() {
+            let from = keys.start + columns.start;
+            let visible = self.sight.row(i, keys);
+            let visible = visible.start.max(from) - from..visible.end.max(from) - from;
+            let bias = self.problem.spec.mask.bias;
+            let bias = bias.map(|bias| &bias.row(self.head, i, seq_q, seq_k)[from..keys.end]);
+            let scores = S::as_mut_simd_f32s(&mut scores[r * stride..][columns.clone()]).0;
+            let local = i - self.rows.start;
+            let l = &mut S::as_mut_simd_f32s(&mut state.l[local * S::F32_LANES..][..S::F32_LANES]).0[0];
+            let row = Row { scale: self.problem.spec.scale, bias };
+            if let Some(alpha) = online::absorb(simd, scores, &row, &visible, &mut state.m[local], l) {
+                let acc = &mut state.acc[local * v_dim..][..v_dim];
+                crate::lanes::map_in_place(simd, acc, |x| simd.mul_f32s(x, alpha));
+            }
+        }
+    }
+
+    /// `o += P·V` of at most six rows.
+    #[inline(always)]
+    fn values<S: Simd>(
+        &self,
+        simd: S,
+        state: &mut State<'_>,
+        keys: &Range<usize>,
+        rows: Range<usize>,
+        at: usize,
+    ) {
+        let v_dim = self.problem.shape.v_dim;
+        let seen = self.sight.rows(&rows, keys);
+        if seen.is_empty() {
+            return;
+        }
+        let stride = keys.len().next_multiple_of(S::F32_LANES);
+        let extent = Extent { rows: rows.len(), cols: v_dim, depth: seen.len() };
+        let scores = &state.scores[at * stride..][..rows.len() * stride];
+        let acc = &mut state.acc[(rows.start - self.rows.start) * v_dim..][..rows.len() * v_dim];
+        // SAFETY: the scores of these rows hold the columns of all keys of the block; `v` has these keys, each
+        // `v_dim` elements; `acc` has been cut for these rows.
+        unsafe {
+            let p = Left { ptr: scores.as_ptr().add(seen.start - keys.start), row: stride, depth: 1 };
+            let v = Right {
+                ptr: self.v.as_ptr().add(seen.start * self.v.row_stride()),
+                stride: self.v.row_stride(),
+            };
+            product(simd, extent, p, v, Dest { ptr: acc.as_mut_ptr(), stride: v_dim }, true);
+        }
+    }
+
+    /// Divides by l and writes the output and lse.
+    #[inline(always)]
+    fn finish<S: Simd>(&mut self, simd: S, state: &State<'_>) {
+        let v_dim = self.problem.shape.v_dim;
+        for r in 0..self.rows.len() {
+            let l = S::as_simd_f32s(&state.l[r * S::F32_LANES..][..S::F32_LANES]).0[0];
+            let (inverse, lse) = online::finish(simd, state.m[r], l);
+            self.lse[r] = lse;
+            if lse == f32::NEG_INFINITY {
+                self.out.row_mut(r).fill(0.0);
+                continue;
+            }
+            let inverse = simd.splat_f32s(inverse);
+            let acc = &state.acc[r * v_dim..][..v_dim];
+            crate::lanes::map(simd, acc, self.out.row_mut(r), |x| simd.mul_f32s(x, inverse));
+        }
+    }
+}
+
+/// The rows of a tile, six at a time.
+#[inline(always)]
+pub(super) fn groups(tile: &Range<usize>) -> impl Iterator<Item = Range<usize>> + use<> {
+    let end = tile.end;
+    tile.clone().step_by(GROUP).map(move |first| first..(first + GROUP).min(end))
+}
+
+/// The vectors of a block that hold the keys `seen`.
+#[inline(always)]
+pub(super) fn vectors<S: Simd>(seen: &Range<usize>, keys: &Range<usize>) -> Range<usize> {
+    (seen.start - keys.start) / S::F32_LANES..(seen.end - keys.start).div_ceil(S::F32_LANES)
+}

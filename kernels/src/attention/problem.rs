@@ -1,0 +1,156 @@
+//! The shape of a problem, checked once; how its units of work are dealt to tasks; the blocks.
+
+use std::ops::Range;
+
+use pulp::WithSimd;
+
+use super::mask::Mask;
+use crate::context::Context;
+use crate::error::{ShapeError, expect_dim};
+use crate::view::{HeadsLayout, HeadsRef};
+
+/// Keys of one block. Part of the numerical result: the softmax is rescaled from block to block.
+pub(super) const KEY_BLOCK: usize = 64;
+
+/// Query rows whose scores against one key block are held at a time; a multiple of the tile's height.
+pub(super) const ROW_TILE: usize = 48;
+
+/// Query rows that share one staging of a key block.
+pub(super) const ROW_CHUNK: usize = 192;
+
+/// A task should hold at least this many multiplications, about 20 µs.
+const TASK_WORK: usize = 1 << 20;
+
+/// The dimensions of a problem.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Shape {
+    pub(super) batch: usize,
+    pub(super) heads: usize,
+    pub(super) kv_heads: usize,
+    pub(super) seq_q: usize,
+    pub(super) seq_k: usize,
+    pub(super) dim: usize,
+    pub(super) v_dim: usize,
+}
+
+impl Shape {
+    /// The dimensions that `q`, `k` and `v` agree on.
+    pub(super) fn of(q: &HeadsRef<'_>, k: &HeadsRef<'_>, v: &HeadsRef<'_>) -> Result<Shape, ShapeError> {
+        let shape = Shape { v_dim: v.layout().dim, ..Shape::of_scores(q, k)? };
+        shape.expect("v", v.layout(), shape.seq_k, shape.kv_heads, shape.v_dim)?;
+        Ok(shape)
+    }
+
+    /// The dimensions that `q` and `k` agree on; `v_dim` is 0.
+    pub(super) fn of_scores(q: &HeadsRef<'_>, k: &HeadsRef<'_>) -> Result<Shape, ShapeError> {
+        let (q, k) = (q.layout(), k.layout());
+        let shape = Shape {
+            batch: q.batch,
+            heads: q.heads,
+            kv_heads: k.heads,
+            seq_q: q.seq,
+            seq_k: k.seq,
+            dim: q.dim,
+            v_dim: 0,
+        };
+        shape.expect("k", k, shape.seq_k, shape.kv_heads, shape.dim)?;
+        if !(if k.heads == 0 { q.heads == 0 } else { q.heads.is_multiple_of(k.heads) }) {
+            return Err(ShapeError::Value {
+                argument: "q.heads",
+                value: q.heads.to_string(),
+                expected: "a multiple of the heads of k",
+            });
+        }
+        Ok(shape)
+    }
+
+    /// `layout` is [batch, seq, heads, dim] of this problem.
+    pub(super) fn expect(
+        &self,
+        argument: &'static str,
+        layout: &HeadsLayout,
+        seq: usize,
+        heads: usize,
+        dim: usize,
+    ) -> Result<(), ShapeError> {
+        expect_dim(argument, "batch", self.batch, layout.batch)?;
+        expect_dim(argument, "seq", seq, layout.seq)?;
+        expect_dim(argument, "heads", heads, layout.heads)?;
+        expect_dim(argument, "dim", dim, layout.dim)
+    }
+
+    /// `layout` is that of the output.
+    pub(super) fn expect_out(&self, argument: &'static str, layout: &HeadsLayout) -> Result<(), ShapeError> {
+        self.expect(argument, layout, self.seq_q, self.heads, self.v_dim)
+    }
+
+    /// The mask fits.
+    pub(super) fn expect_mask(&self, mask: &Mask<'_>) -> Result<(), ShapeError> {
+        mask.check(self.batch, self.heads, self.seq_q, self.seq_k)
+    }
+
+    /// Rows of [batch, heads, seq_q].
+    pub(super) fn rows(&self) -> Result<usize, ShapeError> {
+        let rows = self.batch.checked_mul(self.heads).and_then(|n| n.checked_mul(self.seq_q));
+        rows.ok_or(ShapeError::Overflow { argument: "q" })
+    }
+
+    /// Query heads that share one key head.
+    #[inline]
+    pub(super) fn group(&self) -> usize {
+        self.heads / self.kv_heads.max(1)
+    }
+}
+
+/// The `index`-th piece of `len` things cut into pieces of `size`.
+#[inline]
+pub(super) fn piece(index: usize, size: usize, len: usize) -> Range<usize> {
+    index * size..((index + 1) * size).min(len)
+}
+
+/// Runs `units` units of about `work` multiplications each: several to a task when they are small, each task
+/// inside one ISA shell. `job(range)` makes the operation for a range of units.
+pub(super) fn deal<Op: WithSimd<Output = ()>>(
+    ctx: &Context,
+    units: usize,
+    work: usize,
+    job: impl Fn(Range<usize>) -> Op + Sync,
+) {
+    let isa = ctx.isa();
+    if ctx.thread_count() == 1 {
+        if units > 0 {
+            isa.dispatch(job(0..units));
+        }
+        return;
+    }
+    let per_task = (TASK_WORK / work.max(1)).clamp(1, units.max(1));
+    ctx.for_each_task(units.div_ceil(per_task), |task| {
+        isa.dispatch(job(piece(task, per_task, units)));
+    });
+}
+
+/// A pointer to an output that tasks write to in disjoint places.
+#[derive(Clone, Copy)]
+pub(super) struct Shared(*mut f32);
+
+// SAFETY: each user writes to places that no other task touches, and says so where it does.
+unsafe impl Send for Shared {}
+// SAFETY: as above.
+unsafe impl Sync for Shared {}
+
+impl Shared {
+    /// Of `data`, which the caller keeps borrowed while tasks run.
+    pub(super) fn new(data: &mut [f32]) -> Shared {
+        Shared(data.as_mut_ptr())
+    }
+
+    /// `len` elements from `start` on.
+    ///
+    /// # Safety
+    /// They lie in the data, nobody else holds them, and the data is still borrowed.
+    #[inline(always)]
+    pub(super) unsafe fn part<'a>(self, start: usize, len: usize) -> &'a mut [f32] {
+        // SAFETY: by the contract.
+        unsafe { std::slice::from_raw_parts_mut(self.0.add(start), len) }
+    }
+}

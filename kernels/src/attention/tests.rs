@@ -1,0 +1,300 @@
+//! The contract of the module, on every instruction set of the machine.
+
+use std::num::NonZeroUsize;
+
+use super::*;
+use crate::Context;
+use crate::reference::{
+    self, AttentionGrads, Real, attention_backward, attention_forward, attention_probabilities,
+};
+use crate::testing::{Guarded, assert_within, for_each_isa, uniform};
+use crate::view::HeadsLayout;
+
+/// A problem with its data; the mask in parts so that it can be cut and padded.
+#[derive(Clone, Debug)]
+struct Case {
+    shape: Shape,
+    causal: Option<usize>,
+    window: Option<Window>,
+    lengths: Option<Vec<usize>>,
+    bias_heads: usize,
+    /// Multiplies the queries: large values make extreme logits.
+    magnitude: f32,
+    data: Data,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Data {
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+    bias: Vec<f32>,
+    d_out: Vec<f32>,
+}
+
+#[derive(Debug, PartialEq)]
+struct Results {
+    out: Vec<f32>,
+    lse: Vec<f32>,
+    grads: AttentionGrads<f32>,
+}
+
+fn shape(batch: usize, heads: usize, seq_q: usize, seq_k: usize, dim: usize) -> Shape {
+    Shape { batch, heads, kv_heads: heads, seq_q, seq_k, dim, v_dim: dim }
+}
+
+impl Case {
+    fn new(shape: Shape) -> Case {
+        let case = Case {
+            shape,
+            causal: None,
+            window: None,
+            lengths: None,
+            bias_heads: 0,
+            magnitude: 1.0,
+            data: Data::default(),
+        };
+        case.filled()
+    }
+
+    fn filled(mut self) -> Case {
+        let Shape { batch, heads, kv_heads, seq_q, seq_k, dim, v_dim } = self.shape;
+        self.data = Data {
+            q: uniform(batch * seq_q * heads * dim, 1).iter().map(|x| x * self.magnitude).collect(),
+            k: uniform(batch * seq_k * kv_heads * dim, 2),
+            v: uniform(batch * seq_k * kv_heads * v_dim, 3),
+            bias: uniform(self.bias_heads * seq_q * seq_k, 4),
+            d_out: uniform(batch * seq_q * heads * v_dim, 5),
+        };
+        self
+    }
+
+    fn spec(&self) -> AttentionSpec<'_> {
+        let mask = Mask {
+            causal: self.causal.map(|offset| Causal { offset }),
+            window: self.window,
+            key_lengths: self.lengths.as_deref(),
+            bias: (self.bias_heads > 0).then_some(Bias { values: &self.data.bias, heads: self.bias_heads }),
+        };
+        AttentionSpec::scaled(self.shape.dim).with_mask(mask)
+    }
+
+    fn layouts(&self) -> [HeadsLayout; 4] {
+        let Shape { batch, heads, kv_heads, seq_q, seq_k, dim, v_dim } = self.shape;
+        [
+            HeadsLayout::batch_seq_heads(batch, seq_q, heads, dim),
+            HeadsLayout::batch_seq_heads(batch, seq_k, kv_heads, dim),
+            HeadsLayout::batch_seq_heads(batch, seq_k, kv_heads, v_dim),
+            HeadsLayout::batch_seq_heads(batch, seq_q, heads, v_dim),
+        ]
+    }
+
+    fn run(&self, ctx: &Context) -> Results {
+        let Data { q, k, v, d_out, .. } = &self.data;
+        let [q_layout, k_layout, v_layout, out_layout] = self.layouts();
+        let q = HeadsRef::new(q, q_layout).unwrap();
+        let k = HeadsRef::new(k, k_layout).unwrap();
+        let v = HeadsRef::new(v, v_layout).unwrap();
+        let d_out = HeadsRef::new(d_out, out_layout).unwrap();
+        let mut out = Guarded::poisoned(self.data.d_out.len());
+        let mut lse = Guarded::poisoned(self.shape.rows().unwrap());
+        let out_view = HeadsMut::new(out.body_mut(), out_layout).unwrap();
+        forward(ctx, &Inputs { q, k, v }, &self.spec(), out_view, lse.body_mut()).unwrap();
+        let mut d_q = Guarded::poisoned(self.data.q.len());
+        let mut d_k = Guarded::poisoned(self.data.k.len());
+        let mut d_v = Guarded::poisoned(self.data.v.len());
+        let mut d_bias = Guarded::new(&vec![0.0; self.data.bias.len()]);
+        let saved = Saved { q, k, v, out: HeadsRef::new(out.body(), out_layout).unwrap(), lse: lse.body() };
+        let grads = Grads {
+            d_q: HeadsMut::new(d_q.body_mut(), q_layout).unwrap(),
+            d_k: HeadsMut::new(d_k.body_mut(), k_layout).unwrap(),
+            d_v: HeadsMut::new(d_v.body_mut(), v_layout).unwrap(),
+            d_bias: (self.bias_heads > 0).then_some(d_bias.body_mut()),
+        };
+        backward(ctx, &saved, d_out, &self.spec(), grads).unwrap();
+        [&out, &lse, &d_q, &d_k, &d_v, &d_bias].into_iter().for_each(Guarded::check);
+        Results {
+            out: out.body().to_vec(),
+            lse: lse.body().to_vec(),
+            grads: AttentionGrads {
+                d_q: d_q.body().to_vec(),
+                d_k: d_k.body().to_vec(),
+                d_v: d_v.body().to_vec(),
+                d_bias: d_bias.body().to_vec(),
+            },
+        }
+    }
+
+    /// Calls `f` with the naive form in `T`.
+    fn naive<T: Real, R>(&self, f: impl Fn(&reference::Attention<'_, T>, &[T]) -> R) -> R {
+        let Shape { batch, heads, kv_heads, seq_q, seq_k, dim, v_dim } = self.shape;
+        let convert = |x: &[f32]| -> Vec<T> { x.iter().map(|&x| T::from(x)).collect() };
+        let [q, k, v] = [&self.data.q, &self.data.k, &self.data.v].map(|x| convert(x));
+        let bias = convert(&self.data.bias);
+        let sees = |b: usize, i: usize, j: usize| {
+            self.causal.is_none_or(|offset| j <= i + offset)
+                && self.lengths.as_ref().is_none_or(|lengths| j < lengths[b])
+                && self
+                    .window
+                    .is_none_or(|w| j + w.left >= i + w.offset && j <= (i + w.offset).saturating_add(w.right))
+        };
+        let bias = (self.bias_heads > 0).then_some(&bias[..]);
+        let scale = T::from(self.spec().scale);
+        let sees = &sees;
+        let (q, k, v) = (&q[..], &k[..], &v[..]);
+        let problem = reference::Attention {
+            batch,
+            heads,
+            kv_heads,
+            seq_q,
+            seq_k,
+            dim,
+            v_dim,
+            q,
+            k,
+            v,
+            scale,
+            bias,
+            sees,
+        };
+        f(&problem, &convert(&self.data.d_out))
+    }
+
+    /// Holds the fast results to the contract's 2× (forward) and 3× (gradients) of the naive f32 form.
+    fn check(&self) {
+        let forward64 = self.naive::<f64, _>(|a, _| attention_forward(a));
+        let forward32 = self.naive::<f32, _>(|a, _| attention_forward(a));
+        let grads64 = self.naive::<f64, _>(attention_backward);
+        let grads32 = self.naive::<f32, _>(attention_backward);
+        for_each_isa(|ctx| {
+            let fast = self.run(ctx);
+            let g = &fast.grads;
+            let pairs = [
+                ("out", 2.0, &fast.out, &forward32.0, &forward64.0),
+                ("lse", 2.0, &fast.lse, &forward32.1, &forward64.1),
+                ("d_q", 3.0, &g.d_q, &grads32.d_q, &grads64.d_q),
+                ("d_k", 3.0, &g.d_k, &grads32.d_k, &grads64.d_k),
+                ("d_v", 3.0, &g.d_v, &grads32.d_v, &grads64.d_v),
+                ("d_bias", 3.0, &g.d_bias, &grads32.d_bias, &grads64.d_bias),
+            ];
+            for (name, factor, fast, naive, exact) in pairs {
+                let bound = factor * worst(naive, exact) + floor(exact) + self.cancellation(name);
+                assert_within(fast, exact, |_| bound);
+            }
+        });
+    }
+
+    /// dS is a difference of two sums of `v_dim` products, dP and D, which any form rounds: four roundings of the
+    /// largest Σ|dO·V|, carried to the gradient by the probabilities. It matters where the exact gradient
+    /// vanishes by cancellation, as for a row with one key.
+    fn cancellation(&self, gradient: &str) -> f64 {
+        let Shape { batch, heads, kv_heads, seq_q, seq_k, v_dim, .. } = self.shape;
+        let p = self.naive::<f64, _>(|a, _| attention_probabilities(a));
+        let column =
+            |x: usize| (0..seq_q).map(|i| p[(x / seq_k * seq_q + i) * seq_k + x % seq_k]).sum::<f64>();
+        let columns = (0..batch * heads * seq_k).map(column).fold(0.0, f64::max);
+        let scale = f64::from(self.spec().scale);
+        let carried = match gradient {
+            "d_q" => scale * largest(&self.data.k),
+            "d_k" => scale * largest(&self.data.q) * columns * (heads / kv_heads) as f64,
+            "d_bias" => (batch * heads / self.bias_heads.max(1)) as f64,
+            _ => 0.0,
+        };
+        let product = largest(&self.data.d_out) * largest(&self.data.v) * v_dim as f64;
+        4.0 * crate::testing::UNIT_ROUNDOFF * product * carried
+    }
+}
+
+fn largest(x: &[f32]) -> f64 {
+    x.iter().fold(0.0, |m, &x| f64::from(x.abs()).max(m))
+}
+
+/// The largest error of the naive f32 form.
+fn worst(naive: &[f32], exact: &[f64]) -> f64 {
+    let errors = naive
+        .iter()
+        .zip(exact)
+        .map(|(&x, &e)| if f64::from(x) == e { 0.0 } else { (f64::from(x) - e).abs() });
+    errors.fold(0.0, f64::max)
+}
+
+/// Four roundings of the largest value: what a form that happens to be exact leaves room for.
+fn floor(exact: &[f64]) -> f64 {
+    let largest = exact.iter().filter(|x| x.is_finite()).fold(0.0f64, |m, x| m.max(x.abs()));
+    4.0 * crate::testing::UNIT_ROUNDOFF * largest
+}
+
+#[test]
+fn plain_shapes() {
+    for (seq_q, seq_k, dim) in [(1, 1, 1), (5, 7, 8), (10, 10, 32), (13, 17, 20), (6, 16, 64), (7, 64, 3)] {
+        Case::new(shape(2, 2, seq_q, seq_k, dim)).check();
+    }
+}
+
+#[test]
+fn lengths_straddle_blocks() {
+    for seq in [63, 64, 65, 129, 200] {
+        let mut case = Case::new(shape(1, 1, seq, seq, 8));
+        case.check();
+        case.causal = Some(0);
+        case.check();
+    }
+}
+
+/// One case of each kind: masks, windows, lengths, biases, grouped heads, other value widths, block edges.
+fn varied() -> Vec<Case> {
+    let mut all = Vec::new();
+    for (seq_q, seq_k) in [(10, 10), (4, 13), (33, 70), (70, 70), (130, 140)] {
+        for kind in 0..7 {
+            let mut case = Case::new(shape(2, 4, seq_q, seq_k, [8, 12, 16, 20, 5, 32, 7][kind]));
+            case.causal = [None, Some(0), Some(seq_k - seq_q), None, Some(2), Some(0), None][kind];
+            case.lengths = [
+                None,
+                None,
+                Some(vec![seq_k, seq_k / 2]),
+                Some(vec![3, 0]),
+                None,
+                Some(vec![1, seq_k - 1]),
+                None,
+            ][kind]
+                .clone();
+            case.bias_heads = [0, 4, 1, 0, 0, 4, 1][kind];
+            case.shape.kv_heads = [4, 2, 1, 4, 2, 4, 4][kind];
+            case.shape.v_dim = [8, 12, 24, 3, 5, 32, 16][kind];
+            case.window = (kind == 4 || kind == 6).then_some(Window { offset: 0, left: 9, right: 2 });
+            all.push(case.filled());
+        }
+    }
+    all
+}
+
+#[test]
+fn masks_biases_groups_and_widths() {
+    varied().iter().for_each(Case::check);
+}
+
+#[test]
+fn extreme_logits() {
+    for magnitude in [1e4, 1e15, 1e-30] {
+        let mut case = Case::new(shape(1, 2, 9, 70, 16));
+        case.magnitude = magnitude;
+        case.filled().check();
+    }
+}
+
+#[test]
+fn any_number_of_threads_gives_the_same_bits() {
+    let mut cases = varied();
+    cases.push(Case::new(shape(1, 1, 400, 600, 8)));
+    cases.push(Case { causal: Some(0), bias_heads: 1, ..Case::new(shape(1, 1, 500, 500, 8)) }.filled());
+    cases.push(Case::new(shape(40, 4, 20, 20, 16)));
+    for_each_isa(|ctx| {
+        for case in &cases {
+            let one = case.run(ctx);
+            for threads in [2, 3] {
+                let many = case.run(&ctx.threads(NonZeroUsize::new(threads).unwrap()));
+                assert_eq!(one, many, "{} {threads} threads {:?}", ctx.isa(), case.shape);
+            }
+        }
+    });
+}
