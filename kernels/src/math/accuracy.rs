@@ -177,8 +177,8 @@ function!(tanh, [0.5 * HALF_LN_2, 1.5 * HALF_LN_2, 9.01, 9.25], |x| x.tanh(), 2.
 function!(sigmoid, [88.722_84, 87.336_54, 103.972_08, 16.6, 17.4], |x| logistic(x), 2.5);
 function!(silu, [88.722_84, 87.336_54, 103.972_08, 108.7, 120.0], |x| damped(x, logistic(x)), 3.0, underflow x.abs().min(120.0));
 function!(erf, [1.0, 3.9, 4.0], |x| reference::erf(x), 2.0);
-function!(normal_cdf, [5.4, 13.0, 14.2, 14.5], |x| reference::normal_cdf(x), 7.5);
-function!(gelu, [13.2, 14.3, 14.5, 15.0], |x| damped(x, reference::normal_cdf(x)), 8.0, underflow x.abs().min(15.0));
+function!(normal_cdf, [1.0, 5.4, 13.0, 14.2, 14.5], |x| reference::normal_cdf(x), 5.5);
+function!(gelu, [1.0, 13.2, 14.3, 14.5, 15.0], |x| damped(x, reference::normal_cdf(x)), 6.0, underflow x.abs().min(15.0));
 function!(
     gelu_tanh,
     [9.0, 10.05, 15.0],
@@ -196,10 +196,10 @@ function!(
 );
 function!(
     gelu_derivative,
-    [0.751_791_5, 13.2, 14.3, 14.5, 15.0],
+    [1.0, 0.751_791_5, 13.2, 14.3, 14.5, 15.0],
     |x| reference::normal_cdf(x) + damped(x, gauss(x)),
-    9.0,
-    underflow x.abs().min(120.0),
+    6.5,
+    underflow x.abs().min(15.0),
     scale reference::normal_cdf(x).max(damped(x, gauss(x)).abs())
 );
 function!(

@@ -13,8 +13,8 @@
 //! | [`sigmoid`] | 2.5 ULP |
 //! | [`silu`] | 3 ULP |
 //! | [`erf`] | 2 ULP |
-//! | [`normal_cdf`] | 7.5 ULP |
-//! | [`gelu`] | 8 ULP |
+//! | [`normal_cdf`] | 5.5 ULP |
+//! | [`gelu`] | 6 ULP |
 //! | [`gelu_tanh`] | 4 + 2.5·\|z\| ULP, where z is the argument of its sigmoid |
 //!
 //! Derivatives that cross zero have no bound in ULP of the result; theirs is stated in ULP of the
