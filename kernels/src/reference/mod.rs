@@ -1,22 +1,35 @@
 //! The naive form of every kernel in f64, as plain loops: the oracles that fast kernels are tested
 //! against, here and in other crates. They know views and nothing else of this crate.
 
+mod adamw;
 mod additive_attention;
 mod attention;
+mod dropout;
 mod gemm;
 mod gru;
 mod lstm;
 mod recurrent;
+mod rowwise;
 mod special;
 
+pub use adamw::{AdamWSpec, adamw_step};
 pub use additive_attention::{
     AdditiveAttention, AdditiveAttentionGrads, additive_attention_backward, additive_attention_forward,
 };
 pub use attention::{
     Attention, AttentionGrads, attention_backward, attention_forward, attention_probabilities,
 };
+pub use dropout::{dropout_keeps, philox4x32};
 pub use gemm::{gemm, gemm_abs};
 pub use gru::{gru_backward, gru_forward};
 pub use lstm::{lstm_backward, lstm_forward};
 pub use recurrent::{Real, Recurrent, RecurrentGrads, RecurrentOutput};
-pub use special::{erf, erfc, normal_cdf};
+pub use rowwise::{
+    Element, Labels, NormGrads, cross_entropy_backward, cross_entropy_forward, embedding_backward,
+    embedding_forward, layernorm_backward, layernorm_forward, log_softmax_backward, log_softmax_forward,
+    rmsnorm_backward, rmsnorm_forward, softmax_backward, softmax_forward,
+};
+pub use special::{
+    erf, erfc, gelu, gelu_derivative, gelu_tanh, gelu_tanh_argument, gelu_tanh_derivative, normal_cdf,
+    normal_density, sigmoid, silu, silu_derivative,
+};

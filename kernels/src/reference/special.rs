@@ -16,6 +16,58 @@ pub fn normal_cdf(x: f64) -> f64 {
     if t < -0.5 { 0.5 * erfc(-t) } else { 0.5 * (1.0 + erf(t)) }
 }
 
+/// e⁻ˣ²ᐟ²/√(2π): the density of N(0, 1).
+pub fn normal_density(x: f64) -> f64 {
+    (-0.5 * x * x).exp() / (2.0 * std::f64::consts::PI).sqrt()
+}
+
+/// 1/(1 + e⁻ˣ).
+pub fn sigmoid(x: f64) -> f64 {
+    1.0 / (1.0 + (-x).exp())
+}
+
+/// x·y, where a vanishing factor wins over an infinite one: the limit, when it vanishes exponentially.
+fn damped(x: f64, y: f64) -> f64 {
+    if x == 0.0 || y == 0.0 { 0.0 } else { x * y }
+}
+
+/// x·sigmoid(x).
+pub fn silu(x: f64) -> f64 {
+    damped(x, sigmoid(x))
+}
+
+/// The derivative of [`silu`], as its two summands, which may cancel.
+pub fn silu_derivative(x: f64) -> [f64; 2] {
+    [sigmoid(x), damped(sigmoid(x), damped(x, sigmoid(-x)))]
+}
+
+/// x·Φ(x).
+pub fn gelu(x: f64) -> f64 {
+    damped(x, normal_cdf(x))
+}
+
+/// The derivative of [`gelu`], as its two summands, which may cancel.
+pub fn gelu_derivative(x: f64) -> [f64; 2] {
+    [normal_cdf(x), damped(x, normal_density(x))]
+}
+
+/// z = 2·√(2/π)·(x + 0.044715·x³), the argument of the sigmoid in [`gelu_tanh`], and dz/dx.
+pub fn gelu_tanh_argument(x: f64) -> [f64; 2] {
+    let c = 2.0 * (2.0 / std::f64::consts::PI).sqrt();
+    [c * (x + 0.044_715 * x * x * x), c * (1.0 + 3.0 * 0.044_715 * x * x)]
+}
+
+/// x·sigmoid(z) = x/2·(1 + tanh(√(2/π)·(x + 0.044715·x³))).
+pub fn gelu_tanh(x: f64) -> f64 {
+    damped(x, sigmoid(gelu_tanh_argument(x)[0]))
+}
+
+/// The derivative of [`gelu_tanh`], as its two summands, which may cancel.
+pub fn gelu_tanh_derivative(x: f64) -> [f64; 2] {
+    let [z, d_z] = gelu_tanh_argument(x);
+    [sigmoid(z), damped(x * d_z, sigmoid(z) * sigmoid(-z))]
+}
+
 /// erf x = 2/√π·exp(−x²)·Σ 2ⁿx²ⁿ⁺¹/(1·3·5…(2n+1)): all terms have one sign, nothing cancels.
 fn series(x: f64) -> f64 {
     let mut term = x;
@@ -65,6 +117,23 @@ mod tests {
         // The two forms meet.
         assert!((series(2.2) + continued_fraction(2.2) - 1.0).abs() < 1e-15);
         assert!((continued_fraction(2.0) / (1.0 - series(2.0)) - 1.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn derivatives_agree_with_central_differences() {
+        let h = 1e-5;
+        for i in -60..=60 {
+            let x = f64::from(i) * 0.1;
+            for (f, d) in [
+                (silu as fn(f64) -> f64, silu_derivative as fn(f64) -> [f64; 2]),
+                (gelu, gelu_derivative),
+                (gelu_tanh, gelu_tanh_derivative),
+                (|x| 2.0 * normal_cdf(x), |x| [normal_density(x); 2]),
+            ] {
+                let slope = (f(x + h) - f(x - h)) / (2.0 * h);
+                assert!((slope - d(x)[0] - d(x)[1]).abs() < 1e-9, "{x}: {slope} {:?}", d(x));
+            }
+        }
     }
 
     #[test]
