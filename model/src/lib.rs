@@ -6,14 +6,21 @@
 //! |---|---|
 //! | [`tensor`], [`param`] | values, and the named weights of a model |
 //! | [`pool`], [`tape`] | memory of a step, and the way back through it |
+//! | [`ops`] | what a tape can do, forward and backward |
+//! | [`nn`] | layers: weights, their names, and how ops go together |
 //! | [`models`] | the model families, their configurations, [`Seq2Seq`] |
+//! | [`generate`] | decoding: caches, greedy search, beams |
 //! | [`train`] | order of the data, learning rate, the training step and its state on disk |
 //! | [`vocab`], [`io`] | tokens and ids; checkpoints |
 #![forbid(unsafe_code)]
 
 pub mod error;
+pub mod generate;
 pub mod io;
 pub mod models;
+pub mod nn;
+pub mod ops;
+pub mod packed;
 pub mod param;
 pub mod pool;
 pub mod tape;

@@ -218,6 +218,15 @@ impl Grads {
         &mut self.values[self.ranges[id.0].clone()]
     }
 
+    /// Several tensors' gradients at once.
+    ///
+    /// # Panics
+    /// When a tensor is asked for twice.
+    pub fn get_disjoint_mut<const N: usize>(&mut self, ids: [ParamId; N]) -> [&mut [f32]; N] {
+        let ranges = ids.map(|id| self.ranges[id.0].clone());
+        self.values.get_disjoint_mut(ranges).expect("each tensor is asked for once")
+    }
+
     /// All gradients, tensor after tensor.
     pub fn values(&self) -> &[f32] {
         &self.values

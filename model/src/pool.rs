@@ -9,6 +9,8 @@ use std::collections::BTreeMap;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use kavanam_kernels::{MatRef, ShapeError};
+
 /// A free list of buffers, shared by its clones.
 #[derive(Debug, Clone, Default)]
 pub struct Pool(Arc<Mutex<BTreeMap<usize, Vec<Vec<f32>>>>>);
@@ -59,6 +61,16 @@ pub struct Buffer {
     values: Vec<f32>,
     len: usize,
     pool: Pool,
+}
+
+impl Buffer {
+    /// The values as a row-major matrix.
+    ///
+    /// # Errors
+    /// [`ShapeError`] when they are not `rows · cols`.
+    pub fn matrix(&self, rows: usize, cols: usize) -> Result<MatRef<'_>, ShapeError> {
+        MatRef::new(self, rows, cols)
+    }
 }
 
 impl Deref for Buffer {

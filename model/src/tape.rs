@@ -7,10 +7,13 @@
 //! and saved data as soon as it has run, so the memory shrinks as the gradient proceeds.
 //! With recording off the same functions run and keep nothing.
 
+use kavanam_kernels::gemm::PackedWeights;
+use kavanam_kernels::rowwise::elementwise;
 use kavanam_kernels::{Context, MatRef, ShapeError};
 
 use crate::error::ModelError;
-use crate::param::{Grads, ParamStore};
+use crate::packed::PackedParams;
+use crate::param::{Grads, ParamId, ParamStore};
 use crate::pool::{Buffer, Pool};
 
 /// A matrix on a tape.
@@ -35,6 +38,13 @@ pub(crate) trait Backward {
     fn backward(self: Box<Self>, pass: &mut BackwardPass<'_>, out: Var) -> Result<(), ShapeError>;
 }
 
+impl Var {
+    /// The `n`-th result after this one of an op with several.
+    pub(crate) fn after(self, n: usize) -> Var {
+        Var(self.0 + n)
+    }
+}
+
 struct Node {
     value: Option<Buffer>,
     rows: usize,
@@ -56,17 +66,24 @@ pub struct Tape<'a> {
     params: &'a ParamStore,
     pool: Pool,
     mode: Mode,
+    packed: Option<&'a PackedParams>,
     nodes: Vec<Node>,
 }
 
 impl<'a> Tape<'a> {
     fn new(ctx: &Context, params: &'a ParamStore, pool: &Pool, mode: Mode) -> Tape<'a> {
-        Tape { ctx: *ctx, params, pool: pool.clone(), mode, nodes: Vec::new() }
+        Tape { ctx: *ctx, params, pool: pool.clone(), mode, packed: None, nodes: Vec::new() }
     }
 
     /// A tape that keeps nothing and drops nothing out.
     pub fn inference(ctx: &Context, params: &'a ParamStore, pool: &Pool) -> Tape<'a> {
         Tape::new(ctx, params, pool, Mode::Inference)
+    }
+
+    /// The same with weights that were packed beforehand.
+    #[must_use]
+    pub fn with_packed(self, packed: &'a PackedParams) -> Tape<'a> {
+        Tape { packed: Some(packed), ..self }
     }
 
     /// A tape that can go back, without dropout.
@@ -91,6 +108,11 @@ impl<'a> Tape<'a> {
     /// The weights.
     pub fn params(&self) -> &'a ParamStore {
         self.params
+    }
+
+    /// A weight's packed transpose, where the tape has packed weights.
+    pub(crate) fn packed(&self, weight: ParamId) -> Result<Option<&'a PackedWeights>, ShapeError> {
+        self.packed.map(|packed| packed.transposed(&self.ctx, self.params, weight)).transpose()
     }
 
     /// Whether the tape can go back.
@@ -163,6 +185,15 @@ impl<'a> Tape<'a> {
     ) -> Var {
         let backward = self.is_recording().then(|| Box::new(saved()) as Box<dyn Backward>);
         self.push_node(value, rows, cols, backward, 1)
+    }
+
+    /// Appends a result that there is no way back from: decoding.
+    ///
+    /// # Panics
+    /// When the tape records.
+    pub(crate) fn push_inference(&mut self, value: Buffer, rows: usize, cols: usize) -> Var {
+        assert!(!self.is_recording(), "this op has no backward");
+        self.push_node(value, rows, cols, None, 1)
     }
 
     /// Appends an op's several results, each with its rows and columns. The backward is handed the first.
@@ -240,20 +271,20 @@ impl<'a> Tape<'a> {
             params: self.params,
             grads,
             pool: &self.pool,
-            nodes: &mut self.nodes,
+            nodes: Nodes(&mut self.nodes),
         };
-        assert_eq!(pass.value(out).len(), d_out.len(), "the gradient of the output");
-        pass.nodes[out.0].grad = Some(seed);
+        assert_eq!(pass.nodes.value(out).len(), d_out.len(), "the gradient of the output");
+        pass.nodes.0[out.0].grad = Some(seed);
         for index in (0..=out.0).rev() {
-            let outputs = pass.nodes[index].outputs;
+            let outputs = pass.nodes.0[index].outputs;
             let group = index..index + outputs;
-            if pass.nodes[group.clone()].iter().any(|node| node.grad.is_some()) {
-                match pass.nodes[index].backward.take() {
+            if pass.nodes.0[group.clone()].iter().any(|node| node.grad.is_some()) {
+                match pass.nodes.0[index].backward.take() {
                     Some(op) => op.backward(&mut pass, Var(index))?,
-                    None => seen(Var(index), pass.nodes[index].grad.as_deref().expect("checked above")),
+                    None => seen(Var(index), pass.nodes.0[index].grad.as_deref().expect("checked above")),
                 }
             }
-            for node in &mut pass.nodes[group] {
+            for node in &mut pass.nodes.0[group] {
                 (node.value, node.grad, node.backward) = (None, None, None);
             }
         }
@@ -267,7 +298,42 @@ pub(crate) struct BackwardPass<'t> {
     pub(crate) params: &'t ParamStore,
     pub(crate) grads: &'t mut Grads,
     pub(crate) pool: &'t Pool,
-    nodes: &'t mut [Node],
+    pub(crate) nodes: Nodes<'t>,
+}
+
+/// The values and gradients that are still there on the way back.
+pub(crate) struct Nodes<'t>(&'t mut [Node]);
+
+impl Nodes<'_> {
+    /// A value of the forward pass.
+    pub(crate) fn value(&self, var: Var) -> &[f32] {
+        self.0[var.0].value.as_ref().expect("values live until their own op has gone back")
+    }
+
+    /// A value as a matrix.
+    pub(crate) fn matrix(&self, var: Var) -> MatRef<'_> {
+        let node = &self.0[var.0];
+        MatRef::new(self.value(var), node.rows, node.cols).expect("`push` checked the size")
+    }
+
+    /// The rows and columns of a value.
+    pub(crate) fn shape(&self, var: Var) -> (usize, usize) {
+        (self.0[var.0].rows, self.0[var.0].cols)
+    }
+}
+
+/// Where a kernel that overwrites writes an input's gradient.
+pub(crate) struct Target {
+    own: Buffer,
+    /// The gradient that later ops left.
+    sum: Option<Buffer>,
+}
+
+impl Target {
+    /// Memory of the input's size, with unspecified contents.
+    pub(crate) fn buffer(&mut self) -> &mut [f32] {
+        &mut self.own
+    }
 }
 
 /// Whether a gradient's buffer holds a sum to add to, or nothing yet.
@@ -280,33 +346,54 @@ pub(crate) enum Slot {
 }
 
 impl BackwardPass<'_> {
-    /// A value of the forward pass.
-    pub(crate) fn value(&self, var: Var) -> &[f32] {
-        self.nodes[var.0].value.as_ref().expect("values live until their own op has gone back")
-    }
-
-    /// A value as a matrix.
-    pub(crate) fn matrix(&self, var: Var) -> MatRef<'_> {
-        let node = &self.nodes[var.0];
-        MatRef::new(self.value(var), node.rows, node.cols).expect("`push` checked the size")
-    }
-
     /// Takes an op's output gradient; `None` when nothing used that output.
     pub(crate) fn take_grad(&mut self, var: Var) -> Option<Buffer> {
-        self.nodes[var.0].grad.take()
+        self.nodes.0[var.0].grad.take()
     }
 
     /// Takes the gradient of an input to add to it; [`BackwardPass::put_grad`] gives it back.
     pub(crate) fn grad_slot(&mut self, var: Var) -> (Buffer, Slot) {
-        match self.nodes[var.0].grad.take() {
+        match self.nodes.0[var.0].grad.take() {
             Some(partial) => (partial, Slot::Partial),
-            None => (self.pool.take(self.nodes[var.0].rows * self.nodes[var.0].cols), Slot::Fresh),
+            None => (self.pool.take(self.nodes.0[var.0].rows * self.nodes.0[var.0].cols), Slot::Fresh),
         }
+    }
+
+    /// The gradient of an op's only output.
+    pub(crate) fn output_grad(&mut self, out: Var) -> Buffer {
+        self.take_grad(out).expect("the tape goes back through ops that have a gradient")
+    }
+
+    /// Memory for the gradient of an input from a kernel that overwrites; [`BackwardPass::put`] adds it up.
+    pub(crate) fn target(&mut self, x: Var) -> Target {
+        let (d_x, slot) = self.grad_slot(x);
+        match slot {
+            Slot::Fresh => Target { own: d_x, sum: None },
+            Slot::Partial => Target { own: self.pool.take(d_x.len()), sum: Some(d_x) },
+        }
+    }
+
+    /// Adds what a kernel wrote to the gradient of an input.
+    pub(crate) fn put(&mut self, x: Var, target: Target) -> Result<(), ShapeError> {
+        let Target { own, sum } = target;
+        let Some(mut sum) = sum else {
+            self.put_grad(x, own);
+            return Ok(());
+        };
+        elementwise::add_assign(&self.ctx, &own, &mut sum)?;
+        self.put_grad(x, sum);
+        Ok(())
+    }
+
+    /// Adds a whole gradient to an input's: without a copy when it is the first.
+    pub(crate) fn hand_on(&mut self, x: Var, d: Buffer) -> Result<(), ShapeError> {
+        let sum = self.take_grad(x);
+        self.put(x, Target { own: d, sum })
     }
 
     /// Sets the gradient of an input that [`BackwardPass::grad_slot`] took.
     pub(crate) fn put_grad(&mut self, var: Var, grad: Buffer) {
-        debug_assert_eq!(grad.len(), self.nodes[var.0].rows * self.nodes[var.0].cols);
-        self.nodes[var.0].grad = Some(grad);
+        debug_assert_eq!(grad.len(), self.nodes.0[var.0].rows * self.nodes.0[var.0].cols);
+        self.nodes.0[var.0].grad = Some(grad);
     }
 }

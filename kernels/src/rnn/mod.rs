@@ -52,7 +52,9 @@ mod step;
 mod tests;
 
 pub use sequence::{Saved, backward, forward};
-pub use step::{PackedBackward, PackedCell, StepInput, project, step, step_backward, weight_gradients};
+pub use step::{
+    PackedBackward, PackedCell, StepInput, project, project_with, step, step_backward, weight_gradients,
+};
 
 use std::ops::Range;
 

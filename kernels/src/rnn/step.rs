@@ -141,6 +141,24 @@ impl PackedCell {
     }
 }
 
+/// As [`project`] with weights that were packed beforehand, and with the same bits: for decoding, where each
+/// step projects one token a row.
+///
+/// # Shapes
+/// x `[rows, input]` → gates `[rows, 4·hidden]`, rows contiguous.
+///
+/// # Errors
+/// [`ShapeError`] when shapes do not fit, or the cell was packed for another kernel.
+pub fn project_with(
+    ctx: &Context,
+    cell: &PackedCell,
+    x: MatRef<'_>,
+    gates: MatMut<'_>,
+) -> Result<(), ShapeError> {
+    expect_dim("x", "columns", cell.input, x.cols())?;
+    project_packed(ctx, cell.cell, &cell.w_ih, &cell.bias, (x, gates))
+}
+
 /// The input of one step.
 #[derive(Debug, Clone, Copy)]
 pub struct StepInput<'a> {

@@ -2,16 +2,22 @@
 
 pub mod batch;
 pub mod config;
+pub mod rnn_seq2seq;
+pub mod transformer;
 
 use std::any::Any;
 
-use kavanam_kernels::Context;
+use kavanam_kernels::error::expect_dim;
+use kavanam_kernels::{Context, ShapeError};
 
 pub use batch::{BOS, Batch, EOS, PAD, UNK};
 pub use config::{
     AttentionKind, Bridge, CellKind, DropoutRates, FeedForwardActivation, ModelConfig, NormPlacement,
     Positions, RnnSeq2SeqConfig, TransformerConfig,
 };
+
+pub use rnn_seq2seq::RnnSeq2Seq;
+pub use transformer::Transformer;
 
 use crate::error::ModelError;
 use crate::param::ParamStore;
@@ -87,23 +93,21 @@ pub trait Seq2Seq: Send + Sync {
 /// What the encoder leaves for the decoder.
 #[derive(Debug, Clone)]
 pub struct Encoded {
-    /// The annotation of every source position, `[batch, source_len, width]` (batch-major).
+    /// The annotation of every source position: `[batch, source_len, width]`, or time-major
+    /// `[source_len, batch, width]` from a recurrent model.
     pub memory: Tensor,
     /// Final states of a recurrent encoder, one tensor `[batch, hidden]` for each the decoder starts from.
     pub states: Vec<Tensor>,
     /// The length of each source without its padding.
     pub lengths: Vec<usize>,
+    /// The padded length of a source.
+    pub source_len: usize,
 }
 
 impl Encoded {
     /// The number of sequences.
     pub fn batch(&self) -> usize {
         self.lengths.len()
-    }
-
-    /// The padded length of a source.
-    pub fn source_len(&self) -> usize {
-        self.memory.shape()[1]
     }
 }
 
@@ -114,6 +118,9 @@ pub trait DecoderState: Send {
 
     /// How many tokens each row has been fed.
     fn position(&self) -> usize;
+
+    /// Whether steps also give the weights over the source, which costs time; at first they do not.
+    fn want_attention(&mut self, wanted: bool);
 
     /// Row `i` becomes what row `rows[i]` was: how beams fork, and how finished sequences leave.
     ///
@@ -133,7 +140,36 @@ pub trait DecoderState: Send {
 pub struct StepOutput {
     /// `[rows, target_vocab]`.
     pub logits: Tensor,
-    /// The weights over source positions, `[rows, source_len]`, of a model that attends: the average over
-    /// the heads of the last decoder layer for the transformer.
+    /// The weights over source positions, `[rows, source_len]`, of a model that attends, where they
+    /// are wanted: the average over the heads of the last decoder layer for the transformer.
     pub attention: Option<Tensor>,
+}
+
+impl ModelConfig {
+    /// Builds the model, its weights initialised from `seed`.
+    ///
+    /// # Errors
+    /// [`ModelError::Config`] names the first field that no model can be built from.
+    pub fn build(&self, seed: u64) -> Result<Box<dyn Seq2Seq>, ModelError> {
+        Ok(match self {
+            ModelConfig::Transformer(config) => Box::new(Transformer::new(config, seed)?),
+            ModelConfig::RnnSeq2Seq(config) => Box::new(RnnSeq2Seq::new(config, seed)?),
+        })
+    }
+}
+
+/// Which source each group of `beams` new rows comes from.
+pub(crate) fn sources_of(rows: &[usize], old_rows: usize, beams: usize) -> Result<Vec<usize>, ModelError> {
+    let beams = beams.max(1);
+    expect_dim("rows", "length modulo the beams", 0, rows.len() % beams)?;
+    if let Some(position) = rows.iter().position(|&row| row >= old_rows) {
+        let index = rows[position];
+        return Err(ShapeError::Index { argument: "rows", position, index, len: old_rows }.into());
+    }
+    let groups = rows.chunks_exact(beams);
+    if groups.clone().any(|group| group.iter().any(|row| row / beams != group[0] / beams)) {
+        let (value, expected) = (format!("{rows:?}"), "each group of beams from one source");
+        return Err(ShapeError::Value { argument: "rows", value, expected }.into());
+    }
+    Ok(groups.map(|group| group[0] / beams).collect())
 }
