@@ -37,7 +37,7 @@ pub(crate) enum Command {
     Bench(BenchArgs),
     /// Show the CPU: instruction sets, caches, and its measured limits
     Machine(MachineArgs),
-    /// Draw the tables again from a results.json
+    /// Draw report.html again, from results.json alone
     Report(ReportArgs),
     /// Print a completion script for a shell
     Completions(CompletionsArgs),

@@ -1,7 +1,13 @@
 //! What is written after a run: `results.json`, the terminal's tables, and `report.html` drawn from the JSON alone.
 
+mod axis;
 pub(crate) mod bench;
+mod charts;
+#[cfg(test)]
+pub(crate) mod fixture;
+pub(crate) mod html;
 pub(crate) mod markdown;
+mod plots;
 pub(crate) mod results;
 
 use std::path::{Path, PathBuf};
@@ -19,7 +25,14 @@ pub(crate) fn default_dir(machine: &Machine, date: &str) -> PathBuf {
 /// Writes `results.json` and everything drawn from it into `dir`, each file atomically.
 pub(crate) fn write(dir: &Path, results: &CompareResults) -> Result<(), HarnessError> {
     files::write_json(&dir.join("results.json"), results)?;
-    files::write_atomically(&dir.join("environment.txt"), environment(results).as_bytes())
+    files::write_atomically(&dir.join("environment.txt"), environment(results).as_bytes())?;
+    draw(dir, results)
+}
+
+/// Draws `report.html` and `picture.svg`, the picture for a README, into `dir`.
+pub(crate) fn draw(dir: &Path, results: &CompareResults) -> Result<(), HarnessError> {
+    files::write_atomically(&dir.join("picture.svg"), html::picture(results).as_bytes())?;
+    files::write_atomically(&dir.join("report.html"), html::page(results).as_bytes())
 }
 
 /// The text of `environment.txt`: by which command, when, on what.

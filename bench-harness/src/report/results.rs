@@ -186,3 +186,15 @@ pub(crate) struct Crossing {
     /// The length at which a straight line in log–log through the neighbouring points gives equal times.
     pub(crate) length: f64,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_survive_the_file() {
+        let results = crate::report::fixture::results();
+        let text = serde_json::to_string(&results).unwrap();
+        assert!(serde_json::from_str::<CompareResults>(&text).unwrap() == results);
+    }
+}
