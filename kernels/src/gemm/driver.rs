@@ -6,6 +6,7 @@
 use super::macrokernel::{Part, Problem, RightOperand};
 use super::microkernel::{kernel_of, with_kernel};
 use crate::context::Context;
+use crate::isa::Isa;
 
 /// Multiply-adds below which a task is not worth handing to another thread (about 20 µs).
 const MIN_TASK_WORK: usize = 1 << 20;
@@ -23,8 +24,14 @@ pub(super) fn run(ctx: &Context, problem: &Problem<'_>) {
     ctx.for_each_task(row_parts * col_parts, |task| {
         let rows = slab(m, mr, row_parts, task / col_parts);
         let cols = slab(n, nr, col_parts, task % col_parts);
-        with_kernel(ctx.isa(), Part { problem, rows, cols });
+        run_part(ctx.isa(), Part { problem, rows, cols });
     });
+}
+
+/// Out of line, so that the kernels are compiled once and not once for each way to run a task.
+#[inline(never)]
+fn run_part(isa: Isa, part: Part<'_>) {
+    with_kernel(isa, part);
 }
 
 /// How many slabs of rows and of columns: as many parts as threads, cut along the longer side.

@@ -18,6 +18,7 @@ use pulp::Simd;
 use super::epilogue::{Accum, Epilogue};
 use super::microkernel::{Finish, KernelVisitor, Lhs, Microkernel, Out, Rhs, Strip};
 use super::pack::{Source, pack_panel};
+use super::placement::{self, Left};
 use crate::context::Blocking;
 use crate::scratch::ScratchBuf;
 use crate::view::MatRef;
@@ -62,67 +63,82 @@ impl KernelVisitor for Part<'_> {
 
     #[inline(always)]
     fn visit<K: Microkernel<Lhs = f32, Rhs = f32, Out = f32>>(self, kernel: K) {
-        let Part { problem, rows, cols } = self;
+        let Part { problem, ref rows, ref cols } = self;
         let Blocking { mc, kc, nc } = problem.blocking;
         let k = problem.a.cols();
         debug_assert!(kc >= k || kc.is_multiple_of(K::K_STEP));
-        let mut b_block = match problem.b {
-            RightOperand::Plain(_) => {
-                let lanes = <K::Simd as Simd>::F32_LANES;
-                ScratchBuf::take(kc.min(k) * packed_cols(nc.min(cols.len()), lanes))
-            }
-            RightOperand::Packed(_) => ScratchBuf::take(0),
-        };
-        let mut a_block = if reads_in_place(&problem.a) {
-            ScratchBuf::take(0)
-        } else {
-            ScratchBuf::take(kc.min(k) * mc.min(rows.len()).next_multiple_of(K::MR))
-        };
+        let left = placement::left::<K>(&problem.a, cols.len());
+        let depth = kc.min(k);
+        let (right_in_place, b_cols) = self.right::<K>();
+        let mut a_block = (left != Left::InPlace)
+            .then(|| ScratchBuf::take(depth * mc.min(rows.len()).next_multiple_of(K::MR)));
+        let mut b_block = (b_cols > 0).then(|| ScratchBuf::take(depth * b_cols));
         for jc in cols.clone().step_by(nc) {
             let block_cols = jc..(jc + nc).min(cols.end);
             for pc in (0..k.max(1)).step_by(kc) {
                 let depth = pc..(pc + kc).min(k);
                 for ic in rows.clone().step_by(mc) {
                     let block_rows = ic..(ic + mc).min(rows.end);
-                    let lhs = left_block(kernel, problem, block_rows.clone(), depth.clone(), &mut a_block);
-                    let block =
-                        Block { problem, rows: block_rows, cols: block_cols.clone(), depth: depth.clone() };
-                    block.run(kernel, lhs, &mut b_block, ic == rows.start);
+                    let a = problem.a.sub(block_rows.clone(), depth.clone());
+                    let lhs = left_block::<K>(a, left, a_block.as_deref_mut().unwrap_or_default());
+                    let block = Block {
+                        problem,
+                        rows: block_rows,
+                        cols: block_cols.clone(),
+                        depth: depth.clone(),
+                        right_in_place,
+                    };
+                    block.run(kernel, lhs, b_block.as_deref_mut().unwrap_or_default(), ic == rows.start);
                 }
             }
         }
     }
 }
 
-/// Whether the kernel can read A where it is.
-fn reads_in_place(a: &MatRef<'_>) -> bool {
-    a.col_stride() == 1 || a.cols() <= 1
+impl Part<'_> {
+    /// Whether B is read in place, and how many columns of it are packed at a time.
+    #[inline(always)]
+    fn right<K: Microkernel>(&self) -> (bool, usize) {
+        let lanes = <K::Simd as Simd>::F32_LANES;
+        let Blocking { kc, nc, .. } = self.problem.blocking;
+        let (rows, cols) = (self.rows.len(), self.cols.len());
+        match self.problem.b {
+            RightOperand::Packed(_) => (true, 0),
+            RightOperand::Plain(b) if placement::right_in_place::<K>(&b, kc.min(b.rows()), rows) => {
+                // A vector that reaches beyond the last column cannot be loaded: its panel is packed.
+                (true, if cols.is_multiple_of(lanes) { 0 } else { K::NR })
+            }
+            RightOperand::Plain(_) => (false, packed_cols(nc.min(cols), lanes)),
+        }
+    }
 }
 
-/// The block of A as the kernel reads it: in place, or packed into `scratch`.
+/// A block of A as the kernel reads it: in place, or from `scratch`.
 #[inline(always)]
-fn left_block<K: Microkernel<Lhs = f32>>(
-    kernel: K,
-    problem: &Problem<'_>,
-    rows: Range<usize>,
-    depth: Range<usize>,
-    scratch: &mut [f32],
-) -> Lhs<f32> {
-    let block = problem.a.sub(rows, depth);
-    if reads_in_place(&problem.a) {
-        let row_stride = block.row_stride();
-        return Lhs { ptr: block.as_ptr(), tile_stride: K::MR * row_stride, row_stride, depth_stride: 1 };
+fn left_block<K: Microkernel<Lhs = f32>>(a: MatRef<'_>, left: Left, scratch: &mut [f32]) -> Lhs<f32> {
+    let (rows, depth) = (a.rows(), a.cols());
+    match left {
+        Left::InPlace => Lhs {
+            ptr: a.as_ptr(),
+            tile_stride: K::MR * a.row_stride(),
+            row_stride: a.row_stride(),
+            depth_stride: a.col_stride(),
+        },
+        Left::Tiles => {
+            for first in (0..rows).step_by(K::MR) {
+                let tile = a.sub(first..(first + K::MR).min(rows), 0..depth);
+                let source = Source {
+                    ptr: tile.as_ptr(),
+                    depth_stride: tile.col_stride(),
+                    lane_stride: tile.row_stride(),
+                };
+                let packed = &mut scratch[first * depth..(first + K::MR) * depth];
+                // SAFETY: the source is the view `tile`.
+                unsafe { pack_panel(source, depth, tile.rows(), packed, K::MR) };
+            }
+            Lhs { ptr: scratch.as_ptr(), tile_stride: K::MR * depth, row_stride: 1, depth_stride: K::MR }
+        }
     }
-    let (rows, depth) = (block.rows(), block.cols());
-    for first in (0..rows).step_by(K::MR) {
-        let tile = block.sub(first..(first + K::MR).min(rows), 0..depth);
-        let source =
-            Source { ptr: tile.as_ptr(), depth_stride: tile.col_stride(), lane_stride: tile.row_stride() };
-        let packed = &mut scratch[first * depth..(first + K::MR) * depth];
-        // SAFETY: the source is the view `tile`.
-        unsafe { pack_panel(kernel.simd(), source, depth, tile.rows(), packed, K::MR) };
-    }
-    Lhs { ptr: scratch.as_ptr(), tile_stride: K::MR * depth, row_stride: 1, depth_stride: K::MR }
 }
 
 /// The two innermost loops: one block of A times one block of B.
@@ -131,6 +147,7 @@ struct Block<'a> {
     rows: Range<usize>,
     cols: Range<usize>,
     depth: Range<usize>,
+    right_in_place: bool,
 }
 
 impl Block<'_> {
@@ -142,38 +159,46 @@ impl Block<'_> {
         b_block: &mut [f32],
         pack: bool,
     ) {
-        let depth = self.depth.len();
         for first in self.cols.clone().step_by(K::NR) {
             let cols = first..(first + K::NR).min(self.cols.end);
-            let width = packed_cols(cols.len(), <K::Simd as Simd>::F32_LANES);
-            let panel = match self.problem.b {
-                RightOperand::Plain(b) => {
-                    let at = (first - self.cols.start) * depth;
-                    let panel = &mut b_block[at..at + width * depth];
-                    if pack {
-                        let b = b.sub(self.depth.clone(), cols.clone());
-                        let source = Source {
-                            ptr: b.as_ptr(),
-                            depth_stride: b.row_stride(),
-                            lane_stride: b.col_stride(),
-                        };
-                        // SAFETY: the source is the view `b`.
-                        unsafe { pack_panel(kernel.simd(), source, depth, cols.len(), panel, width) };
-                    }
-                    &*panel
-                }
-                RightOperand::Packed(packed) => {
-                    let n = packed_cols(self.problem.n, <K::Simd as Simd>::F32_LANES);
-                    let at = self.depth.start * n + first * depth;
-                    &packed[at..at + width * depth]
-                }
-            };
-            let rhs = Rhs { ptr: panel.as_ptr(), depth_stride: width };
+            let rhs = self.panel::<K>(cols.clone(), b_block, pack);
             let strip = self.strip(cols, lhs, rhs);
             // SAFETY: `lhs` and `rhs` are packed panels of this block or views of it; this task alone
             // writes these rows and columns of C, and the driver checked the shapes of the epilogue.
             unsafe { kernel.run(&strip) };
         }
+    }
+
+    /// The panel of B with these columns: where it is, or from `b_block`, packed now if `pack` says so.
+    #[inline(always)]
+    fn panel<K: Microkernel<Rhs = f32>>(
+        &self,
+        cols: Range<usize>,
+        b_block: &mut [f32],
+        pack: bool,
+    ) -> Rhs<f32> {
+        let (depth, lanes) = (self.depth.len(), <K::Simd as Simd>::F32_LANES);
+        let width = packed_cols(cols.len(), lanes);
+        let b = match self.problem.b {
+            RightOperand::Plain(b) => b.sub(self.depth.clone(), cols.clone()),
+            RightOperand::Packed(packed) => {
+                let at = self.depth.start * packed_cols(self.problem.n, lanes) + cols.start * depth;
+                return Rhs { ptr: packed[at..at + width * depth].as_ptr(), depth_stride: width };
+            }
+        };
+        if self.right_in_place && width == cols.len() {
+            return Rhs { ptr: b.as_ptr(), depth_stride: b.row_stride() };
+        }
+        // Read in place, only the last panel of all can have a partial vector: it has the buffer alone.
+        let at = if self.right_in_place { 0 } else { (cols.start - self.cols.start) * depth };
+        let panel = &mut b_block[at..at + width * depth];
+        if pack {
+            let source =
+                Source { ptr: b.as_ptr(), depth_stride: b.row_stride(), lane_stride: b.col_stride() };
+            // SAFETY: the source is the view `b`.
+            unsafe { pack_panel(source, depth, cols.len(), panel, width) };
+        }
+        Rhs { ptr: panel.as_ptr(), depth_stride: width }
     }
 
     #[inline(always)]

@@ -21,6 +21,7 @@ mod macrokernel;
 mod microkernel;
 mod pack;
 mod packed;
+mod placement;
 #[cfg(test)]
 mod tests;
 

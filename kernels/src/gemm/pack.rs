@@ -3,9 +3,10 @@
 //! ```text
 //! for p in 0..depth { for j in 0..width { packed[p][j] = source[p][j], or 0 where there is none } }
 //! ```
-//! Any strides are absorbed here, transposes included; zeros fill a panel up to its width.
-
-use pulp::Simd;
+//! Any strides are absorbed here, transposes included. Deviations: rows of a length that tiles have are
+//! copied as arrays, which become a few vector moves (a call to `memcpy` costs more than the copy); a
+//! source that is contiguous along the depth is transposed by blocks of 4 × 4, so that neither side is
+//! touched a word at a time.
 
 /// Where a panel comes from: element (p, j) lies at `p · depth_stride + j · lane_stride`.
 #[derive(Debug, Clone, Copy)]
@@ -23,8 +24,7 @@ pub(super) struct Source {
 /// # Panics
 /// When `packed` does not hold `depth · width` elements.
 #[inline(always)]
-pub(super) unsafe fn pack_panel<S: Simd>(
-    simd: S,
+pub(super) unsafe fn pack_panel(
     source: Source,
     depth: usize,
     count: usize,
@@ -32,34 +32,99 @@ pub(super) unsafe fn pack_panel<S: Simd>(
     width: usize,
 ) {
     assert!(packed.len() == depth * width && count <= width);
-    let Source { ptr, depth_stride, lane_stride } = source;
-    if lane_stride == 1 {
-        for (p, row) in packed.chunks_exact_mut(width).enumerate() {
-            // SAFETY: row `p` of the source.
-            let from = unsafe { std::slice::from_raw_parts(ptr.add(p * depth_stride), count) };
-            copy(simd, from, &mut row[..count]);
+    if count < width {
+        for row in packed.chunks_exact_mut(width) {
             row[count..].fill(0.0);
         }
-        return;
     }
-    for (p, row) in packed.chunks_exact_mut(width).enumerate() {
-        for (j, x) in row[..count].iter_mut().enumerate() {
-            // SAFETY: element (p, j) of the source.
-            *x = unsafe { *ptr.add(p * depth_stride + j * lane_stride) };
+    let to = packed.as_mut_ptr();
+    // SAFETY: the contract on the source; `packed` holds `depth` rows of `width ≥ count`.
+    unsafe {
+        match source {
+            Source { lane_stride: 1, .. } => match count {
+                1 => copy_rows::<1>(source, depth, to, width),
+                2 => copy_rows::<2>(source, depth, to, width),
+                3 => copy_rows::<3>(source, depth, to, width),
+                4 => copy_rows::<4>(source, depth, to, width),
+                5 => copy_rows::<5>(source, depth, to, width),
+                6 => copy_rows::<6>(source, depth, to, width),
+                7 => copy_rows::<7>(source, depth, to, width),
+                8 => copy_rows::<8>(source, depth, to, width),
+                12 => copy_rows::<12>(source, depth, to, width),
+                16 => copy_rows::<16>(source, depth, to, width),
+                32 => copy_rows::<32>(source, depth, to, width),
+                48 => copy_rows::<48>(source, depth, to, width),
+                _ => copy_elements(source, 0..depth, 0..count, to, width),
+            },
+            Source { depth_stride: 1, .. } => transpose(source, depth, count, to, width),
+            _ => copy_elements(source, 0..depth, 0..count, to, width),
         }
-        row[count..].fill(0.0);
     }
 }
 
-/// A short copy by whole vectors (a call to `memcpy` costs more than the copy).
+/// `depth` rows of C contiguous elements.
+///
+/// # Safety
+/// They are readable from `source`, and writable at `to`, `width` apart.
 #[inline(always)]
-fn copy<S: Simd>(simd: S, from: &[f32], to: &mut [f32]) {
-    let (from_body, from_tail) = S::as_simd_f32s(from);
-    let (to_body, to_tail) = S::as_mut_simd_f32s(to);
-    for (to, from) in to_body.iter_mut().zip(from_body) {
-        *to = *from;
+unsafe fn copy_rows<const C: usize>(source: Source, depth: usize, to: *mut f32, width: usize) {
+    let (mut from, mut to) = (source.ptr, to);
+    for _ in 0..depth {
+        // SAFETY: the contract; arrays of f32 have the alignment of f32.
+        unsafe { *to.cast::<[f32; C]>() = *from.cast::<[f32; C]>() };
+        from = from.wrapping_add(source.depth_stride);
+        to = to.wrapping_add(width);
     }
-    if !to_tail.is_empty() {
-        simd.partial_store_f32s(to_tail, simd.partial_load_f32s(from_tail));
+}
+
+/// Any strides, element by element.
+///
+/// # Safety
+/// The elements are readable from `source`, and writable at `to`, rows `width` apart.
+#[inline(always)]
+unsafe fn copy_elements(
+    source: Source,
+    depth: std::ops::Range<usize>,
+    lanes: std::ops::Range<usize>,
+    to: *mut f32,
+    width: usize,
+) {
+    for p in depth {
+        for j in lanes.clone() {
+            // SAFETY: the contract.
+            unsafe {
+                *to.add(p * width + j) = *source.ptr.add(p * source.depth_stride + j * source.lane_stride)
+            };
+        }
+    }
+}
+
+/// A source that is contiguous along the depth.
+///
+/// # Safety
+/// As [`copy_elements`].
+#[inline(always)]
+unsafe fn transpose(source: Source, depth: usize, count: usize, to: *mut f32, width: usize) {
+    const B: usize = 4;
+    let (whole_depth, whole_count) = (depth / B * B, count / B * B);
+    // SAFETY (all below): the blocks and the two rims lie inside of `depth × count`.
+    for j in (0..whole_count).step_by(B) {
+        for p in (0..whole_depth).step_by(B) {
+            let mut block = [[0.0f32; B]; B];
+            for (i, lane) in block.iter_mut().enumerate() {
+                // SAFETY: see above.
+                *lane = unsafe { *source.ptr.add((j + i) * source.lane_stride + p).cast::<[f32; B]>() };
+            }
+            for q in 0..B {
+                let row = block.map(|lane| lane[q]);
+                // SAFETY: see above.
+                unsafe { *to.add((p + q) * width + j).cast::<[f32; B]>() = row };
+            }
+        }
+    }
+    // SAFETY: see above.
+    unsafe {
+        copy_elements(source, whole_depth..depth, 0..whole_count, to, width);
+        copy_elements(source, 0..depth, whole_count..count, to, width);
     }
 }

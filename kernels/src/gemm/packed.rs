@@ -86,7 +86,7 @@ impl KernelVisitor for Pack<'_> {
     type Output = &'static str;
 
     #[inline(always)]
-    fn visit<K: Microkernel<Lhs = f32, Rhs = f32, Out = f32>>(self, kernel: K) -> &'static str {
+    fn visit<K: Microkernel<Lhs = f32, Rhs = f32, Out = f32>>(self, _: K) -> &'static str {
         let lanes = <K::Simd as Simd>::F32_LANES;
         let (k, n) = (self.b.rows(), self.b.cols());
         let mut rest = self.data;
@@ -103,7 +103,7 @@ impl KernelVisitor for Pack<'_> {
                     lane_stride: part.col_stride(),
                 };
                 // SAFETY: the source is the view `part`.
-                unsafe { pack_panel(kernel.simd(), source, depth, part.cols(), panel, width) };
+                unsafe { pack_panel(source, depth, part.cols(), panel, width) };
             }
         }
         K::NAME

@@ -154,6 +154,32 @@ proptest! {
     }
 }
 
+/// A large power of two as B's row stride makes a part of few rows read B in place and a part of many
+/// pack it; a short transposed A is read in place, a long one packed.
+#[test]
+fn packing_changes_no_bits() {
+    let (m, n, k) = (100, 44, 300);
+    let wide = uniform(k * 1024, 1);
+    let b = MatRef::with_strides(&wide, k, n, 1024, 1).unwrap();
+    let narrow = elements(b);
+    let columns = elements(b.t());
+    let a = uniform(m * k, 2);
+    let a = row_major(&a, m, k);
+    let a_columns = elements(a.t());
+    let a_wide: Vec<f32> =
+        (0..k).flat_map(|p| (0..1024).map(move |i| if i < m { a.at(i, p) } else { 0.0 })).collect();
+    for_each_isa(|ctx| {
+        let expected = overwrite(ctx, a, row_major(&narrow, k, n));
+        assert_same_bits(&overwrite(ctx, a, b), &expected);
+        assert_same_bits(&overwrite(ctx, a, row_major(&columns, n, k).t()), &expected);
+        assert_same_bits(&overwrite(ctx, row_major(&a_columns, k, m).t(), b), &expected);
+        assert_same_bits(&overwrite(ctx, row_major(&a_wide, k, 1024).t().sub(0..m, 0..k), b), &expected);
+        for rows in [1, 3, 17] {
+            assert_same_bits(&overwrite(ctx, a.sub(0..rows, 0..k), b), &expected[..rows * n]);
+        }
+    });
+}
+
 #[test]
 fn a_mistake_of_the_caller_is_an_error_and_touches_nothing() {
     let ctx = Context::with_isa(crate::Isa::scalar());

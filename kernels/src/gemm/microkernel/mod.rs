@@ -137,9 +137,6 @@ pub(crate) trait Microkernel: Copy {
     /// As in the table.
     const NAME: &'static str;
 
-    /// The proof that the CPU has the vectors.
-    fn simd(self) -> Self::Simd;
-
     /// Computes one strip.
     ///
     /// # Safety

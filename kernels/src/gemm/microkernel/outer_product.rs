@@ -34,11 +34,6 @@ impl<S: Simd, const MR: usize, const VECS: usize> Microkernel for OuterProduct<S
     const NAME: &'static str = kernel_with_lanes(S::F32_LANES).name;
 
     #[inline(always)]
-    fn simd(self) -> S {
-        self.0
-    }
-
-    #[inline(always)]
     unsafe fn run(self, strip: &Strip<'_, Self>) {
         debug_assert!(strip.cols >= 1 && strip.cols <= Self::NR && VECS <= 4);
         match strip.cols.div_ceil(S::F32_LANES) {
@@ -98,10 +93,10 @@ impl<S: Simd, const MR: usize, const VECS: usize, const W: usize> Tiles<'_, S, M
         // SAFETY: `run`'s contract: H rows of lhs and W whole vectors of rhs, `depth` deep.
         let acc = unsafe {
             if lhs.row_stride == 1 {
-                accumulate::<S, H, W>(simd, depth, (a, 1, lhs.depth_stride), (b, b_stride))
+                accumulate::<S, H, W, 1>(simd, depth, (a, 1, lhs.depth_stride), (b, b_stride))
             } else {
                 debug_assert!(lhs.depth_stride == 1 || strip.depth <= 1);
-                accumulate::<S, H, W>(simd, depth, (a, lhs.row_stride, 1), (b, b_stride))
+                accumulate::<S, H, W, 4>(simd, depth, (a, lhs.row_stride, 1), (b, b_stride))
             }
         };
         // SAFETY: `run`'s contract on `out`, bias and residual.
@@ -109,35 +104,58 @@ impl<S: Simd, const MR: usize, const VECS: usize, const W: usize> Tiles<'_, S, M
     }
 }
 
-/// `acc[i][w] = Σ_p a[i][p] · b[p][w]`.
+/// `acc[i][w] = Σ_p a[i][p] · b[p][w]`, U steps of `p` a turn of the loop.
 ///
 /// # Safety
 /// `a` (pointer, row stride, depth stride) reaches H × depth, `b` (pointer, depth stride) depth × W vectors.
 #[inline(always)]
-unsafe fn accumulate<S: Simd, const H: usize, const W: usize>(
+unsafe fn accumulate<S: Simd, const H: usize, const W: usize, const U: usize>(
     simd: S,
     depth: usize,
     (mut a, row_stride, depth_stride): (*const f32, usize, usize),
     (mut b, b_stride): (*const f32, usize),
 ) -> [[S::f32s; W]; H] {
     let mut acc = [[simd.splat_f32s(0.0); W]; H];
-    for _ in 0..depth {
-        let mut row = [simd.splat_f32s(0.0); W];
-        for (w, row) in row.iter_mut().enumerate() {
-            // SAFETY: step `p` of the contract on `b`.
-            *row = unsafe { b.add(w * S::F32_LANES).cast::<S::f32s>().read_unaligned() };
+    for _ in 0..depth / U {
+        for u in 0..U {
+            let (a, b) = (a.wrapping_add(u * depth_stride), b.wrapping_add(u * b_stride));
+            // SAFETY: one step of the contract.
+            unsafe { step(simd, &mut acc, a, row_stride, b) };
         }
-        for (i, acc) in acc.iter_mut().enumerate() {
-            // SAFETY: step `p` of the contract on `a`.
-            let x = simd.splat_f32s(unsafe { *a.add(i * row_stride) });
-            for w in 0..W {
-                acc[w] = simd.mul_add_e_f32s(x, row[w], acc[w]);
-            }
-        }
-        a = a.wrapping_add(depth_stride);
-        b = b.wrapping_add(b_stride);
+        (a, b) = (a.wrapping_add(U * depth_stride), b.wrapping_add(U * b_stride));
+    }
+    for _ in 0..depth % U {
+        // SAFETY: one step of the contract.
+        unsafe { step(simd, &mut acc, a, row_stride, b) };
+        (a, b) = (a.wrapping_add(depth_stride), b.wrapping_add(b_stride));
     }
     acc
+}
+
+/// One step of `p`: the outer product of H elements of `a` and W vectors of `b`.
+///
+/// # Safety
+/// They are readable.
+#[inline(always)]
+unsafe fn step<S: Simd, const H: usize, const W: usize>(
+    simd: S,
+    acc: &mut [[S::f32s; W]; H],
+    a: *const f32,
+    row_stride: usize,
+    b: *const f32,
+) {
+    let mut row = [simd.splat_f32s(0.0); W];
+    for (w, row) in row.iter_mut().enumerate() {
+        // SAFETY: the contract on `b`.
+        *row = unsafe { b.add(w * S::F32_LANES).cast::<S::f32s>().read_unaligned() };
+    }
+    for (i, acc) in acc.iter_mut().enumerate() {
+        // SAFETY: the contract on `a`.
+        let x = simd.splat_f32s(unsafe { *a.add(i * row_stride) });
+        for w in 0..W {
+            acc[w] = simd.mul_add_e_f32s(x, row[w], acc[w]);
+        }
+    }
 }
 
 /// A computed tile on its way to C: H × W vectors, of which the first `cols` columns count.

@@ -1,0 +1,69 @@
+//! Which operands are read where they are, and which are packed first. No bit of the result depends on it.
+//!
+//! Packing costs one pass over the operand and makes the kernel's loads contiguous. Where few tiles
+//! use what was packed, or where the unpacked panel stays in L1 anyway, the pass is not worth it.
+//! The limits were measured on a Zen 3 core (32 KiB L1, 512 KiB L2, AVX2), m and n from 4 to 1024;
+//! GFLOP/s with and without packing stand in docs/decisions/002-gemm.md.
+
+use super::microkernel::Microkernel;
+use crate::view::MatRef;
+
+/// f32 of one cache line.
+const LINE: usize = 16;
+/// Sets of the smallest L1 data cache at hand.
+const L1_SETS: usize = 64;
+/// Lines that one set can give to a panel of B: 8 ways, less those of A and C.
+const L1_WAYS: usize = 6;
+/// A transposed A is read in place up to this many panels of B …
+const TRANSPOSED_MAX_PANELS: usize = 8;
+/// … and up to this many elements from one row of its memory to the next.
+const TRANSPOSED_MAX_STRIDE: usize = 512;
+
+/// How a part reads A.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Left {
+    /// Where it is.
+    InPlace,
+    /// Packed tiles.
+    Tiles,
+}
+
+/// How to read `a` for a product with `cols` columns.
+pub(super) fn left<K: Microkernel>(a: &MatRef<'_>, cols: usize) -> Left {
+    let row_major = a.col_stride() == 1 || a.cols() <= 1;
+    let short_transpose = a.row_stride() == 1
+        && a.col_stride() <= TRANSPOSED_MAX_STRIDE
+        && cols <= TRANSPOSED_MAX_PANELS * K::NR;
+    if row_major || short_transpose { Left::InPlace } else { Left::Tiles }
+}
+
+/// Whether to read `b` where it is, `depth` rows of it at a time, for a product with `rows` rows.
+pub(super) fn right_in_place<K: Microkernel>(b: &MatRef<'_>, depth: usize, rows: usize) -> bool {
+    if b.col_stride() != 1 {
+        return false;
+    }
+    let sets = sets_reached(b.row_stride());
+    let lines = depth * K::NR.div_ceil(LINE);
+    lines <= sets * L1_WAYS || rows <= 2 * K::MR * sets.min(4)
+}
+
+/// How many sets of L1 a column of the matrix is spread over: few when a large power of two divides
+/// the stride.
+fn sets_reached(row_stride: usize) -> usize {
+    if row_stride.is_multiple_of(LINE) {
+        L1_SETS >> (row_stride / LINE).trailing_zeros().min(L1_SETS.ilog2())
+    } else {
+        L1_SETS
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn powers_of_two_meet_in_few_sets() {
+        let strides = [16, 80, 250, 512, 1024, 4096, 0];
+        assert_eq!(strides.map(sets_reached), [64, 64, 64, 2, 1, 1, 1]);
+    }
+}
