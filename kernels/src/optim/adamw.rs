@@ -137,3 +137,82 @@ pub fn step(
     });
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::num::NonZeroUsize;
+
+    use super::*;
+    use crate::reference::{AdamWSpec, adamw_step};
+    use crate::testing::{UNIT_ROUNDOFF as U, assert_same_bits, for_each_isa, uniform};
+
+    const SPEC: AdamW = AdamW { lr: 3e-3, beta1: 0.9, beta2: 0.98, eps: 1e-8, weight_decay: 0.01 };
+
+    fn wide(x: f32) -> f64 {
+        f64::from(x)
+    }
+
+    /// Steps from the kernel's own rounded state, so that each step's error is bounded by itself.
+    #[test]
+    fn each_step_is_within_its_roundings() {
+        let oracle = AdamWSpec {
+            lr: wide(SPEC.lr),
+            beta1: wide(SPEC.beta1),
+            beta2: wide(SPEC.beta2),
+            eps: wide(SPEC.eps),
+            weight_decay: wide(SPEC.weight_decay),
+        };
+        for_each_isa(|ctx| {
+            for len in [0, 1, 7, 8, 9, 31, 65, 200] {
+                let mut param = uniform(len, 1);
+                let (mut m, mut v) = (vec![0.0; len], vec![0.0; len]);
+                for t in 1..=20 {
+                    let grad = uniform(len, 100 + t);
+                    let scaled: Vec<f64> = grad.iter().map(|&g| wide(g * 0.5)).collect();
+                    let mut exact: Vec<[f64; 3]> =
+                        (0..len).map(|i| [param[i], m[i], v[i]].map(wide)).collect();
+                    let before = exact.clone();
+                    adamw_step(&oracle, t, &scaled, &mut exact);
+                    let buffers = Buffers { param: &mut param, grad: &grad, m: &mut m, v: &mut v };
+                    step(ctx, &SPEC, t, 0.5, buffers).unwrap();
+                    for i in 0..len {
+                        let ([p, m_old, _], [p_new, m_new, v_new], g) = (before[i], exact[i], scaled[i]);
+                        // Exact: 1 − β (β in ½..1), the scaled gradient. v is a sum of positive terms.
+                        let off_m = 4.0 * U * (m_new.abs() + 0.1 * (g.abs() + m_old.abs()));
+                        assert!((wide(m[i]) - m_new).abs() <= off_m);
+                        assert!((wide(v[i]) - v_new).abs() <= 5.0 * U * v_new);
+                        let c = |beta: f64| 1.0 - beta.powf(t as f64);
+                        let root = (v_new / c(oracle.beta2)).sqrt() + oracle.eps;
+                        let rate = oracle.lr / c(oracle.beta1) / root;
+                        let off = 5.0 * U * p.abs() + rate * (1.01 * off_m + 12.0 * U * m_new.abs());
+                        assert!((wide(param[i]) - p_new).abs() <= off, "step {t}, {i}: {} {p_new}", param[i]);
+                    }
+                }
+            }
+        });
+    }
+
+    #[test]
+    fn threads_change_no_bits_and_mistakes_are_errors() {
+        let len = 3 * CHUNK + 5;
+        for_each_isa(|ctx| {
+            let run = |threads: usize| {
+                let ctx = ctx.threads(NonZeroUsize::new(threads).unwrap());
+                let (mut param, grad) = (uniform(len, 1), uniform(len, 2));
+                let (mut m, mut v) = (uniform(len, 3), vec![0.5; len]);
+                let buffers = Buffers { param: &mut param, grad: &grad, m: &mut m, v: &mut v };
+                step(&ctx, &SPEC, 3, 1.0, buffers).unwrap();
+                [param, m, v].concat()
+            };
+            assert_same_bits(&run(1), &run(3));
+            let (mut a, mut b, mut c) = ([1.0; 2], [0.0; 2], [0.0; 2]);
+            let buffers = Buffers { param: &mut a, grad: &[1.0; 2], m: &mut b, v: &mut c };
+            let error = step(ctx, &SPEC, 0, 1.0, buffers).unwrap_err();
+            assert!(error.to_string().contains("t is 0"), "{error}");
+            let buffers = Buffers { param: &mut a, grad: &[1.0], m: &mut b, v: &mut c };
+            let error = step(ctx, &SPEC, 1, 1.0, buffers).unwrap_err();
+            assert!(error.to_string().contains("grad: length is 1, expected 2"), "{error}");
+            assert_eq!(a, [1.0; 2]);
+        });
+    }
+}

@@ -178,7 +178,7 @@ pub fn forward(
 /// # Errors
 /// As [`forward`]. Nothing has been written then.
 ///
-/// Accuracy: error at most `|d_loss|·2⁻²⁴·(p[j]·(2·D + classes + 10) + 4·max(p[j], q[j]))`
+/// Accuracy: error at most `|d_loss|·2⁻²⁴·(p[j]·(2·D + classes + 10) + 6·max(p[j], q[j]))`
 /// (`rowwise::tests::cross_entropy`).
 pub fn backward(
     ctx: &Context,

@@ -15,6 +15,9 @@ pub mod reduce;
 pub mod rmsnorm;
 pub mod softmax;
 
+#[cfg(test)]
+mod tests;
+
 pub use activation::Activation;
 
 use crate::error::{ShapeError, expect_dim};
