@@ -49,6 +49,12 @@ pub enum ModelError {
         /// What is wrong with it.
         problem: String,
     },
+    /// The model's weights have gone bad: what it computes is NaN or infinite.
+    #[error("{what} are not finite")]
+    NotFinite {
+        /// What was computed.
+        what: &'static str,
+    },
     /// A decoder state was made by another kind of model.
     #[error("the decoder state was not made by a {expected}")]
     ForeignState {

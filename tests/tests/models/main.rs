@@ -1,0 +1,5 @@
+//! Statements about whole models.
+
+mod decoding;
+mod properties;
+mod support;

@@ -1,0 +1,99 @@
+//! Small configurations of every kind, and data for them.
+
+use kavanam_kernels::{Context, Isa};
+use kavanam_model::models::{
+    AttentionKind, Bridge, CellKind, DropoutRates, FeedForwardActivation, NormPlacement, Positions,
+    RnnSeq2SeqConfig, TransformerConfig,
+};
+use kavanam_model::{Batch, ModelConfig};
+
+pub(crate) const VOCAB: usize = 11;
+
+/// The best instruction set, one thread.
+pub(crate) fn ctx() -> Context {
+    Context::with_isa(Isa::best())
+}
+
+pub(crate) fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|x| x.to_bits()).collect()
+}
+
+/// xorshift64*.
+pub(crate) struct Random(u64);
+
+impl Random {
+    pub(crate) fn new(seed: u64) -> Random {
+        Random(seed * 2 + 1)
+    }
+
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    /// Uniform in (−1, 1).
+    pub(crate) fn symmetric(&mut self) -> f32 {
+        (self.next() >> 40) as f32 / (1u32 << 23) as f32 - 1.0
+    }
+
+    pub(crate) fn below(&mut self, n: usize) -> usize {
+        ((self.next() >> 33) % n as u64) as usize
+    }
+}
+
+/// A transformer of each kind: both norm placements, positions, activations, tied, shared, uneven depths.
+pub(crate) fn transformers() -> Vec<ModelConfig> {
+    let mut base = TransformerConfig::new(VOCAB, VOCAB);
+    (base.width, base.heads, base.feed_forward, base.max_positions) = (12, 3, 20, 16);
+    (base.encoder_layers, base.decoder_layers) = (1, 2);
+    // Smooth, so that differences of the loss have no corner to step over.
+    base.activation = FeedForwardActivation::Gelu;
+    base.dropout = DropoutRates::uniform(0.1);
+    let mut post = base.clone();
+    (post.norm, post.final_norm, post.positions) = (NormPlacement::Post, false, Positions::Learned);
+    (post.tie_output, post.scale_embeddings, post.heads) = (false, false, 2);
+    let mut shared = base.clone();
+    (shared.share_embeddings, shared.encoder_layers, shared.decoder_layers) = (true, 2, 1);
+    [base, post, shared].map(ModelConfig::Transformer).to_vec()
+}
+
+/// A recurrent model of each kind: both cells, all attentions, one and two layers, both bridges.
+pub(crate) fn rnns() -> Vec<ModelConfig> {
+    let mut all = Vec::new();
+    for cell in [CellKind::Lstm, CellKind::Gru] {
+        for attention in [AttentionKind::None, AttentionKind::Additive, AttentionKind::Dot] {
+            let mut config = RnnSeq2SeqConfig::new(VOCAB, VOCAB, cell, attention);
+            (config.embedding, config.hidden, config.encoder_hidden) = (6, 10, 5);
+            (config.attention_width, config.readout, config.dropout) = (7, 9, 0.1);
+            config.bidirectional = true;
+            config.layers = if cell == CellKind::Gru { 2 } else { 1 };
+            config.bridge = if attention == AttentionKind::Additive { Bridge::Tanh } else { Bridge::Copy };
+            if attention == AttentionKind::Additive {
+                config.encoder_hidden = 4;
+            }
+            if attention == AttentionKind::Dot {
+                (config.tie_output, config.readout) = (true, config.embedding);
+            }
+            all.push(ModelConfig::RnnSeq2Seq(config));
+        }
+    }
+    let mut forward = RnnSeq2SeqConfig::new(VOCAB, VOCAB, CellKind::Lstm, AttentionKind::None);
+    (forward.embedding, forward.hidden, forward.encoder_hidden) = (6, 8, 8);
+    all.push(ModelConfig::RnnSeq2Seq(forward));
+    all
+}
+
+/// Pairs of different lengths.
+pub(crate) fn pairs() -> Vec<(Vec<u32>, Vec<u32>)> {
+    vec![
+        (vec![4, 9, 7, 5, 10], vec![8, 4, 6, 9]),
+        (vec![6], vec![7]),
+        (vec![10, 3, 8], vec![5, 5, 10, 3, 4, 9]),
+    ]
+}
+
+pub(crate) fn small_pairs() -> Batch {
+    Batch::from_pairs(&pairs()).unwrap()
+}
