@@ -12,6 +12,8 @@ pub struct AdditiveAttention<'a, T> {
     pub queries: usize,
     /// S: keys of an entry.
     pub keys_len: usize,
+    /// E: width of a value.
+    pub dim: usize,
     /// Projected queries.
     pub query: &'a [T],
     /// Projected keys.
@@ -38,10 +40,6 @@ pub struct AdditiveAttentionGrads<T> {
 }
 
 impl<T: Real> AdditiveAttention<'_, T> {
-    fn dim(&self) -> usize {
-        self.values.len().checked_div(self.lengths.len() * self.keys_len).unwrap_or(0)
-    }
-
     fn tanh(&self, b: usize, t: usize, s: usize, a: usize) -> T {
         let width = self.v.len();
         let q = self.query[(b * self.queries + t) * width + a];
@@ -62,7 +60,7 @@ impl<T: Real> AdditiveAttention<'_, T> {
 /// # Panics
 /// When a slice is shorter than its shape.
 pub fn additive_attention_forward<T: Real>(p: &AdditiveAttention<'_, T>) -> (Vec<T>, Vec<T>) {
-    let (batch, dim) = (p.lengths.len(), p.dim());
+    let (batch, dim) = (p.lengths.len(), p.dim);
     let mut alpha = vec![T::zero(); batch * p.queries * p.keys_len];
     let mut context = vec![T::zero(); batch * p.queries * dim];
     for b in 0..batch {
@@ -88,7 +86,7 @@ pub fn additive_attention_backward<T: Real>(
     d_alpha: &[T],
     d_context: &[T],
 ) -> AdditiveAttentionGrads<T> {
-    let (dim, width) = (p.dim(), p.v.len());
+    let (dim, width) = (p.dim, p.v.len());
     let zeros = |len: usize| vec![T::zero(); len];
     let mut grads = AdditiveAttentionGrads {
         d_query: zeros(p.query.len()),
@@ -124,4 +122,51 @@ pub fn additive_attention_backward<T: Real>(
         }
     }
     grads
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LENGTHS: [usize; 3] = [3, 0, 2];
+
+    fn values(len: usize, seed: f64) -> Vec<f64> {
+        (0..len).map(|i| (seed + 1.7 * i as f64).sin()).collect()
+    }
+
+    fn problem(p: &[Vec<f64>; 4]) -> AdditiveAttention<'_, f64> {
+        let [query, keys, v, values] = p.each_ref().map(Vec::as_slice);
+        AdditiveAttention { queries: 2, keys_len: 3, dim: 5, query, keys, v, values, lengths: &LENGTHS }
+    }
+
+    /// Central differences; with a step of 1e-5 their own error is about 1e-10.
+    #[test]
+    fn gradients_are_central_differences() {
+        let mut p = [values(24, 1.0), values(36, 2.0), values(4, 3.0), values(45, 4.0)];
+        let (d_alpha, d_context) = (values(18, 5.0), values(30, 6.0));
+        let grads = additive_attention_backward(&problem(&p), &d_alpha, &d_context);
+        let grads = [grads.d_query, grads.d_keys, grads.d_v, grads.d_values];
+        let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+        for (which, grad) in grads.iter().enumerate() {
+            for (i, &analytic) in grad.iter().enumerate() {
+                let value = p[which][i];
+                let mut at = |x: f64| {
+                    p[which][i] = x;
+                    let (alpha, context) = additive_attention_forward(&problem(&p));
+                    dot(&alpha, &d_alpha) + dot(&context, &d_context)
+                };
+                let numeric = (at(value + 1e-5) - at(value - 1e-5)) / 2e-5;
+                p[which][i] = value;
+                assert!((numeric - analytic).abs() < 1e-8, "tensor {which}[{i}]: {analytic} and {numeric}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_entry_without_keys_is_zero() {
+        let p = [values(24, 1.0), values(36, 2.0), values(4, 3.0), values(45, 4.0)];
+        let (alpha, context) = additive_attention_forward(&problem(&p));
+        assert!(alpha[6..12].iter().chain(&context[10..20]).all(|&x| x == 0.0));
+        assert!((alpha[..3].iter().sum::<f64>() - 1.0).abs() < 1e-12);
+    }
 }

@@ -262,3 +262,108 @@ fn accumulate<T: Real>(d_w: &mut [T], d_b: &mut [T], d: &[T], x: &[T]) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::reference::{gru_backward, gru_forward, lstm_backward, lstm_forward};
+
+    const SEQ: usize = 4;
+    const INPUT: usize = 2;
+    const HIDDEN: usize = 3;
+    const LENGTHS: [usize; 3] = [4, 0, 2];
+
+    /// Values that repeat with no short period, in (−1, 1).
+    fn values(len: usize, seed: f64) -> Vec<f64> {
+        (0..len).map(|i| (seed + 1.7 * i as f64).sin() * 0.8).collect()
+    }
+
+    /// w_ih, w_hh, b_ih, b_hh, x, h0, c0.
+    fn parameters(gates: usize) -> [Vec<f64>; 7] {
+        let (rows, batch) = (gates * HIDDEN, LENGTHS.len());
+        let lens =
+            [rows * INPUT, rows * HIDDEN, rows, rows, SEQ * batch * INPUT, batch * HIDDEN, batch * HIDDEN];
+        let mut seed = 0.0;
+        lens.map(|len| {
+            seed += 0.31;
+            values(len, seed)
+        })
+    }
+
+    fn layer<'a>(p: &'a [Vec<f64>; 7], reverse: bool) -> Recurrent<'a, f64> {
+        let [w_ih, w_hh, b_ih, b_hh, x, h0, c0] = p.each_ref().map(Vec::as_slice);
+        Recurrent {
+            seq: SEQ,
+            input: INPUT,
+            hidden: HIDDEN,
+            w_ih,
+            w_hh,
+            b_ih,
+            b_hh,
+            x,
+            lengths: &LENGTHS,
+            reverse,
+            h0,
+            c0,
+        }
+    }
+
+    fn loss(out: &RecurrentOutput<f64>, d: &RecurrentOutput<f64>) -> f64 {
+        let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+        dot(&out.y, &d.y) + dot(&out.h, &d.h) + dot(&out.c, &d.c)
+    }
+
+    /// Central differences for every element of every tensor; with a step of 1e-5 their own error is about
+    /// 1e-10 (truncation) plus 1e-11 (rounding).
+    fn check(
+        gates: usize,
+        forward: impl Fn(&Recurrent<'_, f64>) -> RecurrentOutput<f64>,
+        backward: impl Fn(&Recurrent<'_, f64>, &RecurrentOutput<f64>) -> RecurrentGrads<f64>,
+    ) {
+        let d = RecurrentOutput {
+            y: values(SEQ * LENGTHS.len() * HIDDEN, 5.0),
+            h: values(LENGTHS.len() * HIDDEN, 6.0),
+            c: values(LENGTHS.len() * HIDDEN, 7.0),
+        };
+        for reverse in [false, true] {
+            let mut p = parameters(gates);
+            let g = backward(&layer(&p, reverse), &d);
+            let grads = [g.d_w_ih, g.d_w_hh, g.d_b_ih, g.d_b_hh, g.d_x, g.d_h0, g.d_c0];
+            for (which, grad) in grads.iter().enumerate() {
+                for (i, &analytic) in grad.iter().enumerate() {
+                    let value = p[which][i];
+                    let mut at = |x: f64| {
+                        p[which][i] = x;
+                        loss(&forward(&layer(&p, reverse)), &d)
+                    };
+                    let numeric = (at(value + 1e-5) - at(value - 1e-5)) / 2e-5;
+                    p[which][i] = value;
+                    assert!(
+                        (numeric - analytic).abs() < 1e-8,
+                        "tensor {which}[{i}]: {analytic} and {numeric}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn lstm_gradients_are_central_differences() {
+        check(4, lstm_forward, lstm_backward);
+    }
+
+    #[test]
+    fn gru_gradients_are_central_differences() {
+        check(3, gru_forward, gru_backward);
+    }
+
+    #[test]
+    fn padding_is_zero_and_leaves_the_state() {
+        let p = parameters(4);
+        let out = lstm_forward(&layer(&p, true));
+        let row = |t: usize, b: usize| &out.y[(t * LENGTHS.len() + b) * HIDDEN..][..HIDDEN];
+        assert!((2..SEQ).all(|t| row(t, 2) == [0.0; HIDDEN]) && row(1, 2) != [0.0; HIDDEN]);
+        assert_eq!(out.h[HIDDEN..2 * HIDDEN], p[5][HIDDEN..2 * HIDDEN]);
+        assert_eq!(&out.h[2 * HIDDEN..], row(0, 2));
+    }
+}

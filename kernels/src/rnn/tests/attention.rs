@@ -106,6 +106,7 @@ impl Case {
         let problem = AdditiveAttention {
             queries: self.queries,
             keys_len: self.keys_len,
+            dim: self.dim,
             query: &query,
             keys: &keys,
             v: &v,
