@@ -204,7 +204,12 @@ impl<'a> Chunk<'a> {
             let row = Row { scale: self.problem.spec.scale, bias };
             if let Some(alpha) = online::absorb(simd, scores, &row, &visible, &mut state.m[local], l) {
                 let acc = &mut state.acc[local * v_dim..][..v_dim];
-                crate::lanes::map_in_place(simd, acc, |x| simd.mul_f32s(x, alpha));
+                crate::lanes::map_in_place(
+                    simd,
+                    acc,
+                    #[inline(always)]
+                    |x| simd.mul_f32s(x, alpha),
+                );
             }
         }
     }
@@ -254,7 +259,13 @@ impl<'a> Chunk<'a> {
             }
             let inverse = simd.splat_f32s(inverse);
             let acc = &state.acc[r * v_dim..][..v_dim];
-            crate::lanes::map(simd, acc, self.out.row_mut(r), |x| simd.mul_f32s(x, inverse));
+            crate::lanes::map(
+                simd,
+                acc,
+                self.out.row_mut(r),
+                #[inline(always)]
+                |x| simd.mul_f32s(x, inverse),
+            );
         }
     }
 }

@@ -78,13 +78,34 @@ impl Probabilities<'_> {
         let row = &mut row[visible];
         let scale = simd.splat_f32s(self.spec.scale);
         match bias {
-            None => lanes::map_in_place(simd, row, |x| simd.mul_f32s(x, scale)),
-            Some(bias) => lanes::update(simd, bias, row, |b, x| simd.add_f32s(simd.mul_f32s(x, scale), b)),
+            None => lanes::map_in_place(
+                simd,
+                row,
+                #[inline(always)]
+                |x| simd.mul_f32s(x, scale),
+            ),
+            Some(bias) => lanes::update(
+                simd,
+                bias,
+                row,
+                #[inline(always)]
+                |b, x| simd.add_f32s(simd.mul_f32s(x, scale), b),
+            ),
         }
         let shift = simd.splat_f32s(online::shift(lanes::max(simd, row)));
-        lanes::map_in_place(simd, row, |x| crate::math::exp(simd, simd.sub_f32s(x, shift)));
+        lanes::map_in_place(
+            simd,
+            row,
+            #[inline(always)]
+            |x| crate::math::exp(simd, simd.sub_f32s(x, shift)),
+        );
         let sum = lanes::sum(simd, row);
         let inverse = simd.splat_f32s(if sum == 0.0 { 0.0 } else { 1.0 / sum });
-        lanes::map_in_place(simd, row, |x| simd.mul_f32s(x, inverse));
+        lanes::map_in_place(
+            simd,
+            row,
+            #[inline(always)]
+            |x| simd.mul_f32s(x, inverse),
+        );
     }
 }

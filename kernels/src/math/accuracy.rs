@@ -37,7 +37,13 @@ impl<F: Function> WithSimd for Evaluate<'_, F> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        lanes::map(simd, self.1, self.2, |x| self.0.fast(simd, x));
+        lanes::map(
+            simd,
+            self.1,
+            self.2,
+            #[inline(always)]
+            |x| self.0.fast(simd, x),
+        );
     }
 }
 

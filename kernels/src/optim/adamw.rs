@@ -80,14 +80,20 @@ impl WithSimd for Update<'_> {
         let (scale, rate, root_scale) = (splat(grad_scale), splat(rate), splat(root_scale));
         let (step_m, step_v) = (splat(1.0 - spec.beta1), splat(1.0 - spec.beta2));
         let (eps, decay) = (splat(spec.eps), splat(1.0 - spec.lr * spec.weight_decay));
-        lanes::visit(simd, [grad], [param, m, v], |[grad], [param, m, v]| {
-            let g = simd.mul_f32s(grad, scale);
-            let m = simd.mul_add_e_f32s(step_m, simd.sub_f32s(g, m), m);
-            let v = simd.mul_add_e_f32s(step_v, simd.sub_f32s(simd.mul_f32s(g, g), v), v);
-            let root = simd.mul_add_e_f32s(simd.sqrt_f32s(v), root_scale, eps);
-            let param = simd.mul_f32s(param, decay);
-            [simd.negate_mul_add_e_f32s(rate, simd.div_f32s(m, root), param), m, v]
-        });
+        lanes::visit(
+            simd,
+            [grad],
+            [param, m, v],
+            #[inline(always)]
+            |[grad], [param, m, v]| {
+                let g = simd.mul_f32s(grad, scale);
+                let m = simd.mul_add_e_f32s(step_m, simd.sub_f32s(g, m), m);
+                let v = simd.mul_add_e_f32s(step_v, simd.sub_f32s(simd.mul_f32s(g, g), v), v);
+                let root = simd.mul_add_e_f32s(simd.sqrt_f32s(v), root_scale, eps);
+                let param = simd.mul_f32s(param, decay);
+                [simd.negate_mul_add_e_f32s(rate, simd.div_f32s(m, root), param), m, v]
+            },
+        );
     }
 }
 

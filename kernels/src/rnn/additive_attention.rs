@@ -180,9 +180,12 @@ impl WithSimd for Forward<'_> {
             let (weights, padding) = alpha.row_mut(t).split_at_mut(len);
             padding.fill(0.0);
             for (s, score) in weights.iter_mut().enumerate() {
-                *score = lanes::sum_zip(simd, [query.row(t), keys.row(s), v], |[q, k, v]| {
-                    simd.mul_f32s(v, math::tanh(simd, simd.add_f32s(q, k)))
-                });
+                *score = lanes::sum_zip(
+                    simd,
+                    [query.row(t), keys.row(s), v],
+                    #[inline(always)]
+                    |[q, k, v]| simd.mul_f32s(v, math::tanh(simd, simd.add_f32s(q, k))),
+                );
             }
             softmax(simd, weights);
             let context = context.row_mut(t);
@@ -198,16 +201,32 @@ impl WithSimd for Forward<'_> {
 #[inline(always)]
 fn softmax<S: Simd>(simd: S, scores: &mut [f32]) {
     let max = simd.splat_f32s(lanes::max(simd, scores));
-    lanes::map_in_place(simd, scores, |x| math::exp(simd, simd.sub_f32s(x, max)));
+    lanes::map_in_place(
+        simd,
+        scores,
+        #[inline(always)]
+        |x| math::exp(simd, simd.sub_f32s(x, max)),
+    );
     let sum = simd.splat_f32s(lanes::sum(simd, scores));
-    lanes::map_in_place(simd, scores, |x| simd.div_f32s(x, sum));
+    lanes::map_in_place(
+        simd,
+        scores,
+        #[inline(always)]
+        |x| simd.div_f32s(x, sum),
+    );
 }
 
 /// `y += a·x`.
 #[inline(always)]
 fn add_scaled<S: Simd>(simd: S, a: f32, x: &[f32], y: &mut [f32]) {
     let a = simd.splat_f32s(a);
-    lanes::update(simd, x, y, |x, y| simd.mul_add_e_f32s(a, x, y));
+    lanes::update(
+        simd,
+        x,
+        y,
+        #[inline(always)]
+        |x, y| simd.mul_add_e_f32s(a, x, y),
+    );
 }
 
 /// The gradients of [`forward`], from the α that it gave.
@@ -307,18 +326,30 @@ impl WithSimd for Backward<'_> {
                 add_scaled(simd, alpha[s], d_context, d_values.row_mut(s));
             }
             let mean = simd.splat_f32s(lanes::dot(simd, alpha, &d_scores));
-            lanes::update(simd, alpha, &mut d_scores, |a, d| simd.mul_f32s(a, simd.sub_f32s(d, mean)));
+            lanes::update(
+                simd,
+                alpha,
+                &mut d_scores,
+                #[inline(always)]
+                |a, d| simd.mul_f32s(a, simd.sub_f32s(d, mean)),
+            );
             d_query.row_mut(t).fill(0.0);
             for (s, &d_score) in d_scores.iter().enumerate() {
                 let d_score = simd.splat_f32s(d_score);
                 let outputs = [d_query.row_mut(t), d_keys.row_mut(s), d_v.row_mut(0)];
-                lanes::visit(simd, [query.row(t), keys.row(s), v], outputs, |[q, k, v], [d_q, d_k, d_v]| {
-                    let tanh = math::tanh(simd, simd.add_f32s(q, k));
-                    let d_tanh = simd.mul_f32s(d_score, v);
-                    let d_sum = simd.mul_f32s(d_tanh, math::tanh_derivative(simd, tanh));
-                    let d_v = simd.mul_add_e_f32s(d_score, tanh, d_v);
-                    [simd.add_f32s(d_q, d_sum), simd.add_f32s(d_k, d_sum), d_v]
-                });
+                lanes::visit(
+                    simd,
+                    [query.row(t), keys.row(s), v],
+                    outputs,
+                    #[inline(always)]
+                    |[q, k, v], [d_q, d_k, d_v]| {
+                        let tanh = math::tanh(simd, simd.add_f32s(q, k));
+                        let d_tanh = simd.mul_f32s(d_score, v);
+                        let d_sum = simd.mul_f32s(d_tanh, math::tanh_derivative(simd, tanh));
+                        let d_v = simd.mul_add_e_f32s(d_score, tanh, d_v);
+                        [simd.add_f32s(d_q, d_sum), simd.add_f32s(d_k, d_sum), d_v]
+                    },
+                );
             }
         }
     }

@@ -38,12 +38,18 @@ pub(super) fn recurrent_columns(hidden: usize) -> Range<usize> {
 #[inline(always)]
 pub(super) fn forward_row<S: Simd>(simd: S, gates: &mut [f32], h_prev: &[f32], h: &mut [f32]) {
     let [n, r, z, q] = quarters(gates);
-    lanes::visit(simd, [h_prev, q], [n, r, z, h], |[h_prev, q], [n, r, z, _]| {
-        let r = math::sigmoid(simd, r);
-        let z = math::sigmoid(simd, z);
-        let n = math::tanh(simd, simd.mul_add_e_f32s(r, q, n));
-        [n, r, z, simd.mul_add_e_f32s(z, simd.sub_f32s(h_prev, n), n)]
-    });
+    lanes::visit(
+        simd,
+        [h_prev, q],
+        [n, r, z, h],
+        #[inline(always)]
+        |[h_prev, q], [n, r, z, _]| {
+            let r = math::sigmoid(simd, r);
+            let z = math::sigmoid(simd, z);
+            let n = math::tanh(simd, simd.mul_add_e_f32s(r, q, n));
+            [n, r, z, simd.mul_add_e_f32s(z, simd.sub_f32s(h_prev, n), n)]
+        },
+    );
 }
 
 /// One row: gates to gradients of their sums, `d_h` of the new state to its direct part for the old.
@@ -56,16 +62,22 @@ pub(super) fn forward_row<S: Simd>(simd: S, gates: &mut [f32], h_prev: &[f32], h
 pub(super) fn backward_row<S: Simd>(simd: S, gates: &mut [f32], h_prev: &[f32], d_h: &mut [f32]) {
     let one = simd.splat_f32s(1.0);
     let [n, r, z, q] = quarters(gates);
-    lanes::visit(simd, [h_prev], [n, r, z, q, d_h], |[h_prev], [n, r, z, q, d_h]| {
-        let d_candidate = simd.mul_f32s(d_h, simd.sub_f32s(one, z));
-        let d_n = simd.mul_f32s(d_candidate, math::tanh_derivative(simd, n));
-        let d_z = simd.mul_f32s(d_h, simd.sub_f32s(h_prev, n));
-        [
-            d_n,
-            simd.mul_f32s(simd.mul_f32s(d_n, q), math::sigmoid_derivative(simd, r)),
-            simd.mul_f32s(d_z, math::sigmoid_derivative(simd, z)),
-            simd.mul_f32s(d_n, r),
-            simd.mul_f32s(d_h, z),
-        ]
-    });
+    lanes::visit(
+        simd,
+        [h_prev],
+        [n, r, z, q, d_h],
+        #[inline(always)]
+        |[h_prev], [n, r, z, q, d_h]| {
+            let d_candidate = simd.mul_f32s(d_h, simd.sub_f32s(one, z));
+            let d_n = simd.mul_f32s(d_candidate, math::tanh_derivative(simd, n));
+            let d_z = simd.mul_f32s(d_h, simd.sub_f32s(h_prev, n));
+            [
+                d_n,
+                simd.mul_f32s(simd.mul_f32s(d_n, q), math::sigmoid_derivative(simd, r)),
+                simd.mul_f32s(d_z, math::sigmoid_derivative(simd, z)),
+                simd.mul_f32s(d_n, r),
+                simd.mul_f32s(d_h, z),
+            ]
+        },
+    );
 }

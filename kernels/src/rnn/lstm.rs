@@ -24,14 +24,20 @@ pub(super) fn input_window(hidden: usize) -> Window {
 #[inline(always)]
 pub(super) fn forward_row<S: Simd>(simd: S, gates: &mut [f32], c_prev: &[f32], h: &mut [f32], c: &mut [f32]) {
     let [i, f, g, o] = quarters(gates);
-    lanes::visit(simd, [c_prev], [i, f, g, o, h, c], |[c_prev], [i, f, g, o, _, _]| {
-        let i = math::sigmoid(simd, i);
-        let f = math::sigmoid(simd, f);
-        let g = math::tanh(simd, g);
-        let o = math::sigmoid(simd, o);
-        let c = new_cell(simd, [i, f, g], c_prev);
-        [i, f, g, o, simd.mul_f32s(o, math::tanh(simd, c)), c]
-    });
+    lanes::visit(
+        simd,
+        [c_prev],
+        [i, f, g, o, h, c],
+        #[inline(always)]
+        |[c_prev], [i, f, g, o, _, _]| {
+            let i = math::sigmoid(simd, i);
+            let f = math::sigmoid(simd, f);
+            let g = math::tanh(simd, g);
+            let o = math::sigmoid(simd, o);
+            let c = new_cell(simd, [i, f, g], c_prev);
+            [i, f, g, o, simd.mul_f32s(o, math::tanh(simd, c)), c]
+        },
+    );
 }
 
 /// c' = f·c + i·g.
@@ -56,17 +62,23 @@ pub(super) fn backward_row<S: Simd>(
     d_c: &mut [f32],
 ) {
     let [i, f, g, o] = quarters(gates);
-    lanes::visit(simd, [c_prev, d_h], [i, f, g, o, d_c], |[c_prev, d_h], [i, f, g, o, d_c]| {
-        let tanh_c = math::tanh(simd, new_cell(simd, [i, f, g], c_prev));
-        let d_tanh = simd.mul_f32s(simd.mul_f32s(d_h, o), math::tanh_derivative(simd, tanh_c));
-        let d_c = simd.add_f32s(d_c, d_tanh);
-        let d_o = simd.mul_f32s(d_h, tanh_c);
-        [
-            simd.mul_f32s(simd.mul_f32s(d_c, g), math::sigmoid_derivative(simd, i)),
-            simd.mul_f32s(simd.mul_f32s(d_c, c_prev), math::sigmoid_derivative(simd, f)),
-            simd.mul_f32s(simd.mul_f32s(d_c, i), math::tanh_derivative(simd, g)),
-            simd.mul_f32s(d_o, math::sigmoid_derivative(simd, o)),
-            simd.mul_f32s(d_c, f),
-        ]
-    });
+    lanes::visit(
+        simd,
+        [c_prev, d_h],
+        [i, f, g, o, d_c],
+        #[inline(always)]
+        |[c_prev, d_h], [i, f, g, o, d_c]| {
+            let tanh_c = math::tanh(simd, new_cell(simd, [i, f, g], c_prev));
+            let d_tanh = simd.mul_f32s(simd.mul_f32s(d_h, o), math::tanh_derivative(simd, tanh_c));
+            let d_c = simd.add_f32s(d_c, d_tanh);
+            let d_o = simd.mul_f32s(d_h, tanh_c);
+            [
+                simd.mul_f32s(simd.mul_f32s(d_c, g), math::sigmoid_derivative(simd, i)),
+                simd.mul_f32s(simd.mul_f32s(d_c, c_prev), math::sigmoid_derivative(simd, f)),
+                simd.mul_f32s(simd.mul_f32s(d_c, i), math::tanh_derivative(simd, g)),
+                simd.mul_f32s(d_o, math::sigmoid_derivative(simd, o)),
+                simd.mul_f32s(d_c, f),
+            ]
+        },
+    );
 }

@@ -416,7 +416,13 @@ impl<F: Fn(usize) -> usize> WithSimd for AddRows<'_, F> {
     fn with_simd<S: Simd>(mut self, simd: S) {
         for i in 0..self.d_h.rows() {
             let d_y = self.d_y.row((self.row_of)(i));
-            lanes::update(simd, d_y, self.d_h.row_mut(i), |d_y, d_h| simd.add_f32s(d_h, d_y));
+            lanes::update(
+                simd,
+                d_y,
+                self.d_h.row_mut(i),
+                #[inline(always)]
+                |d_y, d_h| simd.add_f32s(d_h, d_y),
+            );
         }
     }
 }

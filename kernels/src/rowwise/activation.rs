@@ -127,12 +127,48 @@ impl WithSimd for Forward<'_> {
         let Forward { activation, x, y } = self;
         match activation {
             Activation::Identity => y.copy_from_slice(x),
-            Activation::Relu => lanes::map(simd, x, y, |x| relu(simd, x)),
-            Activation::GeluErf => lanes::map(simd, x, y, |x| math::gelu(simd, x)),
-            Activation::GeluTanh => lanes::map(simd, x, y, |x| math::gelu_tanh(simd, x)),
-            Activation::Silu => lanes::map(simd, x, y, |x| math::silu(simd, x)),
-            Activation::Tanh => lanes::map(simd, x, y, |x| math::tanh(simd, x)),
-            Activation::Sigmoid => lanes::map(simd, x, y, |x| math::sigmoid(simd, x)),
+            Activation::Relu => lanes::map(
+                simd,
+                x,
+                y,
+                #[inline(always)]
+                |x| relu(simd, x),
+            ),
+            Activation::GeluErf => lanes::map(
+                simd,
+                x,
+                y,
+                #[inline(always)]
+                |x| math::gelu(simd, x),
+            ),
+            Activation::GeluTanh => lanes::map(
+                simd,
+                x,
+                y,
+                #[inline(always)]
+                |x| math::gelu_tanh(simd, x),
+            ),
+            Activation::Silu => lanes::map(
+                simd,
+                x,
+                y,
+                #[inline(always)]
+                |x| math::silu(simd, x),
+            ),
+            Activation::Tanh => lanes::map(
+                simd,
+                x,
+                y,
+                #[inline(always)]
+                |x| math::tanh(simd, x),
+            ),
+            Activation::Sigmoid => lanes::map(
+                simd,
+                x,
+                y,
+                #[inline(always)]
+                |x| math::sigmoid(simd, x),
+            ),
         }
     }
 }
@@ -168,7 +204,14 @@ impl WithSimd for Backward<'_> {
 impl Backward<'_> {
     #[inline(always)]
     fn product<S: Simd>(self, simd: S, derivative: impl Fn(S::f32s) -> S::f32s) {
-        lanes::zip(simd, self.x, self.d_y, self.d_x, |x, d_y| simd.mul_f32s(d_y, derivative(x)));
+        lanes::zip(
+            simd,
+            self.x,
+            self.d_y,
+            self.d_x,
+            #[inline(always)]
+            |x, d_y| simd.mul_f32s(d_y, derivative(x)),
+        );
     }
 }
 

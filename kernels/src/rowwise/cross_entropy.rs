@@ -83,13 +83,23 @@ impl WithSimd for Forward<'_> {
             };
             let m = simd.splat_f32s(max);
             let (sum, uniform) = if epsilon == 0.0 {
-                let [sum] = lanes::sums(simd, x, |x| [math::exp(simd, simd.sub_f32s(x, m))]);
+                let [sum] = lanes::sums(
+                    simd,
+                    x,
+                    #[inline(always)]
+                    |x| [math::exp(simd, simd.sub_f32s(x, m))],
+                );
                 (sum, 0.0)
             } else {
-                let [sum, shifted] = lanes::sums(simd, x, |x| {
-                    let shifted = simd.sub_f32s(x, m);
-                    [math::exp(simd, shifted), shifted]
-                });
+                let [sum, shifted] = lanes::sums(
+                    simd,
+                    x,
+                    #[inline(always)]
+                    |x| {
+                        let shifted = simd.sub_f32s(x, m);
+                        [math::exp(simd, shifted), shifted]
+                    },
+                );
                 (sum, epsilon * (shifted / n))
             };
             let log_sum = first_lane(simd, math::log(simd, simd.splat_f32s(sum)));
@@ -128,14 +138,23 @@ impl WithSimd for Backward<'_> {
                 continue;
             };
             let m = simd.splat_f32s(max);
-            let sum = lanes::map_sum(simd, x, d_x, |x| math::exp(simd, simd.sub_f32s(x, m)));
+            let sum = lanes::map_sum(
+                simd,
+                x,
+                d_x,
+                #[inline(always)]
+                |x| math::exp(simd, simd.sub_f32s(x, m)),
+            );
             let scale = simd.splat_f32s(1.0 / sum);
             let uniform = simd.splat_f32s(epsilon / n);
             let outer = simd.splat_f32s(d_loss);
             let p = d_x[target as usize] * (1.0 / sum);
-            lanes::map_in_place(simd, d_x, |e| {
-                simd.mul_f32s(simd.sub_f32s(simd.mul_f32s(e, scale), uniform), outer)
-            });
+            lanes::map_in_place(
+                simd,
+                d_x,
+                #[inline(always)]
+                |e| simd.mul_f32s(simd.sub_f32s(simd.mul_f32s(e, scale), uniform), outer),
+            );
             d_x[target as usize] = (p - (1.0 - epsilon) - epsilon / n) * d_loss;
         }
     }

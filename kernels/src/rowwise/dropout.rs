@@ -100,9 +100,14 @@ impl WithSimd for Apply<'_> {
                     parts[w * offsets.len() + l] = simd.select_f32s(falls, zero, scale);
                 }
             }
-            lanes::zip(simd, x, &factors[..x.len()], y, |x, factor| {
-                simd.select_f32s(simd.equal_f32s(factor, zero), zero, simd.mul_f32s(x, factor))
-            });
+            lanes::zip(
+                simd,
+                x,
+                &factors[..x.len()],
+                y,
+                #[inline(always)]
+                |x, factor| simd.select_f32s(simd.equal_f32s(factor, zero), zero, simd.mul_f32s(x, factor)),
+            );
         }
     }
 }

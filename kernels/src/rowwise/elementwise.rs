@@ -63,7 +63,14 @@ impl<F: Binary> WithSimd for Zip<'_, F> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        lanes::zip(simd, self.a, self.b, self.y, |a, b| self.f.apply(simd, a, b));
+        lanes::zip(
+            simd,
+            self.a,
+            self.b,
+            self.y,
+            #[inline(always)]
+            |a, b| self.f.apply(simd, a, b),
+        );
     }
 }
 
@@ -78,7 +85,13 @@ impl<F: Binary> WithSimd for Update<'_, F> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        lanes::update(simd, self.x, self.y, |x, y| self.f.apply(simd, x, y));
+        lanes::update(
+            simd,
+            self.x,
+            self.y,
+            #[inline(always)]
+            |x, y| self.f.apply(simd, x, y),
+        );
     }
 }
 
@@ -90,7 +103,12 @@ impl WithSimd for Scale<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let alpha = simd.splat_f32s(self.0);
-        lanes::map_in_place(simd, self.1, |x| simd.mul_f32s(alpha, x));
+        lanes::map_in_place(
+            simd,
+            self.1,
+            #[inline(always)]
+            |x| simd.mul_f32s(alpha, x),
+        );
     }
 }
 

@@ -42,7 +42,13 @@ impl WithSimd for Forward<'_> {
         let scale = simd.splat_f32s(self.scale);
         for (i, &id) in self.ids.iter().enumerate() {
             let row = self.table.row(id as usize);
-            lanes::map(simd, row, self.out.row_mut(i), |x| simd.mul_f32s(x, scale));
+            lanes::map(
+                simd,
+                row,
+                self.out.row_mut(i),
+                #[inline(always)]
+                |x| simd.mul_f32s(x, scale),
+            );
         }
     }
 }
@@ -65,9 +71,13 @@ impl WithSimd for Backward<'_> {
         for (i, &id) in self.ids.iter().enumerate() {
             let row = (id as usize).wrapping_sub(self.first);
             if row < self.d_table.rows() {
-                lanes::update(simd, self.d_out.row(i), self.d_table.row_mut(row), |d_out, d_row| {
-                    simd.mul_add_e_f32s(d_out, scale, d_row)
-                });
+                lanes::update(
+                    simd,
+                    self.d_out.row(i),
+                    self.d_table.row_mut(row),
+                    #[inline(always)]
+                    |d_out, d_row| simd.mul_add_e_f32s(d_out, scale, d_row),
+                );
             }
         }
     }

@@ -61,17 +61,28 @@ impl WithSimd for Forward<'_> {
             let (x, y) = (self.x.row(i), self.y.row_mut(i));
             let mean = lanes::sum(simd, x) / n;
             let center = simd.splat_f32s(mean);
-            let [squares] = lanes::sums(simd, x, |x| {
-                let d = simd.sub_f32s(x, center);
-                [simd.mul_f32s(d, d)]
-            });
+            let [squares] = lanes::sums(
+                simd,
+                x,
+                #[inline(always)]
+                |x| {
+                    let d = simd.sub_f32s(x, center);
+                    [simd.mul_f32s(d, d)]
+                },
+            );
             let rstd = 1.0 / (squares / n + eps).sqrt();
             self.stats.row_mut(i)[0] = RowStats { mean, rstd };
             let rstd = simd.splat_f32s(rstd);
-            lanes::visit(simd, [x, gamma, beta], [y], |[x, gamma, beta], _| {
-                let normal = simd.mul_f32s(simd.sub_f32s(x, center), rstd);
-                [simd.mul_add_e_f32s(normal, gamma, beta)]
-            });
+            lanes::visit(
+                simd,
+                [x, gamma, beta],
+                [y],
+                #[inline(always)]
+                |[x, gamma, beta], _| {
+                    let normal = simd.mul_f32s(simd.sub_f32s(x, center), rstd);
+                    [simd.mul_add_e_f32s(normal, gamma, beta)]
+                },
+            );
         }
     }
 }
@@ -105,6 +116,7 @@ impl WithSimd for Backward<'_> {
                 simd,
                 [x, d_y, self.gamma],
                 [&mut *d_gamma, &mut *d_beta],
+                #[inline(always)]
                 |[x, d_y, gamma], [d_gamma, d_beta]| {
                     let normal = simd.mul_f32s(simd.sub_f32s(x, mean), rstd);
                     let g = simd.mul_f32s(d_y, gamma);
@@ -115,12 +127,18 @@ impl WithSimd for Backward<'_> {
             );
             let mean_g = simd.splat_f32s(simd.reduce_sum_f32s(sum_g) * n);
             let mean_gx = simd.splat_f32s(simd.reduce_sum_f32s(sum_gx) * n);
-            lanes::visit(simd, [x, d_y, self.gamma], [d_x], |[x, d_y, gamma], _| {
-                let normal = simd.mul_f32s(simd.sub_f32s(x, mean), rstd);
-                let g = simd.mul_f32s(d_y, gamma);
-                let inner = simd.negate_mul_add_e_f32s(normal, mean_gx, simd.sub_f32s(g, mean_g));
-                [simd.mul_f32s(rstd, inner)]
-            });
+            lanes::visit(
+                simd,
+                [x, d_y, self.gamma],
+                [d_x],
+                #[inline(always)]
+                |[x, d_y, gamma], _| {
+                    let normal = simd.mul_f32s(simd.sub_f32s(x, mean), rstd);
+                    let g = simd.mul_f32s(d_y, gamma);
+                    let inner = simd.negate_mul_add_e_f32s(normal, mean_gx, simd.sub_f32s(g, mean_g));
+                    [simd.mul_f32s(rstd, inner)]
+                },
+            );
         }
     }
 }

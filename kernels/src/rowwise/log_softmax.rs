@@ -35,9 +35,20 @@ impl WithSimd for Forward<'_> {
                 continue;
             };
             let max = simd.splat_f32s(max);
-            let [sum] = lanes::sums(simd, x, |x| [math::exp(simd, simd.sub_f32s(x, max))]);
+            let [sum] = lanes::sums(
+                simd,
+                x,
+                #[inline(always)]
+                |x| [math::exp(simd, simd.sub_f32s(x, max))],
+            );
             let log_sum = math::log(simd, simd.splat_f32s(sum));
-            lanes::map(simd, x, y, |x| simd.sub_f32s(simd.sub_f32s(x, max), log_sum));
+            lanes::map(
+                simd,
+                x,
+                y,
+                #[inline(always)]
+                |x| simd.sub_f32s(simd.sub_f32s(x, max), log_sum),
+            );
         }
     }
 }
@@ -60,7 +71,14 @@ impl WithSimd for Backward<'_> {
                 continue;
             }
             let sum = simd.splat_f32s(lanes::sum(simd, d_y));
-            lanes::zip(simd, y, d_y, d_x, |y, d_y| simd.negate_mul_add_e_f32s(math::exp(simd, y), sum, d_y));
+            lanes::zip(
+                simd,
+                y,
+                d_y,
+                d_x,
+                #[inline(always)]
+                |y, d_y| simd.negate_mul_add_e_f32s(math::exp(simd, y), sum, d_y),
+            );
         }
     }
 }

@@ -31,7 +31,13 @@ impl WithSimd for AddRows<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         for i in 0..self.x.rows() {
-            lanes::update(simd, self.x.row(i), self.out, |x, sum| simd.add_f32s(sum, x));
+            lanes::update(
+                simd,
+                self.x.row(i),
+                self.out,
+                #[inline(always)]
+                |x, sum| simd.add_f32s(sum, x),
+            );
         }
     }
 }

@@ -38,7 +38,14 @@ impl WithSimd for Forward<'_> {
             let (x, y) = (self.x.row(i), self.y.row_mut(i));
             *rstd = 1.0 / (lanes::dot(simd, x, x) / n + self.eps).sqrt();
             let rstd = simd.splat_f32s(*rstd);
-            lanes::zip(simd, x, self.gamma, y, |x, gamma| simd.mul_f32s(simd.mul_f32s(x, rstd), gamma));
+            lanes::zip(
+                simd,
+                x,
+                self.gamma,
+                y,
+                #[inline(always)]
+                |x, gamma| simd.mul_f32s(simd.mul_f32s(x, rstd), gamma),
+            );
         }
     }
 }
@@ -63,17 +70,29 @@ impl WithSimd for Backward<'_> {
             let (x, d_y, d_x) = (self.x.row(i), self.d_y.row(i), self.d_x.row_mut(i));
             let rstd = simd.splat_f32s(*rstd);
             let mut sum = simd.splat_f32s(0.0);
-            lanes::visit(simd, [x, d_y, self.gamma], [&mut *self.d_gamma], |[x, d_y, gamma], [d_gamma]| {
-                let normal = simd.mul_f32s(x, rstd);
-                sum = simd.mul_add_e_f32s(simd.mul_f32s(d_y, gamma), normal, sum);
-                [simd.mul_add_e_f32s(d_y, normal, d_gamma)]
-            });
+            lanes::visit(
+                simd,
+                [x, d_y, self.gamma],
+                [&mut *self.d_gamma],
+                #[inline(always)]
+                |[x, d_y, gamma], [d_gamma]| {
+                    let normal = simd.mul_f32s(x, rstd);
+                    sum = simd.mul_add_e_f32s(simd.mul_f32s(d_y, gamma), normal, sum);
+                    [simd.mul_add_e_f32s(d_y, normal, d_gamma)]
+                },
+            );
             let mean = simd.splat_f32s(simd.reduce_sum_f32s(sum) * n);
-            lanes::visit(simd, [x, d_y, self.gamma], [d_x], |[x, d_y, gamma], _| {
-                let normal = simd.mul_f32s(x, rstd);
-                let inner = simd.negate_mul_add_e_f32s(normal, mean, simd.mul_f32s(d_y, gamma));
-                [simd.mul_f32s(rstd, inner)]
-            });
+            lanes::visit(
+                simd,
+                [x, d_y, self.gamma],
+                [d_x],
+                #[inline(always)]
+                |[x, d_y, gamma], _| {
+                    let normal = simd.mul_f32s(x, rstd);
+                    let inner = simd.negate_mul_add_e_f32s(normal, mean, simd.mul_f32s(d_y, gamma));
+                    [simd.mul_f32s(rstd, inner)]
+                },
+            );
         }
     }
 }

@@ -45,9 +45,20 @@ impl WithSimd for Forward<'_> {
                 continue;
             };
             let max = simd.splat_f32s(max);
-            let sum = lanes::map_sum(simd, x, y, |x| math::exp(simd, simd.sub_f32s(x, max)));
+            let sum = lanes::map_sum(
+                simd,
+                x,
+                y,
+                #[inline(always)]
+                |x| math::exp(simd, simd.sub_f32s(x, max)),
+            );
             let scale = simd.splat_f32s(1.0 / sum);
-            lanes::map_in_place(simd, y, |y| simd.mul_f32s(y, scale));
+            lanes::map_in_place(
+                simd,
+                y,
+                #[inline(always)]
+                |y| simd.mul_f32s(y, scale),
+            );
         }
     }
 }
@@ -66,7 +77,14 @@ impl WithSimd for Backward<'_> {
         for i in 0..self.y.rows() {
             let (y, d_y, d_x) = (self.y.row(i), self.d_y.row(i), self.d_x.row_mut(i));
             let mean = simd.splat_f32s(lanes::dot(simd, y, d_y));
-            lanes::zip(simd, y, d_y, d_x, |y, d_y| simd.mul_f32s(y, simd.sub_f32s(d_y, mean)));
+            lanes::zip(
+                simd,
+                y,
+                d_y,
+                d_x,
+                #[inline(always)]
+                |y, d_y| simd.mul_f32s(y, simd.sub_f32s(d_y, mean)),
+            );
         }
     }
 }
