@@ -178,12 +178,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_are_unique_and_some_are_quick() {
-        let cases = cases();
-        let mut names: Vec<&str> = cases.iter().map(|case| case.name.as_str()).collect();
-        names.sort_unstable();
-        assert!(names.windows(2).all(|pair| pair[0] != pair[1]));
-        assert!((10..30).contains(&cases.iter().filter(|case| case.quick).count()));
+    fn a_first_look_has_a_score_of_cases() {
+        assert!((10..30).contains(&cases().iter().filter(|case| case.quick).count()));
     }
 
     #[test]

@@ -1,6 +1,9 @@
 //! What is measured: tables of shapes, one file a family. A case is data; the inputs are made from it alone.
 
+pub(crate) mod attention;
 pub(crate) mod gemm;
+pub(crate) mod rnn;
+pub(crate) mod rowwise;
 
 use std::borrow::Cow;
 
@@ -11,6 +14,12 @@ use crate::error::HarnessError;
 pub(crate) enum Family {
     /// Matrix products: squares, the shapes of models, thin and odd ones
     Gemm,
+    /// Softmax, LayerNorm, cross-entropy, GELU
+    Rowwise,
+    /// Scaled dot-product attention, forward and backward
+    Attention,
+    /// LSTM and GRU layers over whole sequences, forward and as a training step
+    Rnn,
 }
 
 impl Family {
@@ -18,6 +27,9 @@ impl Family {
     pub(crate) fn as_str(self) -> &'static str {
         match self {
             Family::Gemm => "gemm",
+            Family::Rowwise => "rowwise",
+            Family::Attention => "attention",
+            Family::Rnn => "rnn",
         }
     }
 }
@@ -38,6 +50,12 @@ pub(crate) struct Case {
 pub(crate) enum Op {
     /// A matrix product.
     Gemm(gemm::Shape),
+    /// An operation on rows.
+    Rowwise(rowwise::Shape),
+    /// Attention.
+    Attention(attention::Shape),
+    /// A recurrent layer.
+    Rnn(rnn::Shape),
 }
 
 /// The work of one call, for rates.
@@ -54,12 +72,21 @@ pub(crate) struct Work {
 pub(crate) enum Problem {
     /// A matrix product.
     Gemm(gemm::Problem),
+    /// An operation on rows.
+    Rowwise(rowwise::Problem),
+    /// Attention.
+    Attention(attention::Problem),
+    /// A recurrent layer.
+    Rnn(rnn::Problem),
 }
 
 /// Every case of a family, in the order of the table.
 pub(crate) fn of(family: Family) -> Vec<Case> {
     match family {
         Family::Gemm => gemm::cases(),
+        Family::Rowwise => rowwise::cases(),
+        Family::Attention => attention::cases(),
+        Family::Rnn => rnn::cases(),
     }
 }
 
@@ -68,6 +95,9 @@ impl Case {
     pub(crate) fn problem(&self) -> Problem {
         match self.op {
             Op::Gemm(shape) => Problem::Gemm(gemm::Problem::new(shape)),
+            Op::Rowwise(shape) => Problem::Rowwise(rowwise::Problem::new(shape)),
+            Op::Attention(shape) => Problem::Attention(attention::Problem::new(shape)),
+            Op::Rnn(shape) => Problem::Rnn(rnn::Problem::new(shape)),
         }
     }
 
@@ -75,6 +105,9 @@ impl Case {
     pub(crate) fn work(&self) -> Work {
         match self.op {
             Op::Gemm(shape) => shape.work(),
+            Op::Rowwise(shape) => shape.work(),
+            Op::Attention(shape) => shape.work(),
+            Op::Rnn(shape) => shape.work(),
         }
     }
 }
@@ -87,6 +120,62 @@ impl Problem {
     pub(crate) fn check(&self, outputs: &[Cow<'_, [f32]>]) -> Result<(), HarnessError> {
         match self {
             Problem::Gemm(problem) => problem.check(&outputs[0]),
+            Problem::Rowwise(problem) => problem.check(outputs),
+            Problem::Attention(problem) => problem.check(outputs),
+            Problem::Rnn(problem) => problem.check(outputs),
         }
+    }
+}
+
+/// |actual − expected| ≤ `tolerance`·max |expected|, in every element: a guard against measuring something that
+/// is wrong. The tests of the kernels hold them to tighter bounds.
+///
+/// # Errors
+/// Names the first element that differs; NaN differs.
+fn check_close(what: &str, actual: &[f32], expected: &[f64], tolerance: f64) -> Result<(), HarnessError> {
+    if actual.len() != expected.len() {
+        let text = format!("{what} has {} elements, expected {}", actual.len(), expected.len());
+        return Err(HarnessError::Failed(text));
+    }
+    let bound = tolerance * expected.iter().fold(0.0, |top: f64, x| top.max(x.abs()));
+    let wrong = |(actual, expected): (&f32, &f64)| {
+        let within = (f64::from(*actual) - expected).abs() <= bound;
+        !within
+    };
+    match actual.iter().zip(expected).position(wrong) {
+        None => Ok(()),
+        Some(i) => Err(HarnessError::Failed(format!(
+            "element {i} of {what} is {}, but in f64 it is {}",
+            actual[i], expected[i]
+        ))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::ValueEnum;
+
+    use super::*;
+
+    #[test]
+    fn every_family_has_distinct_cases_some_quick() {
+        for family in Family::value_variants() {
+            let cases = of(*family);
+            let mut names: Vec<&str> = cases.iter().map(|case| case.name.as_str()).collect();
+            names.sort_unstable();
+            assert!(names.windows(2).all(|pair| pair[0] != pair[1]), "{family:?}");
+            assert!(cases.iter().any(|case| case.quick), "{family:?}");
+            for case in &cases {
+                assert!(case.work().bytes > 0.0, "{}", case.name);
+            }
+        }
+    }
+
+    #[test]
+    fn what_differs_is_named() {
+        check_close("y", &[1.0, 2.0], &[1.0, 2.000001], 1e-5).unwrap();
+        let error = check_close("y", &[1.0, f32::NAN], &[1.0, 2.0], 1e-5).unwrap_err();
+        assert!(error.to_string().contains("element 1 of y"), "{error}");
+        assert!(check_close("y", &[1.0], &[1.0, 2.0], 1.0).is_err());
     }
 }

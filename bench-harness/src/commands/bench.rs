@@ -6,7 +6,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use kavanam_kernels::{Context, Isa};
 use regex::Regex;
 
-use crate::cases::{self, Case, Family};
+use crate::cases::{self, Case};
 use crate::cli::BenchArgs;
 use crate::error::HarnessError;
 use crate::files;
@@ -213,6 +213,7 @@ fn progress(cases: usize) -> ProgressBar {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cases::Family;
 
     #[test]
     fn a_filter_that_matches_nothing_is_a_wrong_command_line() {

@@ -37,6 +37,7 @@ impl Peer for Gemm {
                 let c = vec![f32::NAN; problem.shape.m * problem.shape.n];
                 Ok(Box::new(Product { problem, c, parallelism }))
             }
+            _ => Err(Declined::family()),
         }
     }
 }

@@ -39,6 +39,7 @@ impl Peer for GemmKit {
                 }
                 Ok(Box::new(product))
             }
+            _ => Err(Declined::family()),
         }
     }
 }

@@ -34,6 +34,7 @@ impl Peer for MatrixMultiply {
                 let c = vec![f32::NAN; problem.shape.m * problem.shape.n];
                 Ok(Box::new(Product { problem, c }))
             }
+            _ => Err(Declined::family()),
         }
     }
 }

@@ -41,6 +41,13 @@ pub(crate) trait Peer: Sync {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Declined(pub(crate) String);
 
+impl Declined {
+    /// Of a peer that computes matrix products alone.
+    fn family() -> Declined {
+        Declined("it computes matrix products only".into())
+    }
+}
+
 /// A prepared computation.
 pub(crate) trait Workload {
     /// Computes once. This is what the clock measures.
@@ -92,6 +99,7 @@ fn locked_version(package: &str) -> String {
 mod tests {
     use super::*;
     use crate::cases::gemm::{Layout, Problem as GemmProblem, Shape};
+    use crate::cases::{self, Family};
     use crate::measure::threads;
     use kavanam_kernels::Isa;
 
@@ -124,6 +132,19 @@ mod tests {
                         panic!("{} {layout:?} on {count} threads: {error}", peer.name())
                     });
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn ours_computes_every_quick_case_of_every_family() {
+        let context = Context::with_isa(Isa::best());
+        for family in [Family::Rowwise, Family::Attention, Family::Rnn] {
+            for case in cases::of(family).into_iter().filter(|case| case.quick) {
+                let problem = case.problem();
+                let mut workload = ours::Ours.prepare(&problem, &context).unwrap();
+                workload.run();
+                problem.check(&workload.outputs()).unwrap_or_else(|error| panic!("{}: {error}", case.name));
             }
         }
     }

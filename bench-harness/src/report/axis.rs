@@ -31,12 +31,15 @@ impl Axis {
     /// Logarithmic, between round values around the smallest and the largest; what is not positive is left out.
     pub(super) fn logarithmic(label: &str, values: impl Iterator<Item = f64>) -> Axis {
         let (low, high) = positive_range(values);
-        let all: Vec<f64> = (-9..=12).flat_map(|e| [1.0, 2.0, 5.0].map(|f| f * 10f64.powi(e))).collect();
+        // Within one decade 1, 2, 5 would name too few values.
+        let factors: &[f64] =
+            if high / low < 8.0 { &[1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0] } else { &[1.0, 2.0, 5.0] };
+        let all: Vec<f64> = (-9..=12).flat_map(|e| factors.iter().map(move |f| f * 10f64.powi(e))).collect();
         // A tick that is written in decimals differs from the same value read from a file by a rounding.
         let low = all.iter().copied().rfind(|tick| *tick <= low * 1.000_001).unwrap_or(low);
         let high = all.iter().copied().find(|tick| *tick >= high * 0.999_999 && *tick > low).unwrap_or(high);
         let mut named: Vec<f64> = all.into_iter().filter(|tick| (low..=high).contains(tick)).collect();
-        if named.len() > 8 {
+        if named.len() > 10 {
             named.retain(|tick| (tick.log10() - tick.log10().round()).abs() < 1e-9);
         }
         let ticks = named.into_iter().map(|x| (x, number(x))).collect();
@@ -103,6 +106,7 @@ mod tests {
         assert_eq!(linear.place(30.0), Some(0.5));
         let log = Axis::logarithmic("%", [7.0, 0.0, 93.0].into_iter());
         assert_eq!(names(&log), ["5", "10", "20", "50", "100"]);
+        assert_eq!(names(&Axis::logarithmic("%", [35.0, 99.0].into_iter())), ["30", "40", "50", "70", "100"]);
         assert!(log.place(7.0).is_some() && log.place(0.0).is_none());
         let lengths = Axis::logarithmic_at("length", &[8.0, 512.0]);
         assert_eq!(names(&lengths), ["8", "512"]);

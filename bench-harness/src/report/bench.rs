@@ -45,33 +45,41 @@ pub(crate) fn table(records: &[Record]) -> String {
     format!("{table}{}", summary(&rows, &labels, records))
 }
 
-/// One line a peer: the geometric mean of `its time / our time`, and where that is smallest.
+/// One line a peer: the geometric mean of `its time / our time`, and where that is smallest. On a machine that
+/// other work disturbs, the same of the shortest samples is the better guide.
 fn summary(rows: &[Row<'_>], labels: &[String], all: &[Record]) -> String {
     let Some((ours, peers)) = labels.split_first() else { return String::new() };
     if peers.is_empty() {
         return String::new();
     }
-    let mut table = Table::new([&format!("time / time of {ours}"), "geometric mean", "worst", "at", "cases"]);
-    let line = |name: &str, ratios: Vec<(f64, &str)>| {
-        let values: Vec<f64> = ratios.iter().map(|(ratio, _)| *ratio).collect();
-        let worst = ratios.iter().min_by(|a, b| a.0.total_cmp(&b.0));
-        let (worst, at) = worst.map_or((f64::NAN, ""), |(ratio, at)| (*ratio, *at));
-        let mean = format!("{:.2}", geometric_mean(&values));
-        [name.to_owned(), mean, format!("{worst:.2}"), at.to_owned(), values.len().to_string()]
+    let mut table = Table::new([
+        &format!("time / time of {ours}"),
+        "geometric mean",
+        "of the shortest",
+        "worst",
+        "at",
+        "cases",
+    ]);
+    let mut line = |name: &str, pick: &dyn Fn(&Row<'_>) -> Option<Record>| {
+        let pairs: Vec<(Record, &Row<'_>)> =
+            rows.iter().filter_map(|row| pick(row).map(|record| (record, row))).collect();
+        let medians: Vec<f64> = pairs.iter().map(|(r, row)| r.median_ns / row.records[0].median_ns).collect();
+        let minima: Vec<f64> = pairs.iter().map(|(r, row)| r.min_ns / row.records[0].min_ns).collect();
+        let worst = (0..pairs.len()).min_by(|&a, &b| medians[a].total_cmp(&medians[b]));
+        table.row([
+            name.to_owned(),
+            format!("{:.2}", geometric_mean(&medians)),
+            format!("{:.2}", geometric_mean(&minima)),
+            worst.map_or(String::new(), |i| format!("{:.2}", medians[i])),
+            worst.map_or(String::new(), |i| pairs[i].1.case.to_owned()),
+            pairs.len().to_string(),
+        ]);
     };
     for peer in peers {
-        let ratio = |row: &Row<'_>| {
-            row.records
-                .iter()
-                .find(|r| label(r, all) == *peer)
-                .map(|r| r.median_ns / row.records[0].median_ns)
-        };
-        table.row(line(peer, rows.iter().filter_map(|row| ratio(row).map(|r| (r, row.case))).collect()));
+        line(peer, &|row| row.records.iter().find(|r| label(r, all) == *peer).map(|r| (*r).clone()));
     }
-    let best = |row: &Row<'_>| row.best_peer().map(|best| best.median_ns / row.records[0].median_ns);
     if peers.len() > 1 {
-        let ratios = rows.iter().filter_map(|row| best(row).map(|ratio| (ratio, row.case))).collect();
-        table.row(line("best of them a case", ratios));
+        line("best of them a case", &|row| row.best_peer().cloned());
     }
     format!("\n{table}")
 }

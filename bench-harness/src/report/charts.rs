@@ -58,7 +58,10 @@ pub(super) fn sweep(results: &CompareResults) -> LineChart {
     let values = |point: &Point| [Some(point.y), point.range.map(|r| r.0), point.range.map(|r| r.1)];
     let times: Vec<f64> = series.iter().flat_map(|s| &s.points).flat_map(values).flatten().collect();
     let marks = results.crossings.iter().map(|crossing| {
-        let text = format!("{} is faster from {:.0} on", crossing.faster_above, crossing.length);
+        let text = format!(
+            "{} overtakes {} at {:.0}",
+            crossing.faster_above, crossing.faster_below, crossing.length
+        );
         (crossing.length, text)
     });
     LineChart {

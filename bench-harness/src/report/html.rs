@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use crate::report::charts;
 use crate::report::markdown::thousands;
 use crate::report::plots::{self, LineChart, escape};
-use crate::report::results::{CompareResults, ModelResult};
+use crate::report::results::{CompareResults, ModelResult, SweepPoint};
 
 const PAGE_STYLE: &str = include_str!("style.css");
 
@@ -169,19 +169,37 @@ fn sweep(out: &mut String, results: &CompareResults) {
     out.push_str("</div>\n");
 }
 
+/// One row a length, one column a model, the fastest in bold.
 fn sweep_table(out: &mut String, results: &CompareResults) {
-    out.push_str("<div><h3>The same in figures</h3><div class=\"scroll\"><table><thead><tr><th>model</th><th>length</th><th>sequences</th><th>ms</th><th>tokens/s</th></tr></thead><tbody>\n");
+    let mut names: Vec<&str> = Vec::new();
+    let mut shapes: Vec<(usize, usize)> = Vec::new();
     for point in &results.sweep {
-        let rate = 1e3 * (point.length * point.sequences) as f64 / point.step_ms;
-        let _ = writeln!(
-            out,
-            "<tr><td>{}</td><td>{}</td><td>{}</td><td>{:.2}</td><td>{}</td></tr>",
-            escape(&point.model),
-            point.length,
-            point.sequences,
-            point.step_ms,
-            thousands(rate.round() as u64)
-        );
+        if !names.contains(&point.model.as_str()) {
+            names.push(&point.model);
+        }
+        shapes.push((point.length, point.sequences));
+    }
+    shapes.sort_unstable();
+    shapes.dedup();
+    out.push_str("<div><h3>The same in figures</h3><div class=\"scroll\"><table><thead><tr><th>length</th><th>sequences</th>");
+    for name in &names {
+        let _ = write!(out, "<th>{}</th>", escape(name));
+    }
+    out.push_str("</tr></thead><tbody>\n");
+    for (length, sequences) in shapes {
+        let of = |name: &str| {
+            let here = |p: &&SweepPoint| (p.length, p.sequences) == (length, sequences) && p.model == name;
+            results.sweep.iter().find(here).map(|p| p.step_ms)
+        };
+        let times: Vec<Option<f64>> = names.iter().map(|name| of(name)).collect();
+        let fastest = times.iter().flatten().copied().fold(f64::INFINITY, f64::min);
+        let _ = write!(out, "<tr><td>{length}</td><td>{sequences}</td>");
+        for time in times {
+            let class = if time == Some(fastest) { " class=\"best\"" } else { "" };
+            let text = time.map_or("–".to_owned(), |ms| format!("{ms:.1}"));
+            let _ = write!(out, "<td{class}>{text}</td>");
+        }
+        out.push_str("</tr>\n");
     }
     out.push_str("</tbody></table></div></div>");
 }
@@ -250,9 +268,13 @@ mod tests {
         let results = fixture::results();
         let page = page(&results);
         assert_eq!(page.matches("<svg").count(), 5 + 2 * 3, "five charts, three words of two models");
-        for part in
-            ["rnn-fixed", "held out", "kavanam compare --preset quick", "0123456789ab", "faster from 37 on"]
-        {
+        for part in [
+            "rnn-fixed",
+            "held out",
+            "kavanam compare --preset quick",
+            "0123456789ab",
+            "overtakes rnn-attention at 37",
+        ] {
             assert!(page.contains(part), "{part}");
         }
         for foreign in ["src=", "href=", "@import", "url("] {

@@ -203,16 +203,18 @@ fn dot(style: usize, x: f64, y: f64) -> String {
 /// A matrix of weights in 0 … 1: columns named above, rows to the left, the weight as the cell's opacity.
 pub(super) fn heat_map(columns: &[String], rows: &[String], weights: &[Vec<f32>]) -> String {
     const CELL: f64 = 30.0;
-    const NAMES: f64 = 58.0;
     const ABOVE: f64 = 30.0;
-    let (width, height) = (NAMES + CELL * columns.len() as f64 + 2.0, ABOVE + CELL * rows.len() as f64 + 2.0);
+    // No font is at hand to measure with: a character of a name is at most about 10 units wide.
+    let names = 16.0 + 10.0 * rows.iter().map(|name| name.chars().count()).max().unwrap_or(0) as f64;
+    let width = names + CELL * columns.len() as f64 + 2.0;
+    let height = ABOVE + CELL * rows.len() as f64 + 2.0;
     let mut out = format!(
-        "<svg class=\"chart heat\" viewBox=\"0 0 {width} {height}\" style=\"max-width:{width}px\" role=\"img\" \
+        "<svg class=\"chart heat\" viewBox=\"0 0 {width} {height}\" style=\"width:{width}px\" role=\"img\" \
          aria-label=\"attention over {}\" xmlns=\"http://www.w3.org/2000/svg\">",
         escape(&columns.concat())
     );
     for (j, name) in columns.iter().enumerate() {
-        let x = NAMES + CELL * (j as f64 + 0.5);
+        let x = names + CELL * (j as f64 + 0.5);
         let _ = write!(
             out,
             "<text text-anchor=\"middle\" x=\"{x}\" y=\"{}\">{}</text>",
@@ -225,7 +227,7 @@ pub(super) fn heat_map(columns: &[String], rows: &[String], weights: &[Vec<f32>]
         let _ = write!(
             out,
             "<text text-anchor=\"end\" x=\"{}\" y=\"{}\">{}</text>",
-            NAMES - 8.0,
+            names - 8.0,
             y + CELL / 2.0 + 5.0,
             escape(name)
         );
@@ -234,7 +236,7 @@ pub(super) fn heat_map(columns: &[String], rows: &[String], weights: &[Vec<f32>]
                 out,
                 "<rect class=\"cell\" x=\"{}\" y=\"{y}\" width=\"{CELL}\" height=\"{CELL}\" opacity=\"{:.3}\">\
                  <title>{} → {}: {:.2}</title></rect>",
-                NAMES + CELL * j as f64,
+                names + CELL * j as f64,
                 weight.clamp(0.0, 1.0),
                 escape(&columns[j]),
                 escape(name),
@@ -244,7 +246,7 @@ pub(super) fn heat_map(columns: &[String], rows: &[String], weights: &[Vec<f32>]
     }
     let _ = write!(
         out,
-        "<rect class=\"frame\" x=\"{NAMES}\" y=\"{ABOVE}\" width=\"{}\" height=\"{}\"/></svg>",
+        "<rect class=\"frame\" x=\"{names}\" y=\"{ABOVE}\" width=\"{}\" height=\"{}\"/></svg>",
         CELL * columns.len() as f64,
         CELL * rows.len() as f64
     );

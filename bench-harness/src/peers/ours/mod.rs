@@ -1,6 +1,9 @@
 //! Our own kernels, one adapter a family.
 
+mod attention;
 mod gemm;
+mod rnn;
+mod rowwise;
 
 use kavanam_kernels::Context;
 
@@ -30,6 +33,9 @@ impl Peer for Ours {
     ) -> Result<Box<dyn Workload + 'a>, Declined> {
         let prepared = match problem {
             Problem::Gemm(problem) => gemm::prepare(problem, *context),
+            Problem::Rowwise(problem) => rowwise::prepare(problem, *context),
+            Problem::Attention(problem) => attention::prepare(problem, *context),
+            Problem::Rnn(problem) => rnn::prepare(problem, *context),
         };
         prepared.map_err(|error| Declined(error.to_string()))
     }

@@ -1,0 +1,83 @@
+//! Recurrent layers by `kavanam-kernels`.
+
+use std::borrow::Cow;
+
+use kavanam_kernels::rnn::{
+    self, Direction, InputGrads, Output, OutputGrads, Sequence, WeightGrads, Weights,
+};
+use kavanam_kernels::{Context, MatMut, MatRef, ShapeError};
+
+use crate::cases::rnn::Problem;
+use crate::peers::Workload;
+
+/// Allocates the outputs.
+pub(super) fn prepare(problem: &Problem, context: Context) -> Result<Box<dyn Workload + '_>, ShapeError> {
+    let shape = problem.shape;
+    let (weights, biases) = (shape.gate_rows() * shape.width, shape.gate_rows());
+    Ok(Box::new(Layer {
+        problem,
+        context,
+        y: vec![f32::NAN; shape.elements()],
+        d_x: vec![f32::NAN; shape.elements()],
+        d_weights: [vec![0.0; weights], vec![0.0; weights]],
+        d_biases: [vec![0.0; biases], vec![0.0; biases]],
+    }))
+}
+
+struct Layer<'a> {
+    problem: &'a Problem,
+    context: Context,
+    y: Vec<f32>,
+    d_x: Vec<f32>,
+    /// Of the input's and the state's weights. Every call adds to them, as accumulated gradients do.
+    d_weights: [Vec<f32>; 2],
+    d_biases: [Vec<f32>; 2],
+}
+
+impl Layer<'_> {
+    fn compute(&mut self) -> Result<(), ShapeError> {
+        let Problem { shape, x, d_y, w_ih, w_hh, b_ih, b_hh, lengths } = self.problem;
+        let (rows, gates, width) = (shape.seq * shape.batch, shape.gate_rows(), shape.width);
+        let weights = Weights {
+            cell: shape.cell,
+            w_ih: MatRef::new(w_ih, gates, width)?,
+            w_hh: MatRef::new(w_hh, gates, width)?,
+            b_ih,
+            b_hh,
+        };
+        let sequence = Sequence { x: MatRef::new(x, rows, width)?, lengths, direction: Direction::Forward };
+        let output = Output { y: MatMut::new(&mut self.y, rows, width)?, last: None };
+        let saved = rnn::forward(&self.context, &weights, &sequence, None, output)?;
+        if !shape.train {
+            return Ok(());
+        }
+        let upstream = OutputGrads { d_y: Some(MatRef::new(d_y, rows, width)?), d_last: None };
+        let [d_w_ih, d_w_hh] = &mut self.d_weights;
+        let [d_b_ih, d_b_hh] = &mut self.d_biases;
+        let grads = InputGrads {
+            weights: WeightGrads {
+                d_w_ih: MatMut::new(d_w_ih, gates, width)?,
+                d_w_hh: MatMut::new(d_w_hh, gates, width)?,
+                d_b_ih,
+                d_b_hh,
+            },
+            d_x: Some(MatMut::new(&mut self.d_x, rows, width)?),
+            d_initial: None,
+        };
+        rnn::backward(&self.context, &weights, &sequence, saved, upstream, grads)
+    }
+}
+
+impl Workload for Layer<'_> {
+    fn run(&mut self) {
+        self.compute().expect("the shapes of a case fit together");
+    }
+
+    fn outputs(&self) -> Vec<Cow<'_, [f32]>> {
+        vec![Cow::Borrowed(&self.y), Cow::Borrowed(&self.d_x)]
+    }
+
+    fn kernel(&self) -> String {
+        kavanam_kernels::gemm::kernel_name(&self.context).to_owned()
+    }
+}
