@@ -9,9 +9,14 @@ use regex::Regex;
 
 use crate::cases::Family;
 use crate::error::HarnessError;
+pub(crate) use crate::task_args::{CompareArgs, PronounceArgs, TrainArgs};
 
 const EXAMPLES: &str = "\
 Examples:
+  kavanam                                train three models for 3 minutes and compare them
+  kavanam compare --preset full          the same for 40 minutes, with models that reach published figures
+  kavanam pronounce thought through      letters to phones, by the newest trained model
+  kavanam train --model transformer --out DIR --seconds 120
   kavanam bench gemm --quick             our matrix products against three other crates, a minute
   kavanam bench gemm --filter 'square/(64|512)$' --threads 1,2 --json gemm.json
   kavanam machine                        what this CPU can do, and how fast
@@ -25,14 +30,20 @@ Environment:
 #[derive(Debug, Parser)]
 #[command(name = "kavanam", version, about, after_help = EXAMPLES)]
 pub(crate) struct Cli {
-    /// What to do.
+    /// What to do [default: compare --preset quick]
     #[command(subcommand)]
-    pub(crate) command: Command,
+    pub(crate) command: Option<Command>,
 }
 
 /// What the program can do.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
+    /// Train an RNN, an RNN with attention and a transformer for the same time, and compare them
+    Compare(CompareArgs),
+    /// Train one model
+    Train(TrainArgs),
+    /// Say how words are pronounced, by a trained model
+    Pronounce(PronounceArgs),
     /// Measure a family of kernels against its peers
     Bench(BenchArgs),
     /// Show the CPU: instruction sets, caches, and its measured limits

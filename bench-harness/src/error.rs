@@ -3,6 +3,9 @@
 use std::path::PathBuf;
 
 use kavanam_kernels::{IsaError, ShapeError};
+use kavanam_model::ModelError;
+use kavanam_model::io::CheckpointError;
+use kavanam_model::train::TrainError;
 
 /// A command cannot go on. Its text is the whole message for the person at the terminal.
 #[derive(Debug, thiserror::Error)]
@@ -34,16 +37,34 @@ pub(crate) enum HarnessError {
         /// Where and why it fails.
         source: serde_json::Error,
     },
+    /// Training cannot go on.
+    #[error(transparent)]
+    Train(#[from] TrainError),
+    /// A checkpoint cannot be read or written.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// A model refused its input.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// Ctrl-C ended a training run; what it had learnt is on disk.
+    #[error("stopped at step {step}; the checkpoint is {}", checkpoint.display())]
+    Interrupted {
+        /// The last step taken.
+        step: u64,
+        /// The folder of the checkpoint.
+        checkpoint: PathBuf,
+    },
     /// A run went wrong.
     #[error("{0}")]
     Failed(String),
 }
 
 impl HarnessError {
-    /// The process's exit status: 2 for a wrong command line, 1 for everything else.
+    /// The process's exit status: 2 for a wrong command line, 130 after Ctrl-C, 1 for everything else.
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
             HarnessError::Usage(_) | HarnessError::Isa(_) => 2,
+            HarnessError::Interrupted { .. } => 130,
             _ => 1,
         }
     }

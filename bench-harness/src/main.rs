@@ -9,6 +9,8 @@ mod measure;
 mod peers;
 mod record;
 mod report;
+mod task_args;
+mod tasks;
 
 use std::process::ExitCode;
 
@@ -16,6 +18,7 @@ use clap::Parser;
 
 use crate::cli::{Cli, Command};
 use crate::error::HarnessError;
+use crate::task_args::CompareArgs;
 
 fn main() -> ExitCode {
     match dispatch(Cli::parse()) {
@@ -28,8 +31,11 @@ fn main() -> ExitCode {
 }
 
 fn dispatch(cli: Cli) -> Result<(), HarnessError> {
-    match cli.command {
+    match cli.command.unwrap_or_else(|| Command::Compare(CompareArgs::default())) {
         Command::Bench(args) => commands::bench::run(&args),
+        Command::Compare(args) => commands::compare::run(&args),
+        Command::Train(args) => commands::train::run(&args),
+        Command::Pronounce(args) => commands::pronounce::run(&args),
         Command::Machine(args) => commands::machine::run(&args),
         Command::Report(args) => commands::report::run(&args),
         Command::Completions(args) => commands::completions::run(&args),

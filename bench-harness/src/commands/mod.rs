@@ -1,6 +1,9 @@
 //! One file a subcommand; each has a `run`.
 
 pub(crate) mod bench;
+pub(crate) mod compare;
 pub(crate) mod completions;
 pub(crate) mod machine;
+pub(crate) mod pronounce;
 pub(crate) mod report;
+pub(crate) mod train;

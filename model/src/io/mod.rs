@@ -3,6 +3,7 @@
 //! Every file is written beside its place and renamed into it, so a reader, or the next start after a
 //! crash, finds the old file or the new one and never a part.
 
+pub mod config;
 pub mod safetensors;
 
 use std::fs::{self, File};

@@ -1,0 +1,107 @@
+//! `kavanam train`: one model, by steps or by seconds, from the beginning or from a checkpoint.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use kavanam_kernels::Context;
+use kavanam_model::io::config::Vocabs;
+use kavanam_model::train::{Trainer, checkpoint};
+
+use super::compare::spread;
+use crate::cli::TrainArgs;
+use crate::error::HarnessError;
+use crate::measure::threads;
+use crate::tasks::evaluate::{self, Decoding};
+use crate::tasks::fit::{self, Fit, Length};
+use crate::tasks::g2p::G2p;
+use crate::tasks::recipe::Recipe;
+use crate::tasks::score::rates;
+
+/// A flag that Ctrl-C (or a polite kill) sets; the run ends after the step it is in. A second one ends the program at once.
+///
+/// # Errors
+/// When the system refuses a handler.
+pub(crate) fn stop_on_interrupt() -> Result<Arc<AtomicBool>, HarnessError> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let flag = Arc::clone(&stop);
+    let handler = move || {
+        if flag.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+    };
+    ctrlc::set_handler(handler)
+        .map_err(|error| HarnessError::Failed(format!("cannot watch for Ctrl-C: {error}")))?;
+    Ok(stop)
+}
+
+/// Trains and says how well the model does on validation words.
+pub(crate) fn run(args: &TrainArgs) -> Result<(), HarnessError> {
+    let ctx = args.context.context()?;
+    threads::run_on(threads::count(ctx.thread_count()), || train(args, &ctx))?
+}
+
+fn train(args: &TrainArgs, ctx: &Context) -> Result<(), HarnessError> {
+    if !args.resume && checkpoint::exists(&args.out) {
+        return Err(HarnessError::Failed(format!(
+            "{} already holds a training run: give --resume to go on, or another --out",
+            args.out.display()
+        )));
+    }
+    crate::files::prepare_dir(&args.out)?;
+    let data = G2p::load()?;
+    let examples = data.training_examples();
+    let mut trainer = if args.resume {
+        Trainer::resume(&args.out, examples)?
+    } else {
+        let vocabs = (data.source.len(), data.target.len());
+        let mut recipe = Recipe::new(args.preset, args.model, vocabs, args.seed);
+        args.tune(&mut recipe)?;
+        let length = match (args.steps, args.seconds) {
+            (Some(steps), _) => Length::Steps(steps),
+            (None, Some(seconds)) => Length::Seconds(seconds),
+            (None, None) => Length::Seconds(60.0),
+        };
+        eprintln!("{} parameters: {}", recipe.model.parameter_count(), recipe.description);
+        fit::prepare(ctx, &recipe, &examples, length)?
+    };
+    let planned = trainer.config().schedule.total_steps.unwrap_or(u64::MAX);
+    eprintln!(
+        "{planned} steps of {} a pass; `--steps {planned} --seed {}` makes this run again",
+        trainer.steps_per_epoch(),
+        trainer.config().seed
+    );
+    let stop = stop_on_interrupt()?;
+    let vocabs = Vocabs { source: data.source.clone(), target: data.target.clone() };
+    let valid = spread(&data.valid, args.valid_words);
+    let fit = Fit {
+        ctx,
+        label: args.model.name(),
+        valid: &valid,
+        points: args.points,
+        folder: &args.out,
+        vocabs: &vocabs,
+        stop: &stop,
+    };
+    let budget = args.seconds.filter(|_| !args.resume && args.steps.is_none());
+    fit.run(&mut trainer, budget)?;
+    for beam in [1, args.beam.get()] {
+        let scores = evaluate::score(ctx, trainer.model(), &data.valid, Decoding { beam })?;
+        let rates = rates(&scores);
+        println!(
+            "validation, {} words, beam {beam}: PER {:.2} %, WER {:.2} %",
+            data.valid.len(),
+            100.0 * rates.per,
+            100.0 * rates.wer
+        );
+    }
+    let progress = trainer.progress();
+    println!(
+        "{} steps, {:.1} s, {:.0} target tokens/s, {:.2} passes; written to {}",
+        progress.step,
+        progress.seconds,
+        progress.tokens as f64 / progress.seconds.max(1e-9),
+        trainer.epochs(),
+        args.out.display()
+    );
+    Ok(())
+}

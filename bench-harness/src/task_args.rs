@@ -1,0 +1,160 @@
+//! Arguments of the commands that train and use models.
+
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+
+use crate::cli::ContextArgs;
+use crate::tasks::recipe::{Family, Preset, Recipe};
+
+/// The tasks that there is data for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Task {
+    /// Letters to phones: the embedded CMU pronouncing dictionary
+    G2p,
+}
+
+/// Arguments of `kavanam compare`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct CompareArgs {
+    /// How large the models are and how long they train
+    #[arg(long, value_enum, default_value = "quick")]
+    pub(crate) preset: Preset,
+    /// Seed of initialisation, data order and dropout
+    #[arg(long, default_value_t = 1)]
+    pub(crate) seed: u64,
+    /// Folder for results, report and models [default: results/<machine>/<date>-<commit>]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: Option<PathBuf>,
+    /// Seconds of training for each model instead of the preset's
+    #[arg(long, value_parser = positive_seconds)]
+    pub(crate) seconds: Option<f64>,
+    /// Test words to decode instead of all
+    #[arg(long, value_name = "N")]
+    pub(crate) test_words: Option<usize>,
+    /// Leave out the sweep over sequence lengths
+    #[arg(long)]
+    pub(crate) no_sweep: bool,
+    /// How kernels run.
+    #[command(flatten)]
+    pub(crate) context: ContextArgs,
+}
+
+impl Default for CompareArgs {
+    /// What `kavanam` alone runs.
+    fn default() -> CompareArgs {
+        CompareArgs {
+            preset: Preset::Quick,
+            seed: 1,
+            out: None,
+            seconds: None,
+            test_words: None,
+            no_sweep: false,
+            context: ContextArgs::default(),
+        }
+    }
+}
+
+/// Arguments of `kavanam train`.
+#[derive(Debug, Args)]
+pub(crate) struct TrainArgs {
+    /// What to learn
+    #[arg(long, value_enum, default_value = "g2p")]
+    pub(crate) task: Task,
+    /// Which model
+    #[arg(long, value_enum, default_value = "transformer")]
+    pub(crate) model: Family,
+    /// Folder of the checkpoint: config.json, vocab.json, model.safetensors, training.safetensors
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+    /// The recipe: sizes and rates of that comparison
+    #[arg(long, value_enum, default_value = "quick")]
+    pub(crate) preset: Preset,
+    /// Steps to train; with the seed this fixes the result bit for bit
+    #[arg(long, value_name = "N", conflicts_with = "seconds", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) steps: Option<u64>,
+    /// Seconds to train: steps are timed and as many planned as fit [default: 60]
+    #[arg(long, value_parser = positive_seconds)]
+    pub(crate) seconds: Option<f64>,
+    /// Seed of initialisation, data order and dropout
+    #[arg(long, default_value_t = 1)]
+    pub(crate) seed: u64,
+    /// Go on from the checkpoint in --out, with its own configuration
+    #[arg(long, conflicts_with_all = ["steps", "seconds", "seed", "preset"])]
+    pub(crate) resume: bool,
+    /// Highest learning rate instead of the recipe's
+    #[arg(long, value_name = "RATE", conflicts_with = "resume")]
+    pub(crate) lr: Option<f32>,
+    /// Most padded tokens in a batch (source and target) instead of the recipe's
+    #[arg(long, value_name = "N", conflicts_with = "resume")]
+    pub(crate) batch_tokens: Option<usize>,
+    /// Label smoothing instead of the recipe's
+    #[arg(long, value_name = "SHARE", conflicts_with = "resume")]
+    pub(crate) label_smoothing: Option<f32>,
+    /// Part of the run, at its end, over which the rate falls to zero, instead of the recipe's
+    #[arg(long, value_name = "SHARE", conflicts_with = "resume")]
+    pub(crate) cooldown: Option<f32>,
+    /// Fields of the model's configuration to change: JSON, for example '{"width": 64}'
+    #[arg(long, value_name = "JSON", conflicts_with = "resume", value_parser = json_object)]
+    pub(crate) config: Option<serde_json::Map<String, serde_json::Value>>,
+    /// Points of the validation curve
+    #[arg(long, default_value_t = 8, value_name = "N")]
+    pub(crate) points: u64,
+    /// Validation words for each point
+    #[arg(long, default_value_t = 800, value_name = "N")]
+    pub(crate) valid_words: usize,
+    /// Beam width of the final validation, beside the greedy one
+    #[arg(long, default_value = "5", value_name = "N")]
+    pub(crate) beam: NonZeroUsize,
+    /// How kernels run.
+    #[command(flatten)]
+    pub(crate) context: ContextArgs,
+}
+
+impl TrainArgs {
+    /// Puts the flags that were given into the recipe.
+    ///
+    /// # Errors
+    /// When `--config` has a field that the model's configuration lacks or refuses.
+    pub(crate) fn tune(&self, recipe: &mut Recipe) -> Result<(), crate::error::HarnessError> {
+        let trainer = &mut recipe.trainer;
+        let schedule = &mut trainer.schedule;
+        schedule.peak_lr = self.lr.unwrap_or(schedule.peak_lr);
+        schedule.cooldown = self.cooldown.unwrap_or(schedule.cooldown);
+        trainer.batch_tokens = self.batch_tokens.unwrap_or(trainer.batch_tokens);
+        trainer.label_smoothing = self.label_smoothing.unwrap_or(trainer.label_smoothing);
+        match &self.config {
+            Some(changes) => recipe.change_model(changes),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Arguments of `kavanam pronounce`.
+#[derive(Debug, Args)]
+pub(crate) struct PronounceArgs {
+    /// The words, letters a–z
+    #[arg(required = true, value_name = "WORD")]
+    pub(crate) words: Vec<String>,
+    /// Folder of a trained model [default: the best of the newest run under results/]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: Option<PathBuf>,
+    /// Hypotheses kept while decoding; 1 is greedy
+    #[arg(long, default_value = "5", value_name = "N")]
+    pub(crate) beam: NonZeroUsize,
+    /// How kernels run.
+    #[command(flatten)]
+    pub(crate) context: ContextArgs,
+}
+
+fn positive_seconds(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(seconds) if seconds > 0.0 && seconds.is_finite() => Ok(seconds),
+        _ => Err("expected a positive number of seconds".to_owned()),
+    }
+}
+
+fn json_object(text: &str) -> Result<serde_json::Map<String, serde_json::Value>, String> {
+    serde_json::from_str(text).map_err(|error| format!("expected a JSON object: {error}"))
+}

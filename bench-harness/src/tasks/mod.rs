@@ -1,0 +1,10 @@
+//! Tasks that models are trained on: data, recipe, training run, scores, times.
+
+pub(crate) mod evaluate;
+pub(crate) mod fit;
+pub(crate) mod g2p;
+pub(crate) mod latency;
+pub(crate) mod progress;
+pub(crate) mod recipe;
+pub(crate) mod score;
+pub(crate) mod sweep;

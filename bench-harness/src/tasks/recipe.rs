@@ -1,0 +1,253 @@
+//! What is trained, how: the models of a comparison at equal parameters, and the trainer's settings.
+//!
+//! The figures that chose each number stand in `docs/decisions/005-g2p-recipe.md`.
+
+use kavanam_model::ModelConfig;
+use kavanam_model::models::{
+    AttentionKind, Bridge, CellKind, DropoutRates, RnnSeq2SeqConfig, TransformerConfig,
+};
+use kavanam_model::train::{Decay, Schedule, TrainerConfig};
+use serde_json::{Map, Value};
+
+use crate::error::HarnessError;
+
+/// How far a model's parameter count may be from the transformer's.
+pub(crate) const TOLERANCE: f64 = 0.05;
+/// Longest sequence of any model here; the sweep's longest.
+const MAX_POSITIONS: usize = 520;
+
+/// The size of a comparison.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Preset {
+    /// About 3 minutes
+    Quick,
+    /// At most 40 minutes
+    Full,
+}
+
+/// The model families that are compared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Family {
+    /// LSTM encoder–decoder through one fixed vector
+    RnnFixed,
+    /// Recurrent encoder–decoder with additive attention
+    #[value(alias = "rnn")]
+    RnnAttention,
+    /// Transformer encoder–decoder
+    Transformer,
+}
+
+impl Family {
+    /// In the order of the field's history, which is the order of training.
+    pub(crate) const ALL: [Family; 3] = [Family::RnnFixed, Family::RnnAttention, Family::Transformer];
+
+    /// The short name in tables, files and flags.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Family::RnnFixed => "rnn-fixed",
+            Family::RnnAttention => "rnn-attention",
+            Family::Transformer => "transformer",
+        }
+    }
+}
+
+/// One model and how it is trained.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Recipe {
+    /// What it is, in words.
+    pub(crate) description: String,
+    /// The model.
+    pub(crate) model: ModelConfig,
+    /// The trainer, but for the number of steps: see [`Recipe::with_steps`].
+    pub(crate) trainer: TrainerConfig,
+    /// The part of the run over which the rate rises.
+    pub(crate) warmup: f64,
+}
+
+impl Recipe {
+    /// The recipe of a family for source and target vocabularies of those sizes.
+    pub(crate) fn new(preset: Preset, family: Family, vocabs: (usize, usize), seed: u64) -> Recipe {
+        let transformer = transformer(preset, vocabs);
+        let target = transformer.parameter_count();
+        let model = match family {
+            Family::Transformer => ModelConfig::Transformer(transformer),
+            Family::RnnAttention => nearest(target, |hidden| rnn_attention(preset, vocabs, hidden)),
+            Family::RnnFixed => nearest(target, |hidden| rnn_fixed(preset, vocabs, hidden)),
+        };
+        let (peak_lr, batch_tokens, label_smoothing) = match (preset, family) {
+            (Preset::Quick, Family::Transformer) => (3e-3, 2048, 0.1),
+            (Preset::Quick, _) => (3e-3, 2048, 0.0),
+            (Preset::Full, Family::Transformer) => (2e-3, 4096, 0.1),
+            (Preset::Full, _) => (2e-3, 4096, 0.1),
+        };
+        let schedule = Schedule {
+            peak_lr,
+            warmup_steps: 100,
+            decay: Decay::InverseSqrt,
+            total_steps: None,
+            cooldown: 0.6,
+        };
+        let trainer = TrainerConfig {
+            seed,
+            batch_tokens,
+            grad_shards: 2,
+            label_smoothing,
+            clip_norm: 1.0,
+            beta1: 0.9,
+            beta2: 0.98,
+            epsilon: 1e-9,
+            weight_decay: 0.01,
+            schedule,
+        };
+        Recipe { description: describe(&model), model, trainer, warmup: 0.05 }
+    }
+
+    /// Changes fields of the model's configuration, named as in config.json.
+    ///
+    /// # Errors
+    /// [`HarnessError::Usage`] when a field does not exist or its value cannot be.
+    pub(crate) fn change_model(&mut self, changes: &Map<String, Value>) -> Result<(), HarnessError> {
+        let wrong = |error: String| HarnessError::Usage(format!("--config: {error}"));
+        let mut value = serde_json::to_value(&self.model).map_err(|e| wrong(e.to_string()))?;
+        for (field, new) in changes {
+            match value.get_mut(field) {
+                Some(old) => *old = new.clone(),
+                None => return Err(wrong(format!("the model has no field {field:?}"))),
+            }
+        }
+        self.model = serde_json::from_value(value).map_err(|e| wrong(e.to_string()))?;
+        self.model.validate().map_err(|e| wrong(e.to_string()))?;
+        self.description = describe(&self.model);
+        Ok(())
+    }
+
+    /// The schedule of a run of that many steps: a function of the steps alone.
+    pub(crate) fn schedule(&self, steps: u64) -> Schedule {
+        let warmup_steps = ((steps as f64 * self.warmup) as u64).max(1);
+        Schedule { warmup_steps, total_steps: Some(steps), ..self.trainer.schedule }
+    }
+}
+
+fn transformer(preset: Preset, (source, target): (usize, usize)) -> TransformerConfig {
+    let base = TransformerConfig::new(source, target);
+    let max_positions = MAX_POSITIONS;
+    match preset {
+        Preset::Quick => TransformerConfig {
+            width: 96,
+            heads: 4,
+            feed_forward: 384,
+            encoder_layers: 2,
+            decoder_layers: 2,
+            max_positions,
+            dropout: DropoutRates::uniform(0.05),
+            ..base
+        },
+        Preset::Full => TransformerConfig {
+            width: 128,
+            heads: 4,
+            feed_forward: 512,
+            encoder_layers: 3,
+            decoder_layers: 3,
+            max_positions,
+            dropout: DropoutRates::uniform(0.1),
+            ..base
+        },
+    }
+}
+
+fn rnn_attention(preset: Preset, (source, target): (usize, usize), hidden: usize) -> ModelConfig {
+    let base = RnnSeq2SeqConfig::new(source, target, CellKind::Lstm, AttentionKind::Additive);
+    ModelConfig::RnnSeq2Seq(RnnSeq2SeqConfig {
+        embedding: 64,
+        hidden,
+        encoder_hidden: hidden / 2,
+        attention_width: hidden / 2,
+        readout: hidden / 2,
+        dropout: match preset {
+            Preset::Quick => 0.1,
+            Preset::Full => 0.2,
+        },
+        ..base
+    })
+}
+
+fn rnn_fixed(preset: Preset, (source, target): (usize, usize), hidden: usize) -> ModelConfig {
+    let base = RnnSeq2SeqConfig::new(source, target, CellKind::Lstm, AttentionKind::None);
+    ModelConfig::RnnSeq2Seq(RnnSeq2SeqConfig {
+        embedding: 64,
+        hidden,
+        encoder_hidden: hidden,
+        bridge: Bridge::Copy,
+        dropout: match preset {
+            Preset::Quick => 0.1,
+            Preset::Full => 0.2,
+        },
+        ..base
+    })
+}
+
+/// The model whose parameter count is nearest to `target`, over widths that fill whole vectors.
+fn nearest(target: usize, model: impl Fn(usize) -> ModelConfig) -> ModelConfig {
+    (16..=1024)
+        .step_by(16)
+        .map(model)
+        .min_by_key(|m| m.parameter_count().abs_diff(target))
+        .expect("the range of widths is not empty")
+}
+
+/// One line on the architecture.
+pub(crate) fn describe(model: &ModelConfig) -> String {
+    match model {
+        ModelConfig::Transformer(c) => format!(
+            "transformer, width {}, {} heads, feed-forward {}, {} + {} layers",
+            c.width, c.heads, c.feed_forward, c.encoder_layers, c.decoder_layers
+        ),
+        ModelConfig::RnnSeq2Seq(c) => {
+            let cell = match c.cell {
+                CellKind::Lstm => "LSTM",
+                CellKind::Gru => "GRU",
+            };
+            let direction = if c.bidirectional { "bidirectional" } else { "forward" };
+            let attention = match c.attention {
+                AttentionKind::None => "through one fixed vector",
+                AttentionKind::Additive => "additive attention",
+                AttentionKind::Dot => "dot attention",
+            };
+            format!(
+                "{cell} encoder ({direction}, {}) and decoder ({}), {} + {} layers, {attention}",
+                c.annotation(),
+                c.hidden,
+                c.layers,
+                c.layers
+            )
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn models_of_a_comparison_have_equal_parameters() {
+        for preset in [Preset::Quick, Preset::Full] {
+            let counts = Family::ALL.map(|family| {
+                let recipe = Recipe::new(preset, family, (30, 43), 1);
+                recipe.model.validate().unwrap();
+                recipe.model.parameter_count() as f64
+            });
+            for (family, count) in Family::ALL.iter().zip(counts) {
+                let ratio = count / counts[2];
+                assert!((ratio - 1.0).abs() <= TOLERANCE, "{preset:?} {}: {ratio}", family.name());
+            }
+        }
+    }
+
+    #[test]
+    fn a_schedule_is_a_function_of_the_steps() {
+        let recipe = Recipe::new(Preset::Quick, Family::Transformer, (30, 43), 1);
+        let schedule = recipe.schedule(1000);
+        assert_eq!((schedule.warmup_steps, schedule.total_steps), (50, Some(1000)));
+        assert_eq!(recipe.schedule(0).warmup_steps, 1);
+    }
+}

@@ -1,0 +1,236 @@
+//! `kavanam train`, `pronounce` and `compare` as a person meets them: exit status, message, files.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+/// A model that trains in milliseconds.
+const TINY: &str =
+    r#"{"width": 16, "heads": 2, "feed_forward": 16, "encoder_layers": 1, "decoder_layers": 1}"#;
+const QUICKLY: [&str; 8] = ["--points", "1", "--valid-words", "5", "--beam", "1", "--batch-tokens", "256"];
+
+/// A folder of its own for one test, removed at the end.
+struct TestFolder(PathBuf);
+
+impl TestFolder {
+    fn new(name: &str) -> TestFolder {
+        let path = std::env::temp_dir().join(format!("kavanam-cli-{name}-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&path);
+        fs::create_dir_all(&path).unwrap();
+        TestFolder(path)
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.0.join(name).display().to_string()
+    }
+}
+
+impl Drop for TestFolder {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+fn kavanam(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_kavanam"));
+    command.args(arguments).stdin(Stdio::null());
+    command
+}
+
+fn output(arguments: &[&str]) -> Output {
+    kavanam(arguments).output().unwrap()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// Runs, expects that exit status, gives what was written to stderr.
+fn fails(status: i32, arguments: &[&str]) -> String {
+    let output = output(arguments);
+    assert_eq!(output.status.code(), Some(status), "{arguments:?}: {}", stderr(&output));
+    stderr(&output)
+}
+
+fn train_args<'a>(out: &'a str, more: &[&'a str]) -> Vec<&'a str> {
+    let mut arguments = vec!["train", "--out", out, "--config", TINY];
+    arguments.extend(QUICKLY);
+    arguments.extend(more);
+    arguments
+}
+
+fn trained(folder: &TestFolder, name: &str) -> String {
+    let out = folder.path(name);
+    let done = output(&train_args(&out, &["--steps", "3"]));
+    assert!(done.status.success(), "{}", stderr(&done));
+    out
+}
+
+#[test]
+fn a_run_is_reproduced_by_its_steps_and_seed_and_pronounces() {
+    let folder = TestFolder::new("steps");
+    let (a, b) = (trained(&folder, "a"), trained(&folder, "b"));
+    let weights = |dir: &str| fs::read(Path::new(dir).join("model.safetensors")).unwrap();
+    assert_eq!(weights(&a), weights(&b));
+    let spoken = output(&["pronounce", "--model", &a, "Cat", "dog"]);
+    assert!(spoken.status.success(), "{}", stderr(&spoken));
+    let text = String::from_utf8(spoken.stdout).unwrap();
+    assert!(text.lines().count() == 2 && text.starts_with("Cat\t"), "{text}");
+    let again = fails(1, &train_args(&a, &["--steps", "3"]));
+    assert!(again.contains("already holds a training run") && again.contains("--resume"), "{again}");
+}
+
+#[test]
+fn words_that_cannot_be_read_are_refused() {
+    let folder = TestFolder::new("words");
+    let model = trained(&folder, "m");
+    let message = fails(1, &["pronounce", "--model", &model, "naïve"]);
+    assert!(message.contains("character 3") && message.contains('ï'), "{message}");
+    assert!(fails(1, &["pronounce", "--model", &model, ""]).contains("the word is empty"));
+    let long = "a".repeat(5000);
+    assert!(fails(1, &["pronounce", "--model", &model, &long]).contains("positions"));
+    fails(2, &["pronounce", "--model", &model]);
+}
+
+#[test]
+fn models_that_cannot_be_read_are_refused() {
+    let folder = TestFolder::new("models");
+    let nowhere = folder.path("nowhere");
+    let message = fails(1, &["pronounce", "--model", &nowhere, "cat"]);
+    assert!(message.contains("cannot read") && message.contains("config.json"), "{message}");
+    let model = trained(&folder, "m");
+    let file = Path::new(&model).join("model.safetensors");
+    let whole = fs::read(&file).unwrap();
+    fs::write(&file, &whole[..whole.len() - 10]).unwrap();
+    let message = fails(1, &["pronounce", "--model", &model, "cat"]);
+    assert!(message.contains("model.safetensors") && message.contains("cut off"), "{message}");
+    fs::write(&file, b"not a checkpoint at all, but a text").unwrap();
+    let message = fails(1, &["pronounce", "--model", &model, "cat"]);
+    assert!(message.contains("not a safetensors file"), "{message}");
+    let message = fails(1, &["train", "--out", &nowhere, "--resume"]);
+    assert!(message.contains("cannot read") && message.contains("training.safetensors"), "{message}");
+}
+
+#[test]
+fn without_a_model_pronounce_says_what_to_do() {
+    let folder = TestFolder::new("empty");
+    let run = kavanam(&["pronounce", "cat"]).current_dir(&folder.0).output().unwrap();
+    assert_eq!(run.status.code(), Some(1));
+    assert!(stderr(&run).contains("run `kavanam` first"), "{}", stderr(&run));
+}
+
+#[test]
+fn wrong_command_lines_are_usage_errors() {
+    let folder = TestFolder::new("usage");
+    let out = folder.path("m");
+    fails(2, &["train"]);
+    fails(2, &["train", "--out", &out, "--model", "perceptron"]);
+    fails(2, &["train", "--out", &out, "--seconds", "-3"]);
+    fails(2, &["train", "--out", &out, "--steps", "0"]);
+    fails(2, &["train", "--out", &out, "--steps", "5", "--seconds", "5"]);
+    fails(2, &["compare", "--preset", "huge"]);
+    let message = fails(2, &["train", "--out", &out, "--steps", "1", "--config", r#"{"wdith": 3}"#]);
+    assert!(message.contains("wdith"), "{message}");
+    let message = fails(2, &["train", "--out", &out, "--steps", "1", "--config", r#"{"heads": 7}"#]);
+    assert!(message.contains("heads"), "{message}");
+}
+
+#[test]
+fn a_rate_that_is_too_high_stops_with_the_step() {
+    let folder = TestFolder::new("diverges");
+    let out = folder.path("m");
+    let message = fails(1, &train_args(&out, &["--steps", "50", "--lr", "1e38"]));
+    assert!(message.contains("step ") && message.contains("learning rate"), "{message}");
+}
+
+#[test]
+fn a_small_comparison_writes_everything() {
+    let folder = TestFolder::new("compare");
+    let out = folder.path("run");
+    let run = output(&["compare", "--seconds", "0.2", "--test-words", "12", "--no-sweep", "--out", &out]);
+    assert!(run.status.success(), "{}", stderr(&run));
+    let table = String::from_utf8(run.stdout).unwrap();
+    for name in ["rnn-fixed", "rnn-attention", "transformer"] {
+        assert!(table.contains(name), "{table}");
+        let model = Path::new(&out).join("models").join(name);
+        assert!(model.join("model.safetensors").is_file() && model.join("config.json").is_file());
+    }
+    let json = fs::read_to_string(Path::new(&out).join("results.json")).unwrap();
+    let results: serde_json::Value = serde_json::from_str(&json).unwrap();
+    let models = results["models"].as_array().unwrap();
+    assert_eq!(models.len(), 3);
+    for key in [
+        "name",
+        "params",
+        "train_tokens_per_s",
+        "train_seconds",
+        "per",
+        "wer",
+        "encode_ms",
+        "decode_ms_per_token",
+    ] {
+        assert!(models.iter().all(|m| !m[key].is_null()), "{key}");
+    }
+    assert!(Path::new(&out).join("environment.txt").is_file());
+}
+
+/// Waits for the run to have taken a step: it writes its first line then.
+#[cfg(unix)]
+fn interrupt(child: &Child) {
+    let pid = child.id().to_string();
+    assert!(Command::new("kill").args(["-INT", &pid]).status().unwrap().success());
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_saves_and_the_run_resumes() {
+    let folder = TestFolder::new("interrupt");
+    let out = folder.path("m");
+    let (whole, steps) = (folder.path("whole"), "40");
+    let mut child =
+        kavanam(&train_args(&out, &["--steps", "1000000"])).stderr(Stdio::piped()).spawn().unwrap();
+    std::thread::sleep(Duration::from_millis(2500));
+    interrupt(&child);
+    let started = Instant::now();
+    while child.try_wait().unwrap().is_none() {
+        assert!(started.elapsed() < Duration::from_secs(30), "it does not stop");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let done = child.wait_with_output().unwrap();
+    assert_eq!(done.status.code(), Some(130), "{}", stderr(&done));
+    assert!(stderr(&done).contains("stopped at step") && stderr(&done).contains(&out), "{}", stderr(&done));
+    assert!(Path::new(&out).join("training.safetensors").is_file());
+    assert!(output(&["pronounce", "--model", &out, "cat"]).status.success());
+    let short = output(&train_args(&whole, &["--steps", steps]));
+    assert!(short.status.success(), "{}", stderr(&short));
+    let over = output(&["train", "--out", &whole, "--resume", "--valid-words", "5", "--beam", "1"]);
+    assert!(over.status.success(), "a finished run resumes to its end: {}", stderr(&over));
+}
+
+#[cfg(unix)]
+#[test]
+fn a_full_disk_names_the_file_and_keeps_the_old_checkpoint() {
+    let folder = TestFolder::new("full");
+    let out = trained(&folder, "m");
+    let before = fs::read(Path::new(&out).join("training.safetensors")).unwrap();
+    let other = folder.path("other");
+    // No file may grow beyond 8 blocks of 512 bytes (or of 1 KiB, as the shell counts): as a full disk, the write fails midway.
+    let limited = |arguments: &str| {
+        let script = format!("trap '' XFSZ; ulimit -f 8; exec \"$0\" {arguments}");
+        Command::new("sh").args(["-c", &script, env!("CARGO_BIN_EXE_kavanam")]).output().unwrap()
+    };
+    let tuning = format!("--config '{TINY}' {} --steps 3", QUICKLY.join(" "));
+    let run = limited(&format!("train --out '{other}' {tuning}"));
+    assert_eq!(run.status.code(), Some(1), "{}", stderr(&run));
+    assert!(
+        stderr(&run).contains("cannot write") && stderr(&run).contains(".safetensors"),
+        "{}",
+        stderr(&run)
+    );
+    let left: Vec<_> = fs::read_dir(&other).unwrap().flatten().map(|e| e.file_name()).collect();
+    assert!(left.iter().all(|name| !name.to_string_lossy().ends_with(".tmp")), "{left:?}");
+    let run = limited(&format!("train --out '{out}' --resume --valid-words 5 --beam 1"));
+    assert_eq!(run.status.code(), Some(1), "{}", stderr(&run));
+    assert_eq!(fs::read(Path::new(&out).join("training.safetensors")).unwrap(), before);
+}
