@@ -34,20 +34,25 @@ pub(super) fn recurrent_columns(hidden: usize) -> Range<usize> {
     hidden..4 * hidden
 }
 
-/// One row: sums to activated gates, old to new state.
+/// One row: sums to activated gates, old to new state. In two loops, as the LSTM's.
 #[inline(always)]
 pub(super) fn forward_row<S: Simd>(simd: S, gates: &mut [f32], h_prev: &[f32], h: &mut [f32]) {
+    let hidden = h.len();
+    lanes::map_in_place(
+        simd,
+        &mut gates[hidden..3 * hidden],
+        #[inline(always)]
+        |x| math::sigmoid(simd, x),
+    );
     let [n, r, z, q] = quarters(gates);
     lanes::visit(
         simd,
-        [h_prev, q],
-        [n, r, z, h],
+        [h_prev, r, z, q],
+        [n, h],
         #[inline(always)]
-        |[h_prev, q], [n, r, z, _]| {
-            let r = math::sigmoid(simd, r);
-            let z = math::sigmoid(simd, z);
+        |[h_prev, r, z, q], [n, _]| {
             let n = math::tanh(simd, simd.mul_add_e_f32s(r, q, n));
-            [n, r, z, simd.mul_add_e_f32s(z, simd.sub_f32s(h_prev, n), n)]
+            [n, simd.mul_add_e_f32s(z, simd.sub_f32s(h_prev, n), n)]
         },
     );
 }
