@@ -11,7 +11,7 @@
 //! ```
 //! What is done instead, and why it is fast:
 //! - **One input product.** The input's part of `a` is one matrix product over all steps, with the
-//!   biases in its epilogue; the recurrence then adds to it ([`sequence`](self)).
+//!   biases in its epilogue; the recurrence then adds to it.
 //! - **All gates at once.** The gates' weights are one matrix, packed once a call, so a step is one
 //!   product accumulated onto the projected gates and one vector pass (`gates`).
 //! - **No work for padding.** Rows are ranked by length, longest first, and stored step by step without
@@ -36,7 +36,7 @@
 //! A row's outputs, final state and input gradient have the same bits for any batch around it, any padding and
 //! any number of threads; running step by step or carrying the state over a cut gives the same bits as one
 //! whole sequence. Error against f64: at most twice that of the naive f32 form, gradients three times
-//! (`tests` of `lstm` and `gru`).
+//! (`rnn::tests`).
 
 use crate::error::{ShapeError, expect_dim};
 use crate::view::{MatMut, MatRef};
@@ -47,11 +47,13 @@ mod gru;
 mod lstm;
 mod plan;
 mod sequence;
+mod sequence_backward;
 mod step;
 #[cfg(test)]
 mod tests;
 
-pub use sequence::{Saved, backward, forward};
+pub use sequence::{Saved, forward};
+pub use sequence_backward::backward;
 pub use step::{
     PackedBackward, PackedCell, StepInput, project, project_with, step, step_backward, weight_gradients,
 };

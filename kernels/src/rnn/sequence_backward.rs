@@ -1,0 +1,230 @@
+//! A layer over whole sequences, backward: the recurrence of the state's gradient, then the gradients of
+//! weights and inputs from all steps at once.
+
+use std::ops::Range;
+
+use crate::context::Context;
+use crate::error::{ShapeError, expect_dim};
+use crate::gemm::{Accum, Epilogue, PackedWeights, gemm};
+use crate::lanes;
+use crate::scratch::ScratchBuf;
+use crate::view::{MatMut, MatRef};
+
+use pulp::{Simd, WithSimd};
+
+use super::plan::{Plan, matrix, matrix_mut};
+use super::sequence::{Saved, part_context, split, split_rows, unrank};
+use super::step::{state_gradient, weight_gradients};
+use super::{Cell, InputGrads, OutputGrads, Sequence, StateMut, Weights, Window, gates};
+
+/// Rows by batch entry to rows by rank; zeros for `None`.
+fn rank(plan: &Plan, by_entry: Option<MatRef<'_>>, mut by_rank: MatMut<'_>) {
+    for (rank, &b) in plan.order().iter().enumerate() {
+        match by_entry {
+            Some(from) => by_rank.row_mut(rank).copy_from_slice(from.row(b)),
+            None => by_rank.row_mut(rank).fill(0.0),
+        }
+    }
+}
+
+/// The rows of a range of ranks on their way back.
+struct BackStrand<'a> {
+    ranks: Range<usize>,
+    gates: Vec<MatMut<'a>>,
+    d_h: MatMut<'a>,
+    d_c: MatMut<'a>,
+}
+
+/// What all strands read on the way back.
+struct Back<'a> {
+    cell: Cell,
+    plan: &'a Plan,
+    w_hh: PackedWeights,
+    h: MatRef<'a>,
+    c: MatRef<'a>,
+    d_y: Option<MatRef<'a>>,
+}
+
+/// The gradients of [`forward`](super::forward), which consume what it saved.
+///
+/// `d_h` goes back step by step through the gates and `W_hh`; then `d_W_ih`, `d_W_hh`, the biases' gradients
+/// (all added to) and `d_x` (overwritten) follow from the gates' gradients of all steps, a product each.
+///
+/// # Shapes
+/// `weights` and `sequence` as given to [`forward`](super::forward); see [`OutputGrads`] and [`InputGrads`].
+///
+/// # Errors
+/// [`ShapeError`] when shapes do not fit; nothing is written then.
+///
+/// Accuracy and bits: see the module; asserted by `tests::sequence`.
+pub fn backward(
+    ctx: &Context,
+    weights: &Weights<'_>,
+    sequence: &Sequence<'_>,
+    saved: Saved,
+    upstream: OutputGrads<'_>,
+    grads: InputGrads<'_>,
+) -> Result<(), ShapeError> {
+    check_backward(weights, sequence, &saved, &upstream, &grads)?;
+    let Saved { cell, hidden, plan, mut gates, h, c, .. } = saved;
+    let (batch, rows, columns) = (plan.batch(), plan.rows(), cell.gate_columns(hidden));
+    let cell_columns = cell.cell_columns(hidden);
+    let mut d_h = ScratchBuf::take(batch * hidden);
+    let mut d_c = ScratchBuf::take(batch * cell_columns);
+    rank(&plan, upstream.d_last.map(|s| s.h), matrix_mut(&mut d_h, batch, hidden));
+    rank(&plan, upstream.d_last.and_then(|s| s.c), matrix_mut(&mut d_c, batch, cell_columns));
+
+    let back = Back {
+        cell,
+        plan: &plan,
+        w_hh: PackedWeights::pack(ctx, weights.w_hh)?,
+        h: matrix(&h, rows, hidden),
+        c: matrix(&c, rows, cell_columns),
+        d_y: upstream.d_y,
+    };
+    let ranges = split(ctx, &plan, cell, hidden);
+    let strands: Vec<BackStrand<'_>> = plan
+        .split_steps(matrix_mut(&mut gates, rows, columns), &ranges)
+        .into_iter()
+        .zip(&ranges)
+        .zip(split_rows(matrix_mut(&mut d_h, batch, hidden), &ranges))
+        .zip(split_rows(matrix_mut(&mut d_c, batch, cell_columns), &ranges))
+        .map(|(((gates, ranks), d_h), d_c)| BackStrand { ranks: ranks.clone(), gates, d_h, d_c })
+        .collect();
+    let part = part_context(ctx, strands.len());
+    ctx.for_each_owned(strands, |strand| run_back(&part, &back, strand));
+
+    let InputGrads { weights: d_weights, d_x, d_initial } = grads;
+    if let Some(StateMut { h: into_h, c: into_c }) = d_initial {
+        unrank(&plan, matrix(&d_h, batch, hidden), into_h);
+        if let Some(into_c) = into_c {
+            unrank(&plan, matrix(&d_c, batch, cell_columns), into_c);
+        }
+    }
+    let d_gates = matrix(&gates, rows, columns);
+    let mut gathered = None;
+    weight_gradients(ctx, cell, d_gates, plan.gather(sequence.x, &mut gathered), back.h, d_weights)?;
+    match d_x {
+        Some(d_x) => input_gradient(ctx, weights, &plan, d_gates, d_x),
+        None => Ok(()),
+    }
+}
+
+fn check_backward(
+    weights: &Weights<'_>,
+    sequence: &Sequence<'_>,
+    saved: &Saved,
+    upstream: &OutputGrads<'_>,
+    grads: &InputGrads<'_>,
+) -> Result<(), ShapeError> {
+    weights.check()?;
+    let Saved { cell, hidden, input, plan, .. } = saved;
+    let (cell, hidden, input, x) = (*cell, *hidden, *input, sequence.x);
+    let state = [plan.batch(), hidden];
+    expect_dim("w_hh", "rows (as in forward)", cell.gates() * hidden, weights.w_hh.rows())?;
+    expect_dim("w_hh", "columns (as in forward)", hidden, weights.hidden())?;
+    expect_dim("w_ih", "columns (as in forward)", input, weights.input())?;
+    expect_dim("x", "rows (as in forward)", plan.batch() * plan.seq(), x.rows())?;
+    expect_dim("x", "columns (as in forward)", input, x.cols())?;
+    x.expect_contiguous_rows("x")?;
+    if let Some(d_y) = upstream.d_y {
+        expect_dim("d_y", "rows", x.rows(), d_y.rows())?;
+        expect_dim("d_y", "columns", hidden, d_y.cols())?;
+        d_y.expect_contiguous_rows("d_y")?;
+    }
+    if let Some(d_last) = &upstream.d_last {
+        d_last.check(["d_last.h", "d_last.c"], cell, state)?;
+    }
+    if let Some(d_initial) = &grads.d_initial {
+        d_initial.check(["d_initial.h", "d_initial.c"], cell, state)?;
+    }
+    if let Some(d_x) = &grads.d_x {
+        expect_dim("d_x", "rows", x.rows(), d_x.rows())?;
+        expect_dim("d_x", "columns", input, d_x.cols())?;
+        d_x.expect_contiguous_rows("d_x")?;
+    }
+    grads.weights.check(cell, hidden, input)
+}
+
+/// The recurrence of one strand, backward: gates become the gradients of their sums.
+fn run_back(ctx: &Context, back: &Back<'_>, strand: BackStrand<'_>) {
+    let Back { cell, plan, h, c, .. } = *back;
+    let BackStrand { ranks, mut gates, mut d_h, mut d_c } = strand;
+    for t in (0..plan.seq()).rev().map(|visit| plan.step(visit)) {
+        let rows = gates[t].rows();
+        if rows == 0 {
+            continue;
+        }
+        let at = plan.rows_at(t, &ranks);
+        let (h_cols, c_cols) = (h.cols(), c.cols());
+        let mut d_h_now = d_h.reborrow().sub(0..rows, 0..h_cols);
+        if let Some(d_y) = back.d_y {
+            let (first, d_h) = (ranks.start, d_h_now.reborrow());
+            ctx.isa().dispatch(AddRows { d_h, d_y, row_of: |rank| plan.padded_row(t, first + rank) });
+        }
+        let step = gates::Backward {
+            gates: gates[t].reborrow(),
+            h_prev: h.sub(at.clone(), 0..h_cols),
+            c_prev: c.sub(at, 0..c_cols),
+            d_h: d_h_now.reborrow(),
+            d_c: d_c.reborrow().sub(0..rows, 0..c_cols),
+        };
+        gates::backward(ctx, cell, step);
+        state_gradient(ctx, (cell, &back.w_hh), gates[t].as_ref(), d_h_now)
+            .expect("shapes fit by construction");
+    }
+}
+
+/// `d_h[i] += d_y[row_of(i)]`.
+struct AddRows<'a, F> {
+    d_h: MatMut<'a>,
+    d_y: MatRef<'a>,
+    row_of: F,
+}
+
+impl<F: Fn(usize) -> usize> WithSimd for AddRows<'_, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(mut self, simd: S) {
+        for i in 0..self.d_h.rows() {
+            let d_y = self.d_y.row((self.row_of)(i));
+            lanes::update(
+                simd,
+                d_y,
+                self.d_h.row_mut(i),
+                #[inline(always)]
+                |d_y, d_h| simd.add_f32s(d_h, d_y),
+            );
+        }
+    }
+}
+
+/// `d_x = d_sums · W_ih`, in the time-major order.
+fn input_gradient(
+    ctx: &Context,
+    weights: &Weights<'_>,
+    plan: &Plan,
+    d_gates: MatRef<'_>,
+    d_x: MatMut<'_>,
+) -> Result<(), ShapeError> {
+    let (rows, input) = (plan.rows(), weights.input());
+    let product = |mut d_x: MatMut<'_>| {
+        let mut accum = Accum::Overwrite;
+        for Window { columns, rows: gate_rows } in weights.cell.input_windows(weights.hidden()) {
+            let d_sums = d_gates.sub(0..rows, columns);
+            let w = weights.w_ih.sub(gate_rows, 0..input);
+            gemm(ctx, d_sums, w, d_x.reborrow(), accum, &Epilogue::default())?;
+            accum = Accum::Add;
+        }
+        Ok(())
+    };
+    if plan.is_identity() {
+        return product(d_x);
+    }
+    let mut gapless = ScratchBuf::take(rows * input);
+    product(matrix_mut(&mut gapless, rows, input))?;
+    let gapless = matrix(&gapless, rows, input);
+    plan.scatter(ctx, d_x, |t, rank| gapless.row(plan.rows_at(t, &(rank..rank + 1)).start));
+    Ok(())
+}
