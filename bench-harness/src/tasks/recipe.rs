@@ -74,11 +74,10 @@ impl Recipe {
             Family::RnnAttention => nearest(target, |hidden| rnn_attention(preset, vocabs, hidden)),
             Family::RnnFixed => nearest(target, |hidden| rnn_fixed(preset, vocabs, hidden)),
         };
-        let (peak_lr, batch_tokens, label_smoothing) = match (preset, family) {
-            (Preset::Quick, Family::Transformer) => (3e-3, 2048, 0.1),
-            (Preset::Quick, _) => (3e-3, 2048, 0.0),
-            (Preset::Full, Family::Transformer) => (2e-3, 4096, 0.1),
-            (Preset::Full, _) => (2e-3, 4096, 0.1),
+        let peak_lr = if family == Family::Transformer { 2e-3 } else { 3e-3 };
+        let (batch_tokens, label_smoothing) = match preset {
+            Preset::Quick => (1536, 0.0),
+            Preset::Full => (2048, 0.1),
         };
         let schedule = Schedule {
             peak_lr,
@@ -99,7 +98,7 @@ impl Recipe {
             weight_decay: 0.01,
             schedule,
         };
-        Recipe { description: describe(&model), model, trainer, warmup: 0.05 }
+        Recipe { description: describe(&model), model, trainer, warmup: 0.1 }
     }
 
     /// Changes fields of the model's configuration, named as in config.json.
@@ -139,17 +138,17 @@ fn transformer(preset: Preset, (source, target): (usize, usize)) -> TransformerC
             encoder_layers: 2,
             decoder_layers: 2,
             max_positions,
-            dropout: DropoutRates::uniform(0.05),
+            dropout: DropoutRates::uniform(0.0),
             ..base
         },
         Preset::Full => TransformerConfig {
             width: 128,
             heads: 4,
             feed_forward: 512,
-            encoder_layers: 3,
-            decoder_layers: 3,
+            encoder_layers: 2,
+            decoder_layers: 2,
             max_positions,
-            dropout: DropoutRates::uniform(0.1),
+            dropout: DropoutRates::uniform(0.05),
             ..base
         },
     }
@@ -164,8 +163,8 @@ fn rnn_attention(preset: Preset, (source, target): (usize, usize), hidden: usize
         attention_width: hidden / 2,
         readout: hidden / 2,
         dropout: match preset {
-            Preset::Quick => 0.1,
-            Preset::Full => 0.2,
+            Preset::Quick => 0.0,
+            Preset::Full => 0.1,
         },
         ..base
     })
@@ -179,8 +178,8 @@ fn rnn_fixed(preset: Preset, (source, target): (usize, usize), hidden: usize) ->
         encoder_hidden: hidden,
         bridge: Bridge::Copy,
         dropout: match preset {
-            Preset::Quick => 0.1,
-            Preset::Full => 0.2,
+            Preset::Quick => 0.0,
+            Preset::Full => 0.1,
         },
         ..base
     })
@@ -247,7 +246,7 @@ mod tests {
     fn a_schedule_is_a_function_of_the_steps() {
         let recipe = Recipe::new(Preset::Quick, Family::Transformer, (30, 43), 1);
         let schedule = recipe.schedule(1000);
-        assert_eq!((schedule.warmup_steps, schedule.total_steps), (50, Some(1000)));
+        assert_eq!((schedule.warmup_steps, schedule.total_steps), (100, Some(1000)));
         assert_eq!(recipe.schedule(0).warmup_steps, 1);
     }
 }
