@@ -102,13 +102,22 @@ pub fn sum_map<S: Simd>(simd: S, x: &[f32], f: impl Fn(S::f32s) -> S::f32s) -> f
         let acc = &mut acc[rest.len()];
         *acc = simd.add_f32s(*acc, f(simd.partial_load_f32s(tail)));
     }
-    simd.reduce_sum_f32s(combine(acc, |a, b| simd.add_f32s(a, b)))
+    simd.reduce_sum_f32s(combine(
+        acc,
+        #[inline(always)]
+        |a, b| simd.add_f32s(a, b),
+    ))
 }
 
 /// `Σ x[i]` in a fixed order.
 #[inline(always)]
 pub fn sum<S: Simd>(simd: S, x: &[f32]) -> f32 {
-    sum_map(simd, x, |x| x)
+    sum_map(
+        simd,
+        x,
+        #[inline(always)]
+        |x| x,
+    )
 }
 
 /// `Σ a[i]·b[i]` in a fixed order.
@@ -135,7 +144,11 @@ pub fn dot<S: Simd>(simd: S, a: &[f32], b: &[f32]) -> f32 {
         let acc = &mut acc[a_rest.len()];
         *acc = simd.mul_add_e_f32s(simd.partial_load_f32s(a_tail), simd.partial_load_f32s(b_tail), *acc);
     }
-    simd.reduce_sum_f32s(combine(acc, |a, b| simd.add_f32s(a, b)))
+    simd.reduce_sum_f32s(combine(
+        acc,
+        #[inline(always)]
+        |a, b| simd.add_f32s(a, b),
+    ))
 }
 
 /// `y[i] = f(x[i])`, and `Σ y[i]` in the order of [`sum`].
@@ -166,7 +179,11 @@ pub fn map_sum<S: Simd>(simd: S, x: &[f32], y: &mut [f32], f: impl Fn(S::f32s) -
         // Loading the tail back puts zeros where f made something of the filling.
         *acc = simd.add_f32s(*acc, simd.partial_load_f32s(y_tail));
     }
-    simd.reduce_sum_f32s(combine(acc, |a, b| simd.add_f32s(a, b)))
+    simd.reduce_sum_f32s(combine(
+        acc,
+        #[inline(always)]
+        |a, b| simd.add_f32s(a, b),
+    ))
 }
 
 /// `Σ f(x[i])` for several functions at once, each in the order of [`sum`]. The filling of a tail is
@@ -201,7 +218,11 @@ pub fn sums<S: Simd, const N: usize>(simd: S, x: &[f32], f: impl Fn(S::f32s) -> 
     }
     let mut total = [0.0; N];
     for n in 0..N {
-        total[n] = simd.reduce_sum_f32s(combine(acc[n], |a, b| simd.add_f32s(a, b)));
+        total[n] = simd.reduce_sum_f32s(combine(
+            acc[n],
+            #[inline(always)]
+            |a, b| simd.add_f32s(a, b),
+        ));
     }
     total
 }
@@ -293,7 +314,11 @@ pub fn sum_zip<S: Simd, const I: usize>(simd: S, x: [&[f32]; I], f: impl Fn([S::
         }
         acc[vectors - grouped] = simd.add_f32s(acc[vectors - grouped], f(value));
     }
-    simd.reduce_sum_f32s(combine(acc, |a, b| simd.add_f32s(a, b)))
+    simd.reduce_sum_f32s(combine(
+        acc,
+        #[inline(always)]
+        |a, b| simd.add_f32s(a, b),
+    ))
 }
 
 /// `max x[i]`, −∞ for an empty slice. Unspecified when an element is NaN.
@@ -311,7 +336,11 @@ pub fn max<S: Simd>(simd: S, x: &[f32]) -> f32 {
     for (acc, x) in acc.iter_mut().zip(rest) {
         *acc = simd.max_f32s(*acc, *x);
     }
-    let mut best = simd.reduce_max_f32s(combine(acc, |a, b| simd.max_f32s(a, b)));
+    let mut best = simd.reduce_max_f32s(combine(
+        acc,
+        #[inline(always)]
+        |a, b| simd.max_f32s(a, b),
+    ));
     for &x in tail {
         best = if x > best { x } else { best };
     }

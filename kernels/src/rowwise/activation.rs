@@ -187,15 +187,39 @@ impl WithSimd for Backward<'_> {
     fn with_simd<S: Simd>(self, simd: S) {
         match self.activation {
             Activation::Identity => self.d_x.copy_from_slice(self.d_y),
-            Activation::Relu => self.product(simd, |x| relu_derivative(simd, x)),
-            Activation::GeluErf => self.product(simd, |x| math::gelu_derivative(simd, x)),
-            Activation::GeluTanh => self.product(simd, |x| math::gelu_tanh_derivative(simd, x)),
-            Activation::Silu => self.product(simd, |x| math::silu_derivative(simd, x)),
+            Activation::Relu => self.product(
+                simd,
+                #[inline(always)]
+                |x| relu_derivative(simd, x),
+            ),
+            Activation::GeluErf => self.product(
+                simd,
+                #[inline(always)]
+                |x| math::gelu_derivative(simd, x),
+            ),
+            Activation::GeluTanh => self.product(
+                simd,
+                #[inline(always)]
+                |x| math::gelu_tanh_derivative(simd, x),
+            ),
+            Activation::Silu => self.product(
+                simd,
+                #[inline(always)]
+                |x| math::silu_derivative(simd, x),
+            ),
             Activation::Tanh => {
-                self.product(simd, |x| math::tanh_derivative(simd, math::tanh(simd, x)));
+                self.product(
+                    simd,
+                    #[inline(always)]
+                    |x| math::tanh_derivative(simd, math::tanh(simd, x)),
+                );
             }
             Activation::Sigmoid => {
-                self.product(simd, |x| math::sigmoid_derivative(simd, math::sigmoid(simd, x)));
+                self.product(
+                    simd,
+                    #[inline(always)]
+                    |x| math::sigmoid_derivative(simd, math::sigmoid(simd, x)),
+                );
             }
         }
     }
