@@ -21,10 +21,11 @@ use pulp::{Simd, WithSimd};
 
 use super::mask::{Coverage, Sight};
 use super::online::{self, Row};
-use super::problem::{KEY_BLOCK, ROW_CHUNK, ROW_TILE, Shape, Shared, deal, piece};
-use super::tile::{Dest, Extent, GROUP, Left, Right, product};
+use super::problem::{KEY_BLOCK, ROW_CHUNK, ROW_TILE, Shape, Shared, cut, deal, piece};
+use super::tile::{Dest, Extent, GROUP, Left, Right, left, product, right};
 use super::{AttentionSpec, stage};
 use crate::context::Context;
+use crate::lanes;
 use crate::scratch::ScratchBuf;
 use crate::view::{HeadsMut, HeadsRef, MatMut, MatRef};
 
@@ -64,13 +65,12 @@ impl WithSimd for Units<'_> {
         let chunks = seq_q.div_ceil(ROW_CHUNK);
         let rows = seq_q.min(ROW_CHUNK);
         let stride = KEY_BLOCK.next_multiple_of(S::F32_LANES);
-        let lens = [dim * stride, rows.min(ROW_TILE) * stride, rows * v_dim, rows * S::F32_LANES, rows];
+        let rows_of_tile = rows.min(ROW_TILE);
+        let lens =
+            [dim * stride, KEY_BLOCK * v_dim, rows_of_tile * stride, rows * v_dim, rows * S::F32_LANES, rows];
         let mut scratch = ScratchBuf::take(lens.iter().sum());
-        let (keys, rest) = scratch.split_at_mut(lens[0]);
-        let (scores, rest) = rest.split_at_mut(lens[1]);
-        let (acc, rest) = rest.split_at_mut(lens[2]);
-        let (l, m) = rest.split_at_mut(lens[3]);
-        let mut state = State { keys, scores, acc, l, m };
+        let [keys, values, scores, acc, l, m] = cut(&mut scratch, lens);
+        let mut state = State { keys, values, scores, acc, l, m };
         for unit in self.units {
             let (batch, head) = (unit / chunks / heads, unit / chunks % heads);
             let rows = piece(unit % chunks, ROW_CHUNK, seq_q);
@@ -79,14 +79,33 @@ impl WithSimd for Units<'_> {
     }
 }
 
-/// Scratch of one task: Kᵀ of a block [dim, stride], scores of a tile [ROW_TILE, stride], and the rows' o,
-/// l (one vector each) and m.
+/// Scratch of one task: Kᵀ of a block [dim, stride], its V [KEY_BLOCK, v_dim], scores of a tile
+/// [ROW_TILE, stride], and the rows' o, l (one vector each) and m.
 struct State<'a> {
     keys: &'a mut [f32],
+    values: &'a mut [f32],
     scores: &'a mut [f32],
     acc: &'a mut [f32],
     l: &'a mut [f32],
     m: &'a mut [f32],
+}
+
+/// The scores of one tile and the state of the chunk's rows.
+struct Rows<'a> {
+    tile: Range<usize>,
+    scores: &'a mut [f32],
+    acc: &'a mut [f32],
+    l: &'a mut [f32],
+    m: &'a mut [f32],
+}
+
+/// One block of keys: Kᵀ [dim, stride] and V.
+struct Block<'a> {
+    keys: Range<usize>,
+    /// Columns of Kᵀ and of a tile's scores.
+    stride: usize,
+    kt: &'a [f32],
+    v: MatRef<'a>,
 }
 
 /// Some rows of one head of one sequence.
@@ -131,7 +150,6 @@ impl<'a> Chunk<'a> {
         let n = self.rows.len();
         state.m[..n].fill(f32::NEG_INFINITY);
         state.l[..n * S::F32_LANES].fill(0.0);
-        state.acc[..n * self.problem.shape.v_dim].fill(0.0);
         let seen = self.sight.rows(&self.rows, &(0..self.problem.shape.seq_k));
         if !seen.is_empty() {
             for block in seen.start / KEY_BLOCK..seen.end.div_ceil(KEY_BLOCK) {
@@ -146,65 +164,61 @@ impl<'a> Chunk<'a> {
     fn block<S: Simd>(&self, simd: S, state: &mut State<'_>, keys: Range<usize>) {
         let stride = keys.len().next_multiple_of(S::F32_LANES);
         stage::transpose(self.k.sub(keys.clone(), 0..self.k.cols()), state.keys, stride);
+        let v = stage::gather(self.v.sub(keys.clone(), 0..self.v.cols()), state.values);
+        let block = Block { keys, stride, kt: state.keys, v };
+        let keys = &block.keys;
         for first in self.rows.clone().step_by(ROW_TILE) {
             let tile = first..(first + ROW_TILE).min(self.rows.end);
-            if self.sight.classify(&tile, &keys) == Coverage::Skip {
+            if self.sight.classify(&tile, keys) == Coverage::Skip {
                 continue;
             }
+            let mut rows =
+                Rows { tile: tile.clone(), scores: state.scores, acc: state.acc, l: state.l, m: state.m };
             for group in groups(&tile) {
-                self.scores::<S>(simd, state, &keys, group.clone(), group.start - tile.start);
+                self.scores(simd, &mut rows, &block, group);
             }
+            // The first block that the tile sees writes o, the others add to it.
+            let add = self.sight.rows(&tile, &(0..keys.end)).start < keys.start;
             for group in groups(&tile) {
-                self.values::<S>(simd, state, &keys, group.clone(), group.start - tile.start);
+                self.values(simd, &mut rows, &block, group, add);
             }
         }
     }
 
-    /// `P` of at most six rows, and their new m and l; `at` is the first row's place in the tile.
+    /// `P` of at most six rows, and their new m and l.
     #[inline(always)]
-    fn scores<S: Simd>(
-        &self,
-        simd: S,
-        state: &mut State<'_>,
-        keys: &Range<usize>,
-        rows: Range<usize>,
-        at: usize,
-    ) {
+    fn scores<S: Simd>(&self, simd: S, state: &mut Rows<'_>, block: &Block<'_>, rows: Range<usize>) {
+        let Block { keys, stride, kt, .. } = block;
+        let stride = *stride;
         let Shape { seq_q, seq_k, dim, v_dim, .. } = self.problem.shape;
         let seen = self.sight.rows(&rows, keys);
         if seen.is_empty() {
             return;
         }
-        let stride = keys.len().next_multiple_of(S::F32_LANES);
         let vectors = vectors::<S>(&seen, keys);
         let columns = vectors.start * S::F32_LANES..vectors.end * S::F32_LANES;
         let extent = Extent { rows: rows.len(), cols: columns.len(), depth: dim };
-        let scores = &mut state.scores[at * stride..][..rows.len() * stride];
+        let scores = &mut state.scores[(rows.start - state.tile.start) * stride..][..rows.len() * stride];
         // SAFETY: `q` has these rows of `dim` elements; Kᵀ and the scores have `stride` columns, a multiple of
         // the lanes, which holds all columns; Kᵀ has `dim` rows and the scores have been cut for these rows.
         unsafe {
-            let q = Left {
-                ptr: self.q.as_ptr().add(rows.start * self.q.row_stride()),
-                row: self.q.row_stride(),
-                depth: 1,
-            };
-            let k = Right { ptr: state.keys.as_ptr().add(columns.start), stride };
+            let k = Right { ptr: kt.as_ptr().add(columns.start), stride };
             let s = Dest { ptr: scores.as_mut_ptr().add(columns.start), stride };
-            product(simd, extent, q, k, s, false);
+            product(simd, extent, left(self.q, rows.start), k, s, false);
         }
-        for (r, i) in rows.enumerate() {
-            let from = keys.start + columns.start;
+        let from = keys.start + columns.start;
+        let bias = self.problem.spec.mask.bias;
+        for (scores, i) in scores.chunks_exact_mut(stride).zip(rows) {
             let visible = self.sight.row(i, keys);
             let visible = visible.start.max(from) - from..visible.end.max(from) - from;
-            let bias = self.problem.spec.mask.bias;
             let bias = bias.map(|bias| &bias.row(self.head, i, seq_q, seq_k)[from..keys.end]);
-            let scores = S::as_mut_simd_f32s(&mut scores[r * stride..][columns.clone()]).0;
+            let scores = S::as_mut_simd_f32s(&mut scores[columns.clone()]).0;
             let local = i - self.rows.start;
             let l = &mut S::as_mut_simd_f32s(&mut state.l[local * S::F32_LANES..][..S::F32_LANES]).0[0];
             let row = Row { scale: self.problem.spec.scale, bias };
             if let Some(alpha) = online::absorb(simd, scores, &row, &visible, &mut state.m[local], l) {
                 let acc = &mut state.acc[local * v_dim..][..v_dim];
-                crate::lanes::map_in_place(
+                lanes::map_in_place(
                     simd,
                     acc,
                     #[inline(always)]
@@ -214,34 +228,32 @@ impl<'a> Chunk<'a> {
         }
     }
 
-    /// `o += P·V` of at most six rows.
+    /// `o = P·V`, or `o += P·V` when `add`, of at most six rows; `v` is the block's values.
     #[inline(always)]
     fn values<S: Simd>(
         &self,
         simd: S,
-        state: &mut State<'_>,
-        keys: &Range<usize>,
+        state: &mut Rows<'_>,
+        block: &Block<'_>,
         rows: Range<usize>,
-        at: usize,
+        add: bool,
     ) {
+        let Block { keys, stride, v, .. } = block;
+        let stride = *stride;
         let v_dim = self.problem.shape.v_dim;
         let seen = self.sight.rows(&rows, keys);
-        if seen.is_empty() {
+        if seen.is_empty() && add {
             return;
         }
-        let stride = keys.len().next_multiple_of(S::F32_LANES);
         let extent = Extent { rows: rows.len(), cols: v_dim, depth: seen.len() };
-        let scores = &state.scores[at * stride..][..rows.len() * stride];
+        let scores = &state.scores[(rows.start - state.tile.start) * stride..][..rows.len() * stride];
         let acc = &mut state.acc[(rows.start - self.rows.start) * v_dim..][..rows.len() * v_dim];
-        // SAFETY: the scores of these rows hold the columns of all keys of the block; `v` has these keys, each
+        let first = seen.start - keys.start;
+        // SAFETY: the scores of these rows hold the columns of all keys of the block; V has these keys, each
         // `v_dim` elements; `acc` has been cut for these rows.
         unsafe {
-            let p = Left { ptr: scores.as_ptr().add(seen.start - keys.start), row: stride, depth: 1 };
-            let v = Right {
-                ptr: self.v.as_ptr().add(seen.start * self.v.row_stride()),
-                stride: self.v.row_stride(),
-            };
-            product(simd, extent, p, v, Dest { ptr: acc.as_mut_ptr(), stride: v_dim }, true);
+            let p = Left { ptr: scores.as_ptr().wrapping_add(first), row: stride, depth: 1 };
+            product(simd, extent, p, right(*v, first), Dest { ptr: acc.as_mut_ptr(), stride: v_dim }, add);
         }
     }
 
@@ -259,7 +271,7 @@ impl<'a> Chunk<'a> {
             }
             let inverse = simd.splat_f32s(inverse);
             let acc = &state.acc[r * v_dim..][..v_dim];
-            crate::lanes::map(
+            lanes::map(
                 simd,
                 acc,
                 self.out.row_mut(r),

@@ -22,6 +22,7 @@
 //! Error against f64 at most twice that of the naive form in f32, gradients three times
 //! (tests `attention::tests`).
 
+mod backward_tile;
 mod flash;
 mod flash_backward;
 mod mask;

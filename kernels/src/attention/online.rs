@@ -25,6 +25,12 @@ pub(super) struct Row<'a> {
     pub(super) bias: Option<&'a [f32]>,
 }
 
+/// All of `vectors` vectors is visible.
+#[inline(always)]
+pub(super) fn covers<S: Simd>(visible: &Range<usize>, vectors: usize) -> bool {
+    visible.start == 0 && visible.end == vectors * S::F32_LANES
+}
+
 /// The visible part of vector `v`: `None` when all of it is visible.
 #[inline(always)]
 fn hidden<S: Simd>(simd: S, visible: &Range<usize>, v: usize) -> Option<S::m32s> {
@@ -74,7 +80,7 @@ pub(super) fn shift(m: f32) -> f32 {
     if m == f32::NEG_INFINITY { 0.0 } else { m }
 }
 
-/// Turns the raw products of one row into `p`, updates (m, l), and returns α, or `None` when α is 1.
+/// Turns the raw products of one row into `p`, updates (m, l), and returns α, or `None` when o needs no scaling.
 ///
 /// `scores` are whole vectors from a vector boundary of the key block on; `visible` counts from their first.
 #[inline(always)]
@@ -87,9 +93,17 @@ pub(super) fn absorb<S: Simd>(
     l: &mut S::f32s,
 ) -> Option<S::f32s> {
     let mut top = simd.splat_f32s(f32::NEG_INFINITY);
-    for (v, x) in scores.iter_mut().enumerate() {
-        *x = score(simd, *x, v, row, visible);
-        top = simd.max_f32s(top, *x);
+    if row.bias.is_none() && covers::<S>(visible, scores.len()) {
+        let scale = simd.splat_f32s(row.scale);
+        for x in scores.iter_mut() {
+            *x = simd.mul_f32s(*x, scale);
+            top = simd.max_f32s(top, *x);
+        }
+    } else {
+        for (v, x) in scores.iter_mut().enumerate() {
+            *x = score(simd, *x, v, row, visible);
+            top = simd.max_f32s(top, *x);
+        }
     }
     let top = simd.reduce_max_f32s(top);
     let before = *m;
@@ -102,7 +116,8 @@ pub(super) fn absorb<S: Simd>(
         *x = exp(simd, simd.sub_f32s(*x, shift));
         sum = simd.add_f32s(sum, *x);
     }
-    if *m == before {
+    if *m == before || before == f32::NEG_INFINITY {
+        // Nothing to rescale: l and o are still 0, or the maximum stands.
         *l = simd.add_f32s(*l, sum);
         return None;
     }

@@ -129,6 +129,16 @@ pub(super) fn deal<Op: WithSimd<Output = ()>>(
     });
 }
 
+/// Cuts scratch memory into parts of these lengths.
+#[inline(always)]
+pub(super) fn cut<const N: usize>(mut memory: &mut [f32], lens: [usize; N]) -> [&mut [f32]; N] {
+    lens.map(|len| {
+        let (part, rest) = std::mem::take(&mut memory).split_at_mut(len);
+        memory = rest;
+        part
+    })
+}
+
 /// A pointer to an output that tasks write to in disjoint places.
 #[derive(Clone, Copy)]
 pub(super) struct Shared(*mut f32);

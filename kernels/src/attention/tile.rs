@@ -12,6 +12,8 @@
 
 use pulp::{MemMask, Simd, WithSimd};
 
+use crate::view::{MatMut, MatRef};
+
 /// The most rows of one call: 6 rows × 2 vectors of accumulators, 2 vectors of B and 1 broadcast fill the
 /// 16 registers of AVX2.
 pub(super) const GROUP: usize = 6;
@@ -36,6 +38,24 @@ pub(super) struct Right {
 pub(super) struct Dest {
     pub(super) ptr: *mut f32,
     pub(super) stride: usize,
+}
+
+/// `view` from row `first` on, to be read along its rows.
+#[inline(always)]
+pub(super) fn left(view: MatRef<'_>, first: usize) -> Left {
+    Left { ptr: view.as_ptr().wrapping_add(first * view.row_stride()), row: view.row_stride(), depth: 1 }
+}
+
+/// `view` from row `first` on, as the right factor.
+#[inline(always)]
+pub(super) fn right(view: MatRef<'_>, first: usize) -> Right {
+    Right { ptr: view.as_ptr().wrapping_add(first * view.row_stride()), stride: view.row_stride() }
+}
+
+/// `view` from row `first` on, to be written.
+#[inline(always)]
+pub(super) fn dest(view: &mut MatMut<'_>, first: usize) -> Dest {
+    Dest { stride: view.row_stride(), ptr: view.as_mut_ptr().wrapping_add(first * view.row_stride()) }
 }
 
 /// `rows × cols` outputs, each a sum over `depth`.
@@ -178,7 +198,6 @@ mod tests {
     use super::*;
     use crate::reference;
     use crate::testing::{Guarded, assert_within, for_each_isa, gamma, uniform};
-    use crate::view::MatRef;
 
     struct Run<'a> {
         extent: Extent,

@@ -75,7 +75,7 @@ impl<T: Real> Attention<'_, T> {
         }
         let mut sum = T::zero();
         for d in 0..self.dim {
-            sum = sum + self.q[self.q_at(b, i, h) + d] * self.k[self.k_at(b, j, h) + d];
+            sum += self.q[self.q_at(b, i, h) + d] * self.k[self.k_at(b, j, h) + d];
         }
         let score = self.scale * sum;
         self.bias.map_or(score, |bias| score + bias[self.bias_at(h, i, j)])
@@ -91,7 +91,7 @@ impl<T: Real> Attention<'_, T> {
         let mut sum = T::zero();
         for x in &mut row {
             *x = (*x - top).exp();
-            sum = sum + *x;
+            sum += *x;
         }
         row.iter_mut().for_each(|x| *x = *x / sum);
         (row, top + sum.ln())
@@ -129,7 +129,7 @@ pub fn attention_forward<T: Real>(a: &Attention<'_, T>) -> (Vec<T>, Vec<T>) {
                 for (j, &p) in p.iter().enumerate() {
                     for d in 0..a.v_dim {
                         let o = &mut out[a.out_at(b, i, h) + d];
-                        *o = *o + p * a.v[a.v_at(b, j, h) + d];
+                        *o += p * a.v[a.v_at(b, j, h) + d];
                     }
                 }
             }
@@ -171,22 +171,22 @@ fn backward_row<T: Real>(
     let mut delta = T::zero();
     for j in 0..a.seq_k {
         for (d, &g) in d_out.iter().enumerate() {
-            d_p[j] = d_p[j] + g * a.v[a.v_at(b, j, h) + d];
+            d_p[j] += g * a.v[a.v_at(b, j, h) + d];
             let d_v = &mut grads.d_v[a.v_at(b, j, h) + d];
-            *d_v = *d_v + p[j] * g;
+            *d_v += p[j] * g;
         }
-        delta = delta + p[j] * d_p[j];
+        delta += p[j] * d_p[j];
     }
     for j in 0..a.seq_k {
         let d_s = p[j] * (d_p[j] - delta);
         if a.bias.is_some() {
             let d_bias = &mut grads.d_bias[a.bias_at(h, i, j)];
-            *d_bias = *d_bias + d_s;
+            *d_bias += d_s;
         }
         for d in 0..a.dim {
             let (q, k) = (a.q_at(b, i, h) + d, a.k_at(b, j, h) + d);
-            grads.d_q[q] = grads.d_q[q] + a.scale * d_s * a.k[k];
-            grads.d_k[k] = grads.d_k[k] + a.scale * d_s * a.q[q];
+            grads.d_q[q] += a.scale * d_s * a.k[k];
+            grads.d_k[k] += a.scale * d_s * a.q[q];
         }
     }
 }

@@ -1,6 +1,6 @@
-//! The contract of the module, on every instruction set of the machine.
+//! The contract of the module, on every instruction set of the machine: accuracy here, bits in [`bits`].
 
-use std::num::NonZeroUsize;
+mod bits;
 
 use super::*;
 use crate::Context;
@@ -283,18 +283,132 @@ fn extreme_logits() {
 }
 
 #[test]
-fn any_number_of_threads_gives_the_same_bits() {
-    let mut cases = varied();
-    cases.push(Case::new(shape(1, 1, 400, 600, 8)));
-    cases.push(Case { causal: Some(0), bias_heads: 1, ..Case::new(shape(1, 1, 500, 500, 8)) }.filled());
-    cases.push(Case::new(shape(40, 4, 20, 20, 16)));
+fn rows_that_see_nothing_are_zero_and_take_no_part() {
+    let hidden = vec![f32::NEG_INFINITY; 7 * 9];
     for_each_isa(|ctx| {
-        for case in &cases {
-            let one = case.run(ctx);
-            for threads in [2, 3] {
-                let many = case.run(&ctx.threads(NonZeroUsize::new(threads).unwrap()));
-                assert_eq!(one, many, "{} {threads} threads {:?}", ctx.isa(), case.shape);
-            }
+        let mut case = Case { lengths: Some(vec![0, 9]), ..Case::new(shape(2, 2, 7, 9, 8)) };
+        let results = case.run(ctx);
+        assert!(results.out[..7 * 16].iter().all(|&x| x == 0.0));
+        assert!(results.lse[..14].iter().all(|&x| x == f32::NEG_INFINITY));
+        assert!(results.lse[14..].iter().all(|&x| x.is_finite()));
+        for grad in [&results.grads.d_q, &results.grads.d_k, &results.grads.d_v] {
+            assert!(grad[..grad.len() / 2].iter().all(|&x| x == 0.0));
+            assert!(grad[grad.len() / 2..].iter().any(|&x| x != 0.0));
+        }
+        case.bias_heads = 1;
+        case.data.bias = hidden.clone();
+        let results = case.run(ctx);
+        assert!(results.lse.iter().all(|&x| x == f32::NEG_INFINITY));
+        let grads = results.grads;
+        for zero in [results.out, grads.d_q, grads.d_k, grads.d_v, grads.d_bias] {
+            assert!(zero.iter().all(|&x| x == 0.0), "hidden by the bias");
         }
     });
+}
+
+#[test]
+fn probabilities_are_the_naive_ones_and_sum_to_one() {
+    for case in varied() {
+        let Shape { batch, heads, seq_q, seq_k, .. } = case.shape;
+        let exact = case.naive::<f64, _>(|a, _| attention_probabilities(a));
+        let naive = case.naive::<f32, _>(|a, _| attention_probabilities(a));
+        let bound = 2.0 * worst(&naive, &exact) + floor(&exact);
+        let [q_layout, k_layout, ..] = case.layouts();
+        let q = HeadsRef::new(&case.data.q, q_layout).unwrap();
+        let k = HeadsRef::new(&case.data.k, k_layout).unwrap();
+        for_each_isa(|ctx| {
+            for (b, h) in (0..batch).flat_map(|b| (0..heads).map(move |h| (b, h))) {
+                let mut p = Guarded::poisoned(seq_q * seq_k);
+                let out = MatMut::new(p.body_mut(), seq_q, seq_k).unwrap();
+                probabilities(ctx, q, k, &case.spec(), (b, h), out).unwrap();
+                p.check();
+                let exact = &exact[(b * heads + h) * seq_q * seq_k..][..seq_q * seq_k];
+                assert_within(p.body(), exact, |_| bound);
+                for (p, exact) in p.body().chunks(seq_k).zip(exact.chunks(seq_k)) {
+                    let sum: f64 = p.iter().map(|&x| f64::from(x)).sum();
+                    assert!(exact.iter().all(|&x| x == 0.0) || (sum - 1.0).abs() < 1e-5, "{sum}");
+                    assert!(p.iter().zip(exact).all(|(&p, &e)| e > 0.0 || p == 0.0), "0 where hidden");
+                }
+            }
+        });
+    }
+}
+
+#[test]
+fn bias_gradients_are_added() {
+    let mut case = Case { bias_heads: 1, ..Case::new(shape(2, 2, 5, 9, 8)) }.filled();
+    case.causal = Some(4);
+    let ctx = Context::with_isa(crate::Isa::scalar());
+    let once = case.run(&ctx);
+    let [q_layout, k_layout, v_layout, out_layout] = case.layouts();
+    let q = HeadsRef::new(&case.data.q, q_layout).unwrap();
+    let k = HeadsRef::new(&case.data.k, k_layout).unwrap();
+    let v = HeadsRef::new(&case.data.v, v_layout).unwrap();
+    let out = HeadsRef::new(&once.out, out_layout).unwrap();
+    let saved = Saved { q, k, v, out, lse: &once.lse };
+    let mut grads = [case.data.q.clone(), case.data.k.clone(), case.data.v.clone()];
+    let [d_q, d_k, d_v] = &mut grads;
+    let mut d_bias = vec![100.0; 45];
+    let grads = Grads {
+        d_q: HeadsMut::new(d_q, q_layout).unwrap(),
+        d_k: HeadsMut::new(d_k, k_layout).unwrap(),
+        d_v: HeadsMut::new(d_v, v_layout).unwrap(),
+        d_bias: Some(&mut d_bias),
+    };
+    backward(&ctx, &saved, HeadsRef::new(&case.data.d_out, out_layout).unwrap(), &case.spec(), grads)
+        .unwrap();
+    for (with, without) in d_bias.iter().zip(&once.grads.d_bias) {
+        assert!((with - 100.0 - without).abs() < 1e-4, "{with} {without}");
+    }
+}
+
+#[test]
+fn empty_problems_are_fine() {
+    for_each_isa(|ctx| {
+        for (batch, heads, seq_q, seq_k, dim) in
+            [(0, 2, 3, 3, 4), (2, 0, 3, 3, 4), (2, 2, 0, 3, 4), (2, 2, 3, 0, 4), (2, 2, 3, 3, 0)]
+        {
+            let results = Case::new(shape(batch, heads, seq_q, seq_k, dim)).run(ctx);
+            assert!(results.out.iter().chain(&results.grads.d_k).all(|&x| x == 0.0));
+        }
+        let uniform = Case::new(Shape { v_dim: 2, ..shape(1, 1, 1, 4, 0) });
+        let mean = uniform.data.v.chunks(2).map(|v| v[0]).sum::<f32>() / 4.0;
+        assert!((uniform.run(ctx).out[0] - mean).abs() < 1e-6, "no dimension: every key counts the same");
+    });
+}
+
+#[test]
+fn misfits_are_named() {
+    let case = Case::new(shape(2, 4, 3, 5, 8));
+    let ctx = Context::with_isa(crate::Isa::scalar());
+    let [q_layout, k_layout, v_layout, out_layout] = case.layouts();
+    let view = |data, layout| HeadsRef::new(data, layout).unwrap();
+    let q = view(&case.data.q, q_layout);
+    let k = view(&case.data.k, k_layout);
+    let v = view(&case.data.v, v_layout);
+    let mut lse = [0.0; 24];
+    let mut run = |inputs: Inputs<'_>, out_layout: HeadsLayout, rows: usize, spec: AttentionSpec<'_>| {
+        let mut out = vec![0.0; 2 * 4 * 3 * 8];
+        let out = HeadsMut::new(&mut out, out_layout).unwrap();
+        forward(&ctx, &inputs, &spec, out, &mut lse[..rows]).map_err(|error| error.to_string())
+    };
+    let spec = case.spec();
+    let inputs = Inputs { q, k, v };
+    assert_eq!(run(inputs, out_layout, 24, spec), Ok(()));
+    let short = HeadsLayout { seq: 4, ..k_layout };
+    let wrong = run(Inputs { v: view(&case.data.v, short), ..inputs }, out_layout, 24, spec);
+    assert_eq!(wrong, Err("v: seq is 4, expected 5".into()));
+    let three = HeadsLayout { heads: 3, ..k_layout };
+    let wrong = Inputs { k: view(&case.data.k, three), v: view(&case.data.v, three), q };
+    assert!(run(wrong, out_layout, 24, spec).unwrap_err().contains("q.heads is 4"));
+    let narrow = HeadsLayout { dim: 7, ..out_layout };
+    assert_eq!(run(inputs, narrow, 24, spec), Err("out: dim is 7, expected 8".into()));
+    assert_eq!(run(inputs, out_layout, 23, spec), Err("lse: elements is 23, expected 24".into()));
+    let lengths = [1];
+    let masked = spec.with_mask(Mask::none().with_key_lengths(&lengths));
+    assert!(run(inputs, out_layout, 24, masked).unwrap_err().contains("key_lengths"));
+    let mut p = vec![0.0; 15];
+    let out = MatMut::new(&mut p, 3, 5).unwrap();
+    let wrong = probabilities(&ctx, q, k, &spec, (0, 4), out).unwrap_err();
+    assert!(wrong.to_string().contains("head"), "{wrong}");
 }

@@ -1,0 +1,262 @@
+//! One tile of the backward pass: all gradients that some rows of a head and a block of keys give each other.
+//!
+//! The first tile that touches a place of dK, dV or dQ writes it, the later ones add: nothing is cleared
+//! beforehand except what no tile touches.
+
+use std::ops::Range;
+
+use pulp::Simd;
+
+use super::flash::{groups, vectors};
+use super::flash_backward::{Backward, clear};
+use super::mask::Sight;
+use super::online::{Row, covers, score, seen, shift};
+use super::problem::Shape;
+use super::tile::{Dest, Extent, Left, Right, dest, left, product, right};
+use crate::lanes;
+use crate::math::exp;
+use crate::view::{MatMut, MatRef};
+
+/// The operands of one query head.
+pub(super) struct Head<'a> {
+    pub(super) index: usize,
+    pub(super) q: MatRef<'a>,
+    pub(super) out: MatRef<'a>,
+    pub(super) d_out: MatRef<'a>,
+    pub(super) lse: &'a [f32],
+    pub(super) first_row: usize,
+    /// The region's rows, of which the first is `first_row`.
+    pub(super) d_q: Option<MatMut<'a>>,
+}
+
+/// One block of keys.
+pub(super) struct Block<'a> {
+    pub(super) keys: Range<usize>,
+    /// Columns of `kt` and `vt`, and of a tile's scores.
+    pub(super) stride: usize,
+    /// Kᵀ [dim, stride].
+    pub(super) kt: &'a [f32],
+    /// Vᵀ [v_dim, stride].
+    pub(super) vt: &'a [f32],
+    pub(super) k: MatRef<'a>,
+    pub(super) d_k: Option<MatMut<'a>>,
+    pub(super) d_v: Option<MatMut<'a>>,
+    pub(super) sight: Sight,
+    /// No tile has written dK and dV yet.
+    pub(super) fresh: bool,
+}
+
+impl Block<'_> {
+    /// Zeros in dK and dV of these keys, counted from the block's first.
+    #[inline(always)]
+    fn clear(&mut self, keys: Range<usize>) {
+        if keys.is_empty() {
+            return;
+        }
+        for grad in [&mut self.d_k, &mut self.d_v].into_iter().flatten() {
+            let cols = grad.cols();
+            clear(&mut grad.reborrow().sub(keys.clone(), 0..cols));
+        }
+    }
+
+    /// Zeros in dK and dV when no tile has seen the block.
+    #[inline(always)]
+    pub(super) fn clear_if_fresh(&mut self) {
+        if self.fresh {
+            self.clear(0..self.keys.len());
+        }
+    }
+}
+
+/// Scratch of a tile: P and dS [rows, stride], and D of its rows.
+pub(super) struct Scores<'a> {
+    pub(super) p: &'a mut [f32],
+    pub(super) d_s: &'a mut [f32],
+    pub(super) delta: &'a mut [f32],
+}
+
+/// Some rows of a head against a block of keys.
+pub(super) struct Tile<'t, 'a> {
+    pub(super) problem: &'t Backward<'a>,
+    pub(super) head: &'t mut Head<'a>,
+    pub(super) block: &'t mut Block<'a>,
+    pub(super) rows: Range<usize>,
+    /// What the rows see of the block; not empty.
+    pub(super) seen: Range<usize>,
+    /// The rows of Q.
+    pub(super) q: MatRef<'t>,
+    /// The rows of dO.
+    pub(super) d_out: MatRef<'t>,
+    pub(super) scores: Scores<'t>,
+}
+
+impl Tile<'_, '_> {
+    /// All gradients that the tile gives.
+    #[inline(always)]
+    pub(super) fn run<S: Simd>(&mut self, simd: S, bias: bool) {
+        for (r, delta) in self.scores.delta[..self.rows.len()].iter_mut().enumerate() {
+            *delta = lanes::dot(simd, self.d_out.row(r), self.head.out.row(self.rows.start + r));
+        }
+        for rows in groups(&self.rows) {
+            let seen = self.block.sight.rows(&rows, &self.block.keys);
+            self.products(simd, &rows, &seen);
+            for i in rows {
+                self.row(simd, i, bias, &seen);
+            }
+        }
+        if self.block.d_k.is_some() {
+            self.keys_and_values(simd);
+        }
+        if self.head.d_q.is_some() {
+            self.queries(simd);
+        }
+    }
+
+    /// The columns of the block in the vectors that hold `seen`.
+    #[inline(always)]
+    fn columns<S: Simd>(&self, seen: &Range<usize>) -> Range<usize> {
+        let vectors = vectors::<S>(seen, &self.block.keys);
+        vectors.start * S::F32_LANES..vectors.end * S::F32_LANES
+    }
+
+    /// Q·Kᵀ and dO·Vᵀ of at most six rows, in the vectors that hold `seen`.
+    #[inline(always)]
+    fn products<S: Simd>(&mut self, simd: S, rows: &Range<usize>, seen: &Range<usize>) {
+        let Shape { dim, v_dim, .. } = self.problem.shape;
+        let columns = self.columns::<S>(seen);
+        let stride = self.block.stride;
+        let local = rows.start - self.rows.start;
+        let p = &mut self.scores.p[local * stride..][..rows.len() * stride];
+        let d_s = &mut self.scores.d_s[local * stride..][..rows.len() * stride];
+        let of_q = Extent { rows: rows.len(), cols: columns.len(), depth: dim };
+        let of_d_out = Extent { depth: v_dim, ..of_q };
+        // SAFETY: q and dO have these rows of `dim` and `v_dim` elements; Kᵀ and Vᵀ have as many rows of `stride`
+        // columns, which hold all columns; P and dS have been cut for these rows.
+        unsafe {
+            let k = Right { ptr: self.block.kt.as_ptr().wrapping_add(columns.start), stride };
+            let s = Dest { ptr: p.as_mut_ptr().wrapping_add(columns.start), stride };
+            product(simd, of_q, left(self.q, local), k, s, false);
+            let v = Right { ptr: self.block.vt.as_ptr().wrapping_add(columns.start), stride };
+            let d_p = Dest { ptr: d_s.as_mut_ptr().wrapping_add(columns.start), stride };
+            product(simd, of_d_out, left(self.d_out, local), v, d_p, false);
+        }
+    }
+
+    /// P and dS of row `i`, whose group sees `seen`: computed in its vectors, zero in the tile's others.
+    #[inline(always)]
+    fn row<S: Simd>(&mut self, simd: S, i: usize, bias: bool, seen_by_group: &Range<usize>) {
+        let Shape { seq_q, seq_k, .. } = self.problem.shape;
+        let (stride, keys) = (self.block.stride, &self.block.keys);
+        let local = i - self.rows.start;
+        let whole = self.columns::<S>(&self.seen);
+        let columns = self.columns::<S>(seen_by_group);
+        let delta = simd.splat_f32s(self.scores.delta[local]);
+        let p = &mut self.scores.p[local * stride..][..stride];
+        let d_s = &mut self.scores.d_s[local * stride..][..stride];
+        if columns != whole {
+            for outside in
+                [whole.start..columns.start.max(whole.start), columns.end.min(whole.end)..whole.end]
+            {
+                p[outside.clone()].fill(0.0);
+                d_s[outside].fill(0.0);
+            }
+        }
+        let from = keys.start + columns.start;
+        let visible = self.block.sight.row(i, keys);
+        let visible = visible.start.max(from) - from..visible.end.max(from) - from;
+        let spec = &self.problem.spec;
+        let bias_row = spec.mask.bias.map(|b| &b.row(self.head.index, i, seq_q, seq_k)[from..keys.end]);
+        let row = Row { scale: spec.scale, bias: bias_row };
+        let lse = simd.splat_f32s(shift(self.head.lse[i]));
+        let scale = simd.splat_f32s(spec.scale);
+        let p = S::as_mut_simd_f32s(&mut p[columns.clone()]).0;
+        let d_s = S::as_mut_simd_f32s(&mut d_s[columns]).0;
+        if !bias && bias_row.is_none() && covers::<S>(&visible, p.len()) {
+            for (p, d_s) in p.iter_mut().zip(d_s) {
+                *p = exp(simd, simd.sub_f32s(simd.mul_f32s(*p, scale), lse));
+                let unscaled = simd.mul_f32s(*p, simd.sub_f32s(*d_s, delta));
+                *d_s = simd.mul_f32s(unscaled, scale);
+            }
+            return;
+        }
+        for (v, (p, d_s)) in p.iter_mut().zip(d_s.iter_mut()).enumerate() {
+            *p = exp(simd, simd.sub_f32s(score(simd, *p, v, &row, &visible), lse));
+            *d_s = simd.mul_f32s(*p, simd.sub_f32s(seen(simd, *d_s, v, &visible), delta));
+        }
+        if bias {
+            let d_s: &[f32] = pulp::bytemuck::cast_slice(d_s);
+            self.problem.add_to_bias(self.head.index, i, from + visible.start, &d_s[visible]);
+        }
+        for d_s in d_s {
+            *d_s = simd.mul_f32s(*d_s, scale);
+        }
+    }
+
+    /// `dV += Pᵀ·dO` and `dK += dSᵀ·Q`, six keys at a time.
+    #[inline(always)]
+    fn keys_and_values<S: Simd>(&mut self, simd: S) {
+        let Shape { dim, v_dim, .. } = self.problem.shape;
+        let (stride, start) = (self.block.stride, self.block.keys.start);
+        let add = !self.block.fresh;
+        if self.block.fresh {
+            self.block.fresh = false;
+            self.block.clear(0..self.seen.start - start);
+            self.block.clear(self.seen.end - start..self.block.keys.len());
+        }
+        let (Some(d_k), Some(d_v)) = (&mut self.block.d_k, &mut self.block.d_v) else { return };
+        for keys in groups(&self.seen) {
+            let rows = self.block.sight.seers(&keys, &self.rows);
+            let first = rows.start.min(self.rows.end) - self.rows.start;
+            let place = first * stride + keys.start - start;
+            let of_v = Extent { rows: keys.len(), cols: v_dim, depth: rows.len() };
+            let of_k = Extent { cols: dim, ..of_v };
+            // SAFETY: P and dS hold these rows in all columns that the tile sees; q and dO have these rows; dK and
+            // dV are views of the block's keys, of which these are some.
+            unsafe {
+                let p = Left { ptr: self.scores.p.as_ptr().wrapping_add(place), row: 1, depth: stride };
+                product(simd, of_v, p, right(self.d_out, first), dest(d_v, keys.start - start), add);
+                let d_s = Left { ptr: self.scores.d_s.as_ptr().wrapping_add(place), ..p };
+                product(simd, of_k, d_s, right(self.q, first), dest(d_k, keys.start - start), add);
+            }
+        }
+    }
+
+    /// `dQ += dS·K`, six rows at a time.
+    #[inline(always)]
+    fn queries<S: Simd>(&mut self, simd: S) {
+        let (stride, start) = (self.block.stride, self.block.keys.start);
+        let add = self.block.sight.rows(&self.rows, &(0..self.block.keys.end)).start < start;
+        let Some(d_q) = &mut self.head.d_q else { return };
+        for rows in groups(&self.rows) {
+            let keys = self.block.sight.rows(&rows, &self.block.keys);
+            if keys.is_empty() && add {
+                continue;
+            }
+            let place = (rows.start - self.rows.start) * stride + keys.start - start;
+            let extent = Extent { rows: rows.len(), cols: self.problem.shape.dim, depth: keys.len() };
+            // SAFETY: dS holds these rows in all columns that they see; the block's K has these keys; dQ is a view
+            // of the region's rows, of which these are some.
+            unsafe {
+                let d_s = Left { ptr: self.scores.d_s.as_ptr().wrapping_add(place), row: stride, depth: 1 };
+                let k = right(self.block.k, keys.start - start);
+                product(simd, extent, d_s, k, dest(d_q, rows.start - self.head.first_row), add);
+            }
+        }
+    }
+}
+
+impl Backward<'_> {
+    /// `d_bias[head][row][first..] += d_s`.
+    #[inline(always)]
+    fn add_to_bias(&self, head: usize, row: usize, first: usize, d_s: &[f32]) {
+        let Some(d_bias) = self.d_bias else { return };
+        let head = if self.bias_heads() == 1 { 0 } else { head };
+        let first = (head * self.shape.seq_q + row) * self.shape.seq_k + first;
+        // SAFETY: d_bias has the shape of the bias, [bias heads, seq_q, seq_k]; the unit that adds to it owns
+        // this row of this bias head alone.
+        let d_bias = unsafe { d_bias.part(first, d_s.len()) };
+        for (sum, x) in d_bias.iter_mut().zip(d_s) {
+            *sum += x;
+        }
+    }
+}
