@@ -67,13 +67,12 @@ impl<'a> Bench<'a> {
 
     /// Each peer, and each that follows the instruction set once for every set.
     fn contestants(&self) -> Vec<Contestant<'_>> {
-        let of = |peer: &'_ Box<dyn Peer>| -> Vec<Isa> {
-            if peer.follows_isa() { self.isas.clone() } else { vec![Isa::best()] }
-        };
-        self.peers
-            .iter()
-            .flat_map(|peer| of(peer).into_iter().map(move |isa| Contestant { peer: peer.as_ref(), isa }))
-            .collect()
+        let mut all = Vec::new();
+        for peer in &self.peers {
+            let isas = if peer.follows_isa() { self.isas.clone() } else { vec![Isa::best()] };
+            all.extend(isas.into_iter().map(|isa| Contestant { peer: peer.as_ref(), isa }));
+        }
+        all
     }
 
     /// Measures every case on the calling pool; returns why some peers did not take part.

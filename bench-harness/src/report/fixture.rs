@@ -2,32 +2,44 @@
 
 use crate::report::results::*;
 
-/// Three models: their error after long training, how fast they learn, their speed, their step times.
-const MODELS: [(&str, &str, f64, f64, f64, [f64; 7]); 3] = [
-    (
-        "rnn-fixed",
-        "LSTM encoder–decoder, one vector for the whole word.",
-        0.145,
-        9.0,
-        41_000.0,
-        [5.1, 8.9, 17.2, 33.8, 68.0, 137.0, 275.0],
-    ),
-    (
-        "rnn-attention",
-        "GRU with additive attention.",
-        0.083,
-        5.0,
-        33_500.0,
-        [6.6, 11.4, 22.0, 44.0, 91.0, 195.0, 440.0],
-    ),
-    (
-        "transformer",
-        "Encoder–decoder, 2 + 2 layers, pre-norm.",
-        0.091,
-        7.0,
-        29_800.0,
-        [9.3, 13.4, 22.4, 41.2, 82.0, 171.0, 381.0],
-    ),
+/// What one of the models is made from.
+struct Sketch {
+    name: &'static str,
+    description: &'static str,
+    /// Its phone error rate after long training.
+    per: f64,
+    /// Seconds in which its error falls to a third.
+    slowness: f64,
+    tokens_per_s: f64,
+    /// A step at each of [`LENGTHS`].
+    step_ms: [f64; 7],
+}
+
+const MODELS: [Sketch; 3] = [
+    Sketch {
+        name: "rnn-fixed",
+        description: "LSTM encoder–decoder, one vector for the whole word.",
+        per: 0.145,
+        slowness: 9.0,
+        tokens_per_s: 41_000.0,
+        step_ms: [5.1, 8.9, 17.2, 33.8, 68.0, 137.0, 275.0],
+    },
+    Sketch {
+        name: "rnn-attention",
+        description: "GRU with additive attention.",
+        per: 0.083,
+        slowness: 5.0,
+        tokens_per_s: 33_500.0,
+        step_ms: [6.6, 11.4, 22.0, 44.0, 91.0, 195.0, 440.0],
+    },
+    Sketch {
+        name: "transformer",
+        description: "Encoder–decoder, 2 + 2 layers, pre-norm.",
+        per: 0.091,
+        slowness: 7.0,
+        tokens_per_s: 29_800.0,
+        step_ms: [9.3, 13.4, 22.4, 41.2, 82.0, 171.0, 381.0],
+    },
 ];
 const LENGTHS: [usize; 7] = [8, 16, 32, 64, 128, 256, 512];
 
@@ -58,11 +70,8 @@ pub(crate) fn results() -> CompareResults {
             valid_words: 2_670,
             test_words: 12_000,
         },
-        models: MODELS.iter().enumerate().map(|(i, _)| model(i)).collect(),
-        sweep: MODELS
-            .iter()
-            .flat_map(|m| LENGTHS.iter().zip(m.5).map(|(l, ms)| point(m.0, *l, ms)))
-            .collect(),
+        models: (0..MODELS.len()).map(model).collect(),
+        sweep: MODELS.iter().flat_map(sweep).collect(),
         crossings: vec![Crossing {
             faster_below: "rnn-attention".into(),
             faster_above: "transformer".into(),
@@ -72,7 +81,7 @@ pub(crate) fn results() -> CompareResults {
 }
 
 fn model(index: usize) -> ModelResult {
-    let (name, description, per, slowness, train_tokens_per_s, _) = MODELS[index];
+    let Sketch { name, description, per, slowness, tokens_per_s, .. } = MODELS[index];
     let curve = (1..=12).map(|i| {
         let seconds = 4.0 * f64::from(i);
         let valid_per = per + 0.9 * (-seconds / slowness).exp();
@@ -105,9 +114,9 @@ fn model(index: usize) -> ModelResult {
         planned_steps: 500,
         stopped_by_guard: index == 2,
         train_seconds: 48.0,
-        tokens_seen: (48.0 * train_tokens_per_s) as u64,
+        tokens_seen: (48.0 * tokens_per_s) as u64,
         epochs: 2.4,
-        train_tokens_per_s,
+        train_tokens_per_s: tokens_per_s,
         curve: curve.collect(),
         beam: 4,
         test_words: 12_000,
@@ -146,13 +155,13 @@ fn alignment(word: &str, phones: &[&str]) -> Alignment {
     Alignment { weights: (0..target.len()).map(row).collect(), source, target }
 }
 
-fn point(model: &str, length: usize, step_ms: f64) -> SweepPoint {
-    SweepPoint {
-        model: model.into(),
+fn sweep(model: &Sketch) -> impl Iterator<Item = SweepPoint> {
+    LENGTHS.into_iter().zip(model.step_ms).map(|(length, step_ms)| SweepPoint {
+        model: model.name.into(),
         length,
         sequences: 4096 / length,
         params: 1_204_312,
         step_ms,
         samples_ms: [0.94, 0.98, 1.0, 1.03, 1.2].map(|f| f * step_ms).into(),
-    }
+    })
 }

@@ -75,35 +75,48 @@ fn opening(out: &mut String, results: &CompareResults) {
     }
 }
 
-/// A column of the table: its head, its text, its value, and whether less is better.
+/// A column of the table: its head, its text, and who is the best.
 struct Column {
     head: &'static str,
     text: fn(&ModelResult) -> String,
-    /// `None` for a column in which nobody is the best.
-    rank: Option<(fn(&ModelResult) -> f64, bool)>,
+    rank: Rank,
+}
+
+/// Who is the best of a column.
+enum Rank {
+    /// Nobody: it is no matter of better and worse.
+    Unranked,
+    /// Whoever has the least.
+    Least(fn(&ModelResult) -> f64),
+    /// Whoever has the most.
+    Most(fn(&ModelResult) -> f64),
 }
 
 const COLUMNS: [Column; 9] = [
-    Column { head: "parameters", text: |m| thousands(m.params as u64), rank: None },
-    Column { head: "of them in<br>embeddings", text: |m| thousands(m.embedding_params as u64), rank: None },
+    Column { head: "parameters", text: |m| thousands(m.params as u64), rank: Rank::Unranked },
+    Column {
+        head: "of them in<br>embeddings",
+        text: |m| thousands(m.embedding_params as u64),
+        rank: Rank::Unranked,
+    },
     Column {
         head: "training<br>tokens/s",
         text: |m| thousands(m.train_tokens_per_s.round() as u64),
-        rank: Some((|m| m.train_tokens_per_s, false)),
+        rank: Rank::Most(|m| m.train_tokens_per_s),
     },
-    Column { head: "training<br>seconds", text: |m| format!("{:.1}", m.train_seconds), rank: None },
-    Column { head: "tokens<br>seen", text: |m| thousands(m.tokens_seen), rank: None },
-    Column { head: "PER %", text: |m| format!("{:.2}", 100.0 * m.per), rank: Some((|m| m.per, true)) },
-    Column { head: "WER %", text: |m| format!("{:.2}", 100.0 * m.wer), rank: Some((|m| m.wer, true)) },
+    Column { head: "training<br>seconds", text: |m| format!("{:.1}", m.train_seconds), rank: Rank::Unranked },
+    Column { head: "tokens<br>seen", text: |m| thousands(m.tokens_seen), rank: Rank::Unranked },
+    Column { head: "PER %", text: |m| format!("{:.2}", 100.0 * m.per), rank: Rank::Least(|m| m.per) },
+    Column { head: "WER %", text: |m| format!("{:.2}", 100.0 * m.wer), rank: Rank::Least(|m| m.wer) },
     Column {
         head: "encoding<br>ms/word",
         text: |m| format!("{:.3}", m.encode_ms),
-        rank: Some((|m| m.encode_ms, true)),
+        rank: Rank::Least(|m| m.encode_ms),
     },
     Column {
         head: "decoding<br>ms/token",
         text: |m| format!("{:.3}", m.decode_ms_per_token),
-        rank: Some((|m| m.decode_ms_per_token, true)),
+        rank: Rank::Least(|m| m.decode_ms_per_token),
     },
 ];
 
@@ -132,9 +145,15 @@ fn models_table(out: &mut String, results: &CompareResults) {
 }
 
 fn is_best(column: &Column, model: &ModelResult, models: &[ModelResult]) -> bool {
-    let Some((value, less)) = column.rank else { return false };
-    let ours = value(model);
-    models.len() > 1 && models.iter().map(value).all(|other| if less { ours <= other } else { ours >= other })
+    let against = |value: fn(&ModelResult) -> f64, wins: fn(&f64, &f64) -> bool| {
+        models.iter().all(|other| wins(&value(model), &value(other)))
+    };
+    models.len() > 1
+        && match column.rank {
+            Rank::Unranked => false,
+            Rank::Least(value) => against(value, f64::le),
+            Rank::Most(value) => against(value, f64::ge),
+        }
 }
 
 fn figure(out: &mut String, heading: &str, chart: &LineChart) {
