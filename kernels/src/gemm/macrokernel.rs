@@ -7,8 +7,8 @@
 //!       for jr in jc..jc+nc step NR         a panel of B fits L1
 //!         for ir in ic..ic+mc step MR       inside the microkernel's strip
 //! ```
-//! It is the picture of GotoBLAS with these deviations: a panel of B is packed just before its first
-//! use (so it is still in L1 then), a row-major A is read in place, and the last loop belongs to
+//! It is the picture of GotoBLAS with these deviations: panels of B are packed just before their first
+//! use (so they are still in L1 or L2 then), a row-major A is read in place, and the last loop belongs to
 //! the microkernel, which saves a call for each tile.
 
 use std::ops::Range;
@@ -17,7 +17,7 @@ use pulp::Simd;
 
 use super::epilogue::{Accum, Epilogue};
 use super::microkernel::{Finish, KernelVisitor, Lhs, Microkernel, Out, Rhs, Strip};
-use super::pack::{Source, pack_panel};
+use super::pack::{GROUP, Source, pack_panel, pack_panels};
 use super::placement::{self, Left};
 use crate::context::Blocking;
 use crate::scratch::ScratchBuf;
@@ -180,24 +180,28 @@ impl Block<'_> {
         let (depth, lanes) = (self.depth.len(), <K::Simd as Simd>::F32_LANES);
         let width = packed_cols(cols.len(), lanes);
         let b = match self.problem.b {
-            RightOperand::Plain(b) => b.sub(self.depth.clone(), cols.clone()),
+            RightOperand::Plain(b) => b,
             RightOperand::Packed(packed) => {
                 let at = self.depth.start * packed_cols(self.problem.n, lanes) + cols.start * depth;
                 return Rhs { ptr: packed[at..at + width * depth].as_ptr(), depth_stride: width };
             }
         };
         if self.right_in_place && width == cols.len() {
-            return Rhs { ptr: b.as_ptr(), depth_stride: b.row_stride() };
+            let panel = b.sub(self.depth.clone(), cols);
+            return Rhs { ptr: panel.as_ptr(), depth_stride: panel.row_stride() };
         }
         // Read in place, only the last panel of all can have a partial vector: it has the buffer alone.
-        let at = if self.right_in_place { 0 } else { (cols.start - self.cols.start) * depth };
-        let panel = &mut b_block[at..at + width * depth];
-        if pack {
+        let offset = if self.right_in_place { 0 } else { cols.start - self.cols.start };
+        if pack && (self.right_in_place || offset % (GROUP * K::NR) == 0) {
+            let group = cols.start..(cols.start + GROUP * K::NR).min(self.cols.end);
+            let b = b.sub(self.depth.clone(), group.clone());
             let source =
                 Source { ptr: b.as_ptr(), depth_stride: b.row_stride(), lane_stride: b.col_stride() };
+            let packed = &mut b_block[offset * depth..(offset + packed_cols(group.len(), lanes)) * depth];
             // SAFETY: the source is the view `b`.
-            unsafe { pack_panel(source, depth, cols.len(), panel, width) };
+            unsafe { pack_panels(source, depth, group.len(), packed, (K::NR, lanes)) };
         }
+        let panel = &b_block[offset * depth..(offset + width) * depth];
         Rhs { ptr: panel.as_ptr(), depth_stride: width }
     }
 

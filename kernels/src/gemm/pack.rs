@@ -62,6 +62,75 @@ pub(super) unsafe fn pack_panel(
     }
 }
 
+/// Panels that are packed together.
+pub(super) const GROUP: usize = 4;
+
+/// Packs `count` lanes as panels of `nr`, one after the other; the last one is as wide as the lanes
+/// that are left, rounded up to whole vectors of `vector`.
+///
+/// Rows of several panels are read together: one panel's row is one cache line, and where rows lie far
+/// apart nothing would fetch the next line ahead.
+///
+/// # Safety
+/// All `depth × count` elements of `source` are readable.
+///
+/// # Panics
+/// When `packed` does not hold `depth` times `count` rounded up to whole vectors.
+#[inline(always)]
+pub(super) unsafe fn pack_panels(
+    source: Source,
+    depth: usize,
+    count: usize,
+    packed: &mut [f32],
+    (nr, vector): (usize, usize),
+) {
+    assert!(packed.len() == depth * count.next_multiple_of(vector) && nr.is_multiple_of(vector));
+    let mut first = 0;
+    while first < count {
+        let panels = ((count - first) / nr).min(GROUP);
+        let lanes = if panels == 0 { count - first } else { panels * nr };
+        let width = lanes.next_multiple_of(vector);
+        let from = Source { ptr: source.ptr.wrapping_add(first * source.lane_stride), ..source };
+        let to = &mut packed[first * depth..(first + width) * depth];
+        // SAFETY: these lanes are part of the source; `to` holds them, `depth` deep.
+        unsafe {
+            match (nr, source.lane_stride) {
+                _ if panels == 0 => pack_panel(from, depth, lanes, to, width),
+                (4, 1) => copy_panels::<4>(from, depth, panels, to.as_mut_ptr()),
+                (12, 1) => copy_panels::<12>(from, depth, panels, to.as_mut_ptr()),
+                (16, 1) => copy_panels::<16>(from, depth, panels, to.as_mut_ptr()),
+                (48, 1) => copy_panels::<48>(from, depth, panels, to.as_mut_ptr()),
+                _ => {
+                    for (panel, to) in to.chunks_exact_mut(nr * depth).enumerate() {
+                        let ptr = from.ptr.wrapping_add(panel * nr * source.lane_stride);
+                        pack_panel(Source { ptr, ..source }, depth, nr, to, nr);
+                    }
+                }
+            }
+        }
+        first += lanes;
+    }
+}
+
+/// `panels` panels of C contiguous elements, `depth` deep, a row of all of them at a time.
+///
+/// # Safety
+/// They are readable from `source`, and `to` has room for `panels · depth · C` elements.
+#[inline(always)]
+unsafe fn copy_panels<const C: usize>(source: Source, depth: usize, panels: usize, to: *mut f32) {
+    let (mut from, mut to) = (source.ptr, to);
+    for _ in 0..depth {
+        for panel in 0..panels {
+            // SAFETY: the contract; arrays of f32 have the alignment of f32.
+            unsafe {
+                *to.add(panel * depth * C).cast::<[f32; C]>() = *from.add(panel * C).cast::<[f32; C]>()
+            };
+        }
+        from = from.wrapping_add(source.depth_stride);
+        to = to.wrapping_add(C);
+    }
+}
+
 /// `depth` rows of C contiguous elements.
 ///
 /// # Safety

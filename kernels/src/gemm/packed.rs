@@ -5,7 +5,7 @@ use pulp::Simd;
 use super::blocking::{block_depth, blocking};
 use super::macrokernel::packed_cols;
 use super::microkernel::{KernelVisitor, Microkernel, kernel_of, with_kernel};
-use super::pack::{Source, pack_panel};
+use super::pack::{Source, pack_panels};
 use crate::context::Context;
 use crate::error::ShapeError;
 use crate::view::MatRef;
@@ -92,19 +92,16 @@ impl KernelVisitor for Pack<'_> {
         let mut rest = self.data;
         for pc in (0..k).step_by(self.depth) {
             let depth = self.depth.min(k - pc);
-            for first in (0..n).step_by(K::NR) {
-                let part = self.b.sub(pc..pc + depth, first..(first + K::NR).min(n));
-                let width = packed_cols(part.cols(), lanes);
-                let (panel, after) = rest.split_at_mut(width * depth);
-                rest = after;
-                let source = Source {
-                    ptr: part.as_ptr(),
-                    depth_stride: part.row_stride(),
-                    lane_stride: part.col_stride(),
-                };
-                // SAFETY: the source is the view `part`.
-                unsafe { pack_panel(source, depth, part.cols(), panel, width) };
-            }
+            let part = self.b.sub(pc..pc + depth, 0..n);
+            let (block, after) = rest.split_at_mut(packed_cols(n, lanes) * depth);
+            rest = after;
+            let source = Source {
+                ptr: part.as_ptr(),
+                depth_stride: part.row_stride(),
+                lane_stride: part.col_stride(),
+            };
+            // SAFETY: the source is the view `part`.
+            unsafe { pack_panels(source, depth, n, block, (K::NR, lanes)) };
         }
         K::NAME
     }

@@ -220,3 +220,13 @@ fn the_table_lists_every_kernel_once() {
         assert_eq!(named.map(|kernel| kernel.isa).collect::<Vec<_>>(), [ctx.isa().name()]);
     });
 }
+
+#[test]
+fn the_readme_lists_every_kernel() {
+    let readme = include_str!("../../../README.md");
+    for kernel in kernels() {
+        let line = readme.lines().find(|line| line.starts_with(&format!("| `{}` |", kernel.name)));
+        let tile = format!("| {} × {} |", kernel.mr, kernel.nr);
+        assert!(line.is_some_and(|line| line.ends_with(&tile)), "{} is missing from the README", kernel.name);
+    }
+}

@@ -127,11 +127,10 @@ pub(crate) fn fill(
         }
         params.get_mut(id).copy_from_slice(&tensor.data);
     }
-    if prefix.is_empty() {
-        if let Some(extra) = contents.tensors.iter().find(|t| params.find(&t.name).is_none()) {
-            let problem = format!("(shape {:?}) belongs to no parameter of this model", extra.shape);
-            return Err(CheckpointError::tensor(path, &extra.name, problem));
-        }
+    let extra = contents.tensors.iter().find(|t| params.find(&t.name).is_none());
+    if let Some(extra) = extra.filter(|_| prefix.is_empty()) {
+        let problem = format!("(shape {:?}) belongs to no parameter of this model", extra.shape);
+        return Err(CheckpointError::tensor(path, &extra.name, problem));
     }
     Ok(())
 }

@@ -41,7 +41,7 @@ impl Lengths {
     /// next the targets go up and down in turn.
     fn snake(self) -> (usize, isize) {
         let target = self.target as isize;
-        (self.source, if self.source % 2 == 0 { target } else { -target })
+        (self.source, if self.source.is_multiple_of(2) { target } else { -target })
     }
 
     fn max(self, other: Lengths) -> Lengths {
