@@ -47,6 +47,6 @@ mod tests {
         results.format = FORMAT + 1;
         files::write_json(&dir.join("results.json"), &results).unwrap();
         assert!(run(&args).unwrap_err().to_string().contains("format"));
-        //REMOVE
+        fs::remove_dir_all(&dir).unwrap();
     }
 }
