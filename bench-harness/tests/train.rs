@@ -1,9 +1,9 @@
 //! `kavanam train`, `pronounce` and `compare` as a person meets them: exit status, message, files.
 
 use std::fs;
+use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Command, Output, Stdio};
 
 /// A model that trains in milliseconds.
 const TINY: &str =
@@ -175,34 +175,33 @@ fn a_small_comparison_writes_everything() {
     assert!(Path::new(&out).join("environment.txt").is_file());
 }
 
-/// Waits for the run to have taken a step: it writes its first line then.
+/// Lets a run begin, stops it with Ctrl-C, gives its status and what it wrote to stderr.
 #[cfg(unix)]
-fn interrupt(child: &Child) {
+fn interrupted(arguments: &[&str]) -> (Option<i32>, String) {
+    let mut child = kavanam(arguments).stderr(Stdio::piped()).spawn().unwrap();
+    let mut stderr = BufReader::new(child.stderr.take().unwrap());
+    let mut text = String::new();
+    // The handler is in place when this line comes.
+    while !text.contains("makes this run again") {
+        assert_ne!(stderr.read_line(&mut text).unwrap(), 0, "it ended by itself: {text}");
+    }
     let pid = child.id().to_string();
     assert!(Command::new("kill").args(["-INT", &pid]).status().unwrap().success());
+    stderr.read_to_string(&mut text).unwrap();
+    (child.wait().unwrap().code(), text)
 }
 
 #[cfg(unix)]
 #[test]
 fn ctrl_c_saves_and_the_run_resumes() {
     let folder = TestFolder::new("interrupt");
-    let out = folder.path("m");
-    let (whole, steps) = (folder.path("whole"), "40");
-    let mut child =
-        kavanam(&train_args(&out, &["--steps", "1000000"])).stderr(Stdio::piped()).spawn().unwrap();
-    std::thread::sleep(Duration::from_millis(2500));
-    interrupt(&child);
-    let started = Instant::now();
-    while child.try_wait().unwrap().is_none() {
-        assert!(started.elapsed() < Duration::from_secs(30), "it does not stop");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    let done = child.wait_with_output().unwrap();
-    assert_eq!(done.status.code(), Some(130), "{}", stderr(&done));
-    assert!(stderr(&done).contains("stopped at step") && stderr(&done).contains(&out), "{}", stderr(&done));
+    let (out, whole) = (folder.path("m"), folder.path("whole"));
+    let (status, message) = interrupted(&train_args(&out, &["--steps", "1000000"]));
+    assert_eq!(status, Some(130), "{message}");
+    assert!(message.contains("stopped at step") && message.contains(&out), "{message}");
     assert!(Path::new(&out).join("training.safetensors").is_file());
     assert!(output(&["pronounce", "--model", &out, "cat"]).status.success());
-    let short = output(&train_args(&whole, &["--steps", steps]));
+    let short = output(&train_args(&whole, &["--steps", "40"]));
     assert!(short.status.success(), "{}", stderr(&short));
     let over = output(&["train", "--out", &whole, "--resume", "--valid-words", "5", "--beam", "1"]);
     assert!(over.status.success(), "a finished run resumes to its end: {}", stderr(&over));

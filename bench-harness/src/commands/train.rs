@@ -64,13 +64,13 @@ fn train(args: &TrainArgs, ctx: &Context) -> Result<(), HarnessError> {
         eprintln!("{} parameters: {}", recipe.model.parameter_count(), recipe.description);
         fit::prepare(ctx, &recipe, &examples, length)?
     };
+    let stop = stop_on_interrupt()?;
     let planned = trainer.config().schedule.total_steps.unwrap_or(u64::MAX);
     eprintln!(
         "{planned} steps of {} a pass; `--steps {planned} --seed {}` makes this run again",
         trainer.steps_per_epoch(),
         trainer.config().seed
     );
-    let stop = stop_on_interrupt()?;
     let vocabs = Vocabs { source: data.source.clone(), target: data.target.clone() };
     let valid = spread(&data.valid, args.valid_words);
     let fit = Fit {

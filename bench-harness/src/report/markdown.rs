@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::report::results::{CompareResults, ModelResult};
+use crate::report::results::{CompareResults, Crossing, ModelResult};
 
 /// A Markdown table whose columns line up: the first one to the left, the others to the right.
 pub(crate) struct Table {
@@ -102,6 +102,20 @@ pub(crate) fn sweep_table(results: &CompareResults) -> String {
         table.row([length.to_string()].into_iter().chain(cells));
     }
     table.to_string()
+}
+
+/// One line for each place where two curves of the sweep cross, or one that says that none do.
+pub(crate) fn crossings(results: &CompareResults) -> String {
+    if results.crossings.is_empty() {
+        return "\nno curves cross within these lengths\n".to_owned();
+    }
+    let line = |c: &Crossing| {
+        format!(
+            "crossing at length {:.0}: {} is faster below, {} above\n",
+            c.length, c.faster_below, c.faster_above
+        )
+    };
+    format!("\n{}", results.crossings.iter().map(line).collect::<String>())
 }
 
 /// `1234567` as `1,234,567`.

@@ -60,6 +60,7 @@ pub(crate) fn tables(results: &CompareResults) -> String {
     if !results.sweep.is_empty() {
         text.push_str("\nTime of one training step in ms, by sequence length (* fastest):\n\n");
         text.push_str(&markdown::sweep_table(results));
+        text.push_str(&markdown::crossings(results));
     }
     text
 }
