@@ -101,7 +101,8 @@ pub(super) unsafe fn pack_panels(
                 (16, 1) => copy_panels::<16>(from, depth, panels, to.as_mut_ptr()),
                 (48, 1) => copy_panels::<48>(from, depth, panels, to.as_mut_ptr()),
                 _ => {
-                    for (panel, to) in to.chunks_exact_mut(nr * depth).enumerate() {
+                    // At depth 0 there is nothing to pack, but a chunk must have a size.
+                    for (panel, to) in to.chunks_exact_mut((nr * depth).max(1)).enumerate() {
                         let ptr = from.ptr.wrapping_add(panel * nr * source.lane_stride);
                         pack_panel(Source { ptr, ..source }, depth, nr, to, nr);
                     }

@@ -227,6 +227,8 @@ mod tests {
             padded += padded_tokens(&examples, &batch);
             real += batch.iter().map(|&i| Lengths::of(&examples[i as usize]).total()).sum::<usize>();
         }
-        assert!(padded as f64 / real as f64 <= 1.08, "{padded} / {real}");
+        // Unsorted batches of this size would all be padded to the longest source and target.
+        let unsorted = examples.len() * (13 + 11);
+        assert!((padded - real) * 6 <= unsorted - real, "{padded} of {real}, unsorted {unsorted}");
     }
 }
