@@ -24,7 +24,7 @@ pub(crate) struct CompareArgs {
     /// Seed of initialisation, data order and dropout
     #[arg(long, default_value_t = 1)]
     pub(crate) seed: u64,
-    /// Folder for results, report and models [default: results/<machine>/<date>-<commit>]
+    /// Folder for results, report and models [default: results/MACHINE/DATE-COMMIT]
     #[arg(long, value_name = "DIR")]
     pub(crate) out: Option<PathBuf>,
     /// Seconds of training for each model instead of the preset's

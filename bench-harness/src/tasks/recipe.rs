@@ -58,7 +58,7 @@ pub(crate) struct Recipe {
     pub(crate) description: String,
     /// The model.
     pub(crate) model: ModelConfig,
-    /// The trainer, but for the number of steps: see [`Recipe::with_steps`].
+    /// The trainer, but for the number of steps: see [`Recipe::schedule`].
     pub(crate) trainer: TrainerConfig,
     /// The part of the run over which the rate rises.
     pub(crate) warmup: f64,

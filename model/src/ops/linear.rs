@@ -19,7 +19,7 @@ pub struct LinearWeights {
 /// `y = f(x·Wᵀ + b)`.
 ///
 /// A tape that records takes [`Activation::Identity`], [`Activation::Relu`] and [`Activation::Tanh`], whose
-/// derivative their own value tells. For others see [`crate::ops::activation`].
+/// derivative their own value tells. For others see the op `activation`.
 ///
 /// # Shapes
 /// x `[rows, in]`, W `[out, in]`, b `[out]`, y `[rows, out]`.
