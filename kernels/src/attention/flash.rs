@@ -9,7 +9,7 @@
 //! - Keys go by fixed blocks of [`KEY_BLOCK`] and a row carries (m, l, o) from block to block
 //!   ([`online`]), so scores never leave the first-level cache.
 //! - A block of keys is transposed once for up to [`ROW_CHUNK`] rows: then both products (Q·Kᵀ and P·V) are
-//!   [`tile::product`] with vectors along the contiguous axis, and no score needs a horizontal sum.
+//!   [`super::tile::product`] with vectors along the contiguous axis, and no score needs a horizontal sum.
 //! - [`ROW_TILE`] rows are taken through one product before the next one starts, so that the block's Kᵀ
 //!   and then its V stay in the first-level cache while the rows stream past.
 //! - Six rows at a time know which keys they see, so that causal order saves half of the work at the
