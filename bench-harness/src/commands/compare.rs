@@ -52,7 +52,7 @@ impl Scale {
                 sweep: Sweep { lengths, tokens: 1024, samples: 3 },
             },
             Preset::Full => Scale {
-                seconds: 620.0,
+                seconds: 690.0,
                 curve_points: 16,
                 valid_words: 1500,
                 test_words: usize::MAX,
