@@ -59,7 +59,7 @@ pub(super) fn sweep(results: &CompareResults) -> LineChart {
     let times: Vec<f64> = series.iter().flat_map(|s| &s.points).flat_map(values).flatten().collect();
     let marks = results.crossings.iter().map(|crossing| {
         let text = format!(
-            "{} overtakes {} at {:.0}",
+            "{} overtakes\n{} at {:.0}",
             crossing.faster_above, crossing.faster_below, crossing.length
         );
         (crossing.length, text)

@@ -58,7 +58,7 @@ fn opening(out: &mut String, results: &CompareResults) {
         escape(&environment.isa),
         escape(&environment.precision),
     );
-    let fewest = results.models.iter().min_by(|a, b| a.wer.total_cmp(&b.wer));
+    let fewest = results.models.iter().min_by(|a, b| a.wer.total_cmp(&b.wer).then(a.per.total_cmp(&b.per)));
     let quickest = results.models.iter().max_by(|a, b| a.train_tokens_per_s.total_cmp(&b.train_tokens_per_s));
     if let (Some(fewest), Some(quickest)) = (fewest, quickest) {
         let _ = writeln!(
@@ -128,8 +128,9 @@ fn models_table(out: &mut String, results: &CompareResults) {
     out.push_str("</tr></thead><tbody>\n");
     for model in &results.models {
         let guard =
-            if model.stopped_by_guard { " Stopped by the clock before its planned steps." } else { "" };
-        let about = format!("{} {} steps.{guard}", model.description, thousands(model.steps));
+            if model.stopped_by_guard { ", stopped by the clock before its planned steps" } else { "" };
+        let about =
+            format!("{} · {} steps{guard}", model.description.trim_end_matches('.'), thousands(model.steps));
         let _ = write!(out, "<tr><td>{}<small>{}</small></td>", escape(&model.name), escape(&about));
         for column in &COLUMNS {
             let class = if is_best(column, model, &results.models) { " class=\"best\"" } else { "" };
@@ -228,7 +229,7 @@ fn alignments(out: &mut String, results: &CompareResults) {
     if models.peek().is_none() {
         return;
     }
-    out.push_str("<h2>What the models look at</h2>\n<p>Letters from left to right, phones from top to bottom as the model says them; the darker a cell, the more weight the model gives to the letter for that phone.</p>\n");
+    out.push_str("<h2>What the models look at</h2>\n<p>Letters from left to right, phones from top to bottom as the model says them; the stronger the colour, the more weight the model gives to the letter for that phone.</p>\n");
     for model in models {
         let _ = writeln!(out, "<h3>{}</h3>\n<div class=\"maps\">", escape(&model.name));
         for alignment in &model.alignments {
@@ -287,13 +288,9 @@ mod tests {
         let results = fixture::results();
         let page = page(&results);
         assert_eq!(page.matches("<svg").count(), 5 + 2 * 3, "five charts, three words of two models");
-        for part in [
-            "rnn-fixed",
-            "held out",
-            "kavanam compare --preset quick",
-            "0123456789ab",
-            "overtakes rnn-attention at 37",
-        ] {
+        for part in
+            ["rnn-fixed", "held out", "kavanam compare --preset quick", "0123456789ab", "rnn-attention at 37"]
+        {
             assert!(page.contains(part), "{part}");
         }
         for foreign in ["src=", "href=", "@import", "url("] {

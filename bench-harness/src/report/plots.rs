@@ -55,7 +55,7 @@ pub(super) struct LineChart {
     pub(super) x: Axis,
     pub(super) y: Axis,
     pub(super) series: Vec<Series>,
-    /// Values of x that deserve a line and a sentence.
+    /// Values of x that deserve a line across and a sentence, which may have several lines of text.
     pub(super) marks: Vec<(f64, String)>,
 }
 
@@ -159,12 +159,14 @@ impl LineChart {
             let Some(x) = self.across(*value) else { continue };
             let _ = write!(out, "<path class=\"mark\" d=\"M{x:.1} {top:.1}V{}\"/>", HEIGHT - BOTTOM);
             let (anchor, x) = if x > WIDTH / 2.0 { ("end", x - 7.0) } else { ("start", x + 7.0) };
-            let y = top + 14.0 + 20.0 * i as f64;
-            let _ = write!(
-                out,
-                "<text class=\"tick\" text-anchor=\"{anchor}\" x=\"{x:.1}\" y=\"{y:.1}\">{}</text>",
-                escape(text)
-            );
+            for (line, text) in text.lines().enumerate() {
+                let y = top + 14.0 + 19.0 * line as f64 + 44.0 * i as f64;
+                let _ = write!(
+                    out,
+                    "<text class=\"tick\" text-anchor=\"{anchor}\" x=\"{x:.1}\" y=\"{y:.1}\">{}</text>",
+                    escape(text)
+                );
+            }
         }
     }
 
