@@ -173,29 +173,29 @@ const HALF_LN_2: f32 = std::f32::consts::LN_2 / 2.0;
 
 function!(exp, [88.722_84, 87.336_54, 103.972_08, 104.0, 89.0, HALF_LN_2, 3.0 * HALF_LN_2], |x| x.exp(), 1.5);
 function!(log, [1.0, 0.5, 2.0, std::f32::consts::SQRT_2, 0.707_106_77, f32::MIN_POSITIVE], |x| x.ln(), 1.5);
-function!(tanh, [0.5 * HALF_LN_2, 1.5 * HALF_LN_2, 9.01, 9.25], |x| x.tanh(), 2.5);
+function!(tanh, [0.5 * HALF_LN_2, 1.5 * HALF_LN_2, 9.01, 9.25], |x| x.tanh(), 3.0);
 function!(sigmoid, [88.722_84, 87.336_54, 103.972_08, 16.6, 17.4], |x| reference::sigmoid(x), 2.5);
 function!(
     silu,
     [88.722_84, 87.336_54, 103.972_08, 108.7, 120.0],
     |x| reference::silu(x),
-    3.0,
+    3.5,
     underflow x.abs().min(120.0)
 );
 function!(erf, [1.0, 3.9, 4.0], |x| reference::erf(x), 2.0);
-function!(normal_cdf, [1.0, 5.4, 13.0, 14.2, 14.5], |x| reference::normal_cdf(x), 5.5);
+function!(normal_cdf, [1.0, 5.4, 13.0, 14.2, 14.5], |x| reference::normal_cdf(x), 6.0);
 function!(
     gelu,
     [1.0, 13.2, 14.3, 14.5, 15.0],
     |x| reference::gelu(x),
-    6.0,
+    6.5,
     underflow x.abs().min(15.0)
 );
 function!(
     gelu_tanh,
     [9.0, 10.05, 15.0],
     |x| reference::gelu_tanh(x),
-    if x < 0.0 { 4.0 + 2.5 * argument(x) } else { 4.0 },
+    if x < 0.0 { 4.0 + 3.0 * argument(x) } else { 4.0 },
     underflow x.abs().min(15.0)
 );
 function!(
@@ -210,7 +210,7 @@ function!(
     gelu_derivative,
     [1.0, 0.751_791_5, 13.2, 14.3, 14.5, 15.0],
     |x| sum(reference::gelu_derivative(x)),
-    6.5,
+    7.0,
     underflow x.abs().min(15.0),
     scale larger(reference::gelu_derivative(x))
 );

@@ -60,7 +60,7 @@ pub(super) fn normal_tail<S: Simd>(simd: S, x: S::f32s) -> (S::f32s, S::f32s) {
 
 /// The distribution function of N(0, 1): Φ(x) = (1 + erf(x/√2))/2; 0 for −∞, 1 for ∞, NaN for NaN.
 ///
-/// Error at most 5.5 ULP over all of f32, the lower tail included (`math::accuracy::normal_cdf`).
+/// Error at most 6 ULP over all of f32, the lower tail included (`math::accuracy::normal_cdf`).
 #[inline(always)]
 pub fn normal_cdf<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     normal_cdf_and_gauss(simd, x).0

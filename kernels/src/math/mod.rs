@@ -9,13 +9,13 @@
 //! |---|---|
 //! | [`exp()`] | 1.5 ULP |
 //! | [`log()`] | 1.5 ULP |
-//! | [`tanh`] | 2.5 ULP |
+//! | [`tanh`] | 3 ULP |
 //! | [`sigmoid()`] | 2.5 ULP |
-//! | [`silu`] | 3 ULP |
+//! | [`silu`] | 3.5 ULP |
 //! | [`erf()`] | 2 ULP |
-//! | [`normal_cdf`] | 5.5 ULP |
-//! | [`gelu()`] | 6 ULP |
-//! | [`gelu_tanh`] | 4 + 2.5·\|z\| ULP, where z is the argument of its sigmoid |
+//! | [`normal_cdf`] | 6 ULP |
+//! | [`gelu()`] | 6.5 ULP |
+//! | [`gelu_tanh`] | 4 + 3·\|z\| ULP, where z is the argument of its sigmoid |
 //!
 //! Derivatives that cross zero have no bound in ULP of the result; theirs is stated in ULP of the
 //! larger summand.
