@@ -16,8 +16,9 @@ impl Line {
     const LEN: usize = 16;
 }
 
-/// At most this many buffers wait in one thread's free list; what goes beyond is freed.
-const KEPT_BUFFERS: usize = 16;
+/// At most this many buffers wait in one thread's free list; what goes beyond is freed. A training step of a deep
+/// recurrent model keeps three for each layer until it goes back.
+const KEPT_BUFFERS: usize = 64;
 
 thread_local! {
     static FREE: RefCell<Vec<Vec<Line>>> = const { RefCell::new(Vec::new()) };

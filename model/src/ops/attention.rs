@@ -275,6 +275,36 @@ mod tests {
     }
 
     #[test]
+    fn many_heads_are_their_heads_one_by_one() {
+        let (store, pool) = (crate::ParamStore::new(0), crate::Pool::new());
+        let ctx = kavanam_kernels::Context::with_isa(kavanam_kernels::Isa::best());
+        let mut tape = Tape::inference(&ctx, &store, &pool);
+        let (rows, heads, dim) = (2 * 4, 2, 5);
+        let mut random = crate::ops::gradient_check::Random(3);
+        let fused: Vec<f32> = (0..rows * 3 * heads * dim).map(|_| random.next()).collect();
+        let qkv = tape.constant(&fused, rows, 3 * heads * dim).unwrap();
+        let all = self_attention(&mut tape, qkv, &shape(true, false)).unwrap();
+        let all = tape.value(all).to_vec();
+        for head in 0..heads {
+            // Of q, k and v the columns of this head.
+            let columns = |row: &[f32]| -> Vec<f32> {
+                (0..3).flat_map(|part| row[(part * heads + head) * dim..][..dim].to_vec()).collect()
+            };
+            let own: Vec<f32> = fused.chunks(3 * heads * dim).flat_map(columns).collect();
+            let own = tape.constant(&own, rows, 3 * dim).unwrap();
+            let one =
+                self_attention(&mut tape, own, &AttentionShape { heads: 1, ..shape(true, false) }).unwrap();
+            for (row, expected) in tape.value(one).chunks(dim).enumerate() {
+                assert_eq!(
+                    &all[row * heads * dim + head * dim..][..dim],
+                    expected,
+                    "row {row} of head {head}"
+                );
+            }
+        }
+    }
+
+    #[test]
     fn rows_must_fill_the_batch() {
         let (store, pool) = (crate::ParamStore::new(0), crate::Pool::new());
         let ctx = kavanam_kernels::Context::with_isa(kavanam_kernels::Isa::best());

@@ -1,0 +1,120 @@
+//! [`ModelConfig`]: what config.json holds, checked, with exact parameter counts before anything is built.
+
+mod rnn;
+mod transformer;
+
+pub use rnn::{AttentionKind, Bridge, CellKind, RnnSeq2SeqConfig};
+pub use transformer::{DropoutRates, FeedForwardActivation, NormPlacement, Positions, TransformerConfig};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::ModelError;
+
+/// The configuration of any model family, told apart in JSON by `model_type`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "model_type")]
+pub enum ModelConfig {
+    /// `"transformer"`: encoder and decoder of self-attention.
+    #[serde(rename = "transformer")]
+    Transformer(TransformerConfig),
+    /// `"rnn_seq2seq"`: recurrent encoder and decoder, with or without attention.
+    #[serde(rename = "rnn_seq2seq")]
+    RnnSeq2Seq(RnnSeq2SeqConfig),
+}
+
+impl ModelConfig {
+    /// The word in JSON.
+    pub fn model_type(&self) -> &'static str {
+        match self {
+            ModelConfig::Transformer(_) => "transformer",
+            ModelConfig::RnnSeq2Seq(_) => "rnn_seq2seq",
+        }
+    }
+
+    /// How many numbers the model will hold, without building it.
+    pub fn parameter_count(&self) -> usize {
+        match self {
+            ModelConfig::Transformer(config) => config.parameter_count(),
+            ModelConfig::RnnSeq2Seq(config) => config.parameter_count(),
+        }
+    }
+
+    /// The number of source tokens it knows.
+    pub fn source_vocab(&self) -> usize {
+        match self {
+            ModelConfig::Transformer(config) => config.source_vocab,
+            ModelConfig::RnnSeq2Seq(config) => config.source_vocab,
+        }
+    }
+
+    /// The number of target tokens it knows.
+    pub fn target_vocab(&self) -> usize {
+        match self {
+            ModelConfig::Transformer(config) => config.target_vocab,
+            ModelConfig::RnnSeq2Seq(config) => config.target_vocab,
+        }
+    }
+
+    /// Checks every field.
+    ///
+    /// # Errors
+    /// [`ModelError::Config`] names the first field that no model can be built from.
+    pub fn validate(&self) -> Result<(), ModelError> {
+        match self {
+            ModelConfig::Transformer(config) => config.validate(),
+            ModelConfig::RnnSeq2Seq(config) => config.validate(),
+        }
+    }
+}
+
+pub(super) fn wrong(field: &'static str, value: impl ToString, expected: String) -> ModelError {
+    ModelError::Config { field, value: value.to_string(), expected }
+}
+
+pub(super) fn positive(field: &'static str, value: usize) -> Result<(), ModelError> {
+    if value == 0 { Err(wrong(field, value, "at least 1".to_owned())) } else { Ok(()) }
+}
+
+pub(super) fn rate(field: &'static str, value: f32) -> Result<(), ModelError> {
+    if (0.0..1.0).contains(&value) { Ok(()) } else { Err(wrong(field, value, "in [0, 1)".to_owned())) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn both() -> [ModelConfig; 2] {
+        [
+            ModelConfig::Transformer(TransformerConfig::new(30, 40)),
+            ModelConfig::RnnSeq2Seq(RnnSeq2SeqConfig::new(30, 40, CellKind::Gru, AttentionKind::Additive)),
+        ]
+    }
+
+    #[test]
+    fn json_carries_the_model_type_and_reads_back() {
+        for config in both() {
+            config.validate().unwrap();
+            let json = serde_json::to_string(&config).unwrap();
+            assert!(json.contains(&format!("\"model_type\":\"{}\"", config.model_type())), "{json}");
+            assert_eq!(serde_json::from_str::<ModelConfig>(&json).unwrap(), config);
+            let misspelt = json.replace("\"dropout\"", "\"dropuot\"");
+            assert!(serde_json::from_str::<ModelConfig>(&misspelt).is_err());
+        }
+    }
+
+    #[test]
+    fn impossible_configurations_name_the_field() {
+        let mut t = TransformerConfig::new(30, 40);
+        t.heads = 3;
+        assert!(t.validate().unwrap_err().to_string().starts_with("config: width is 128"));
+        t.heads = 4;
+        t.share_embeddings = true;
+        assert!(t.validate().is_err());
+        let mut r = RnnSeq2SeqConfig::new(30, 40, CellKind::Lstm, AttentionKind::None);
+        r.bidirectional = true;
+        assert!(r.validate().unwrap_err().to_string().contains("hidden"));
+        r.dropout = 1.0;
+        r.bridge = Bridge::Tanh;
+        assert!(r.validate().unwrap_err().to_string().contains("dropout"));
+    }
+}
