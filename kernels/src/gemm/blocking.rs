@@ -11,8 +11,11 @@ use super::microkernel::{KernelInfo, kernel_of};
 ///
 /// | kernel | chosen on | measurement (one thread, ours / crate `gemm` 0.19 in the same run) |
 /// |---|---|---|
-/// | `f32_6x16_avx2` | AMD Zen 3, 32 KiB L1d, 512 KiB L2, 32 MiB L3, busy virtual machine | mc, kc = 96, 512: n = 512 1.02–1.03, n = 1024 1.02–1.07, 1000×512×512 1.03–1.20; 144, 256: 0.98–1.02, 0.92–0.93, 1.00–1.04; 48, 512 and 96, 384 between them |
+/// | `f32_6x16_avx2` | AMD Zen 3, 32 KiB L1d, 512 KiB L2, 32 MiB L3, busy virtual machine | kc = 512 against 256 at n = 1024: 1.02–1.08 in three runs with mc = 96, against 0.92 and 0.93 with mc = 144 |
 /// | the others | not measured | the same proportions of the usual cache sizes |
+///
+/// `mc` and `nc` are not settled: with kc = 512, mc = 48, 96 and 144 and nc = 1024 and 2048 lay within the
+/// noise of one to three runs each (0.94–1.20, 48 and 144 also above 96), and 96 is simply the middle.
 const TUNED: [(&str, Blocking); 4] = [
     ("f32_4x4_scalar", Blocking { mc: 96, kc: 512, nc: 1024 }),
     ("f32_8x12_neon", Blocking { mc: 96, kc: 512, nc: 2040 }),
