@@ -14,7 +14,7 @@ pub(crate) use crate::task_args::{CompareArgs, PronounceArgs, TrainArgs};
 const EXAMPLES: &str = "\
 Examples:
   kavanam                                train three models for 3 minutes and compare them
-  kavanam compare --preset full          larger models, eleven minutes of training each
+  kavanam compare --preset full          larger models, twelve minutes of training each
   kavanam pronounce thought through      letters to phones, by the newest trained model
   kavanam train --model transformer --out DIR --seconds 120
   kavanam bench gemm --quick             our matrix products against three other crates, a minute

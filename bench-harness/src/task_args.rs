@@ -74,14 +74,14 @@ pub(crate) struct TrainArgs {
     /// Steps to train; with the seed this fixes the result bit for bit
     #[arg(long, value_name = "N", conflicts_with = "seconds", value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) steps: Option<u64>,
-    /// Seconds to train: steps are timed and as many planned as fit [default: 60]
+    /// Seconds to train: the steps before the cooldown are timed, and as many planned as fit [default: 60]
     #[arg(long, value_parser = positive_seconds)]
     pub(crate) seconds: Option<f64>,
     /// Seed of initialisation, data order and dropout
     #[arg(long, default_value_t = 1)]
     pub(crate) seed: u64,
     /// Go on from the checkpoint in --out, with its own configuration
-    #[arg(long, conflicts_with_all = ["steps", "seconds", "seed", "preset"])]
+    #[arg(long, conflicts_with_all = ["seed", "preset"])]
     pub(crate) resume: bool,
     /// Highest learning rate instead of the recipe's
     #[arg(long, value_name = "RATE", conflicts_with = "resume")]
@@ -92,6 +92,9 @@ pub(crate) struct TrainArgs {
     /// Label smoothing instead of the recipe's
     #[arg(long, value_name = "SHARE", conflicts_with = "resume")]
     pub(crate) label_smoothing: Option<f32>,
+    /// Steps over which the rate rises, instead of the recipe's
+    #[arg(long, value_name = "N", conflicts_with = "resume")]
+    pub(crate) warmup_steps: Option<u64>,
     /// Part of the run, at its end, over which the rate falls to zero, instead of the recipe's
     #[arg(long, value_name = "SHARE", conflicts_with = "resume")]
     pub(crate) cooldown: Option<f32>,
@@ -121,6 +124,7 @@ impl TrainArgs {
         let trainer = &mut recipe.trainer;
         let schedule = &mut trainer.schedule;
         schedule.peak_lr = self.lr.unwrap_or(schedule.peak_lr);
+        schedule.warmup_steps = self.warmup_steps.unwrap_or(schedule.warmup_steps);
         schedule.cooldown = self.cooldown.unwrap_or(schedule.cooldown);
         trainer.batch_tokens = self.batch_tokens.unwrap_or(trainer.batch_tokens);
         trainer.label_smoothing = self.label_smoothing.unwrap_or(trainer.label_smoothing);

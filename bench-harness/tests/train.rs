@@ -82,6 +82,24 @@ fn a_run_is_reproduced_by_its_steps_and_seed_and_pronounces() {
 }
 
 #[test]
+fn a_run_of_seconds_is_made_again_by_the_steps_that_it_names() {
+    let folder = TestFolder::new("seconds");
+    let (timed, counted) = (folder.path("timed"), folder.path("counted"));
+    let run = output(&train_args(&timed, &["--seconds", "0.3", "--warmup-steps", "5"]));
+    let said = stderr(&run);
+    assert!(run.status.success(), "{said}");
+    let steps = said.split("`--steps ").nth(1).and_then(|rest| rest.split(' ').next()).expect(&said);
+    let again = output(&train_args(&counted, &["--steps", steps, "--warmup-steps", "5"]));
+    assert!(again.status.success(), "{}", stderr(&again));
+    let weights = |dir: &str| fs::read(Path::new(dir).join("model.safetensors")).unwrap();
+    assert_eq!(weights(&timed), weights(&counted));
+    let message = fails(2, &["train", "--out", &timed, "--resume", "--steps", "9"]);
+    assert!(message.contains(steps) && message.contains("without --steps"), "{message}");
+    let message = fails(2, &train_args(&folder.path("c"), &["--seconds", "1", "--cooldown", "1"]));
+    assert!(message.contains("--cooldown"), "{message}");
+}
+
+#[test]
 fn words_that_cannot_be_read_are_refused() {
     let folder = TestFolder::new("words");
     let model = trained(&folder, "m");

@@ -49,10 +49,10 @@ impl Scale {
                 valid_words: 600,
                 test_words: usize::MAX,
                 beam: 1,
-                sweep: Sweep { lengths, tokens: 1024, samples: 3 },
+                sweep: Sweep { lengths, tokens: 1024, samples: 9 },
             },
             Preset::Full => Scale {
-                seconds: 690.0,
+                seconds: 720.0,
                 curve_points: 16,
                 valid_words: 1500,
                 test_words: usize::MAX,
@@ -184,7 +184,7 @@ impl Run<'_> {
         let vocabs = Vocabs { source: self.data.source.clone(), target: self.data.target.clone() };
         let folder: PathBuf = self.folder.join("models").join(family.name());
         let seconds = self.scale.seconds;
-        let mut trainer = fit::prepare(self.ctx, recipe, examples, Length::Seconds(seconds))?;
+        let mut trainer = fit::prepare(recipe, examples, Length::Seconds(seconds))?;
         let valid = spread(&self.data.valid, self.scale.valid_words);
         let outcome = Fit {
             ctx: self.ctx,

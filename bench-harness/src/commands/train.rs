@@ -17,6 +17,9 @@ use crate::tasks::g2p::G2p;
 use crate::tasks::recipe::Recipe;
 use crate::tasks::score::rates;
 
+/// The length of a new run when no flag says it.
+const DEFAULT_LENGTH: Length = Length::Seconds(60.0);
+
 /// A flag that Ctrl-C (or a polite kill) sets; the run ends after the step it is in. A second one ends the program at once.
 ///
 /// # Errors
@@ -50,27 +53,34 @@ fn train(args: &TrainArgs, ctx: &Context) -> Result<(), HarnessError> {
     crate::files::prepare_dir(&args.out)?;
     let data = G2p::load()?;
     let examples = data.training_examples();
+    let length = match (args.steps, args.seconds) {
+        (Some(steps), _) => Some(Length::Steps(steps)),
+        (None, Some(seconds)) => Some(Length::Seconds(seconds)),
+        (None, None) => None,
+    };
     let mut trainer = if args.resume {
-        Trainer::resume(&args.out, examples)?
+        let mut trainer = Trainer::resume(&args.out, examples)?;
+        match (length, trainer.config().schedule.total_steps) {
+            (Some(_), Some(settled)) => {
+                return Err(HarnessError::Usage(format!(
+                    "the run's length is {settled} steps: resume it without --steps and --seconds"
+                )));
+            }
+            (Some(Length::Steps(steps)), None) => trainer.settle_length(steps)?,
+            _ => {}
+        }
+        trainer
     } else {
         let vocabs = (data.source.len(), data.target.len());
         let mut recipe = Recipe::new(args.preset, args.model, vocabs, args.seed);
         args.tune(&mut recipe)?;
-        let length = match (args.steps, args.seconds) {
-            (Some(steps), _) => Length::Steps(steps),
-            (None, Some(seconds)) => Length::Seconds(seconds),
-            (None, None) => Length::Seconds(60.0),
-        };
         eprintln!("{} parameters: {}", recipe.model.parameter_count(), recipe.description);
-        fit::prepare(ctx, &recipe, &examples, length)?
+        fit::prepare(&recipe, &examples, length.unwrap_or(DEFAULT_LENGTH))?
     };
     let stop = stop_on_interrupt()?;
-    let planned = trainer.config().schedule.total_steps.unwrap_or(u64::MAX);
-    eprintln!(
-        "{planned} steps of {} a pass; `--steps {planned} --seed {}` makes this run again",
-        trainer.steps_per_epoch(),
-        trainer.config().seed
-    );
+    if let Some(steps) = trainer.config().schedule.total_steps {
+        eprintln!("{}", fit::how_to_repeat(&trainer, steps));
+    }
     let vocabs = Vocabs { source: data.source.clone(), target: data.target.clone() };
     let valid = spread(&data.valid, args.valid_words);
     let fit = Fit {
@@ -82,7 +92,10 @@ fn train(args: &TrainArgs, ctx: &Context) -> Result<(), HarnessError> {
         vocabs: &vocabs,
         stop: &stop,
     };
-    let budget = args.seconds.filter(|_| !args.resume && args.steps.is_none());
+    let budget = match length.or((!args.resume).then_some(DEFAULT_LENGTH)) {
+        Some(Length::Seconds(seconds)) => Some(seconds),
+        _ => None,
+    };
     fit.run(&mut trainer, budget)?;
     for beam in [1, args.beam.get()] {
         let scores = evaluate::score(ctx, trainer.model(), &data.valid, Decoding { beam })?;

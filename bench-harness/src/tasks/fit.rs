@@ -16,26 +16,23 @@ use super::score::rates;
 use crate::error::HarnessError;
 use crate::report::results::CurvePoint;
 
-/// Steps that are not timed when a step's time is estimated: they warm caches and fill free lists.
-const WARM_UP_STEPS: usize = 4;
-/// Steps are timed for this part of the budget, and at least [`MIN_TIMED_STEPS`].
-const TIMED_SHARE: f64 = 0.03;
-/// More seconds of timing would not tell more.
-const TIMED_AT_MOST: f64 = 6.0;
-const MIN_TIMED_STEPS: usize = 12;
-/// The part of a budget that is planned for: a machine's speed varies a little from minute to minute.
-const PLANNED_SHARE: f64 = 0.97;
-/// A run of a time budget ends here at the latest, whatever was planned.
-const GUARD: f64 = 1.08;
+/// A run of a time budget ends at the latest when it has taken this many times the budget, whatever was planned.
+const GUARD: f64 = 1.2;
+/// The longest cooldown of a run of seconds: the steps before it are timed to settle the run's length.
+const LONGEST_TIMED_COOLDOWN: f32 = 0.9;
 /// A run is written to disk at most this often.
 const SAVE_EVERY: Duration = Duration::from_secs(60);
 
 /// How long a run is.
+///
+/// A run of seconds begins without a length. Only the cooldown depends on the length, so it is settled at the last
+/// step before the cooldown, from the time that the steps until then have taken: the run is the same, bit for bit,
+/// as one that was given this number of steps from the beginning.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum Length {
     /// That many steps.
     Steps(u64),
-    /// As many steps as fit into that many seconds, found by timing a few.
+    /// As many steps as fit into that many seconds.
     Seconds(f64),
 }
 
@@ -60,7 +57,7 @@ pub(crate) struct Fit<'a> {
 /// What came of a run.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Outcome {
-    /// Steps that the schedule was made for.
+    /// Steps that the schedule was made for: what `--steps` must be given to make the run again.
     pub(crate) planned_steps: u64,
     /// Whether the time guard ended it before.
     pub(crate) stopped_by_guard: bool,
@@ -70,79 +67,89 @@ pub(crate) struct Outcome {
 
 /// A new run of `recipe`.
 ///
-/// For a time budget, the steps of a second trainer are timed, which is then dropped: the run itself depends on the
-/// number of steps and the seed alone, so `--steps` reproduces it.
-///
 /// # Errors
 /// When the model or the configuration is refused.
 pub(crate) fn prepare(
-    ctx: &Context,
     recipe: &Recipe,
     examples: &[Example],
     length: Length,
 ) -> Result<Trainer, HarnessError> {
-    let build = || -> Result<Trainer, HarnessError> {
-        let model = recipe.model.build(recipe.trainer.seed).map_err(TrainError::from)?;
-        Ok(Trainer::new(model, examples.to_vec(), recipe.trainer)?)
-    };
-    let steps = match length {
-        Length::Steps(steps) => steps,
-        Length::Seconds(seconds) => steps_in(ctx, build()?, seconds)?,
-    };
-    let mut trainer = build()?;
-    trainer.set_schedule(recipe.schedule(steps));
-    Ok(trainer)
+    let mut config = recipe.trainer;
+    match length {
+        Length::Steps(steps) => config.schedule.total_steps = Some(steps),
+        Length::Seconds(_) if config.schedule.cooldown > LONGEST_TIMED_COOLDOWN => {
+            return Err(HarnessError::Usage(format!(
+                "a run of seconds times its steps before the cooldown, which must therefore be at most \
+                 {LONGEST_TIMED_COOLDOWN} of it, not {}: give a smaller --cooldown, or --steps",
+                config.schedule.cooldown
+            )));
+        }
+        Length::Seconds(_) => config.schedule.total_steps = None,
+    }
+    let model = recipe.model.build(config.seed).map_err(TrainError::from)?;
+    Ok(Trainer::new(model, examples.to_vec(), config)?)
 }
 
-/// How many steps fit into the seconds.
-fn steps_in(ctx: &Context, mut probe: Trainer, seconds: f64) -> Result<u64, HarnessError> {
-    for _ in 0..WARM_UP_STEPS {
-        probe.step(ctx)?;
+/// How many steps fit into `budget` seconds, as soon as the next step may be the first of the cooldown; `None` before.
+fn steps_in(budget: f64, trainer: &Trainer) -> Option<u64> {
+    let (done, schedule) = (trainer.progress(), trainer.config().schedule);
+    let mut total = estimated_steps(budget, trainer).max(done.step);
+    if done.seconds < budget && schedule.last_step_before_cooldown(total) > done.step + 1 {
+        return None;
     }
-    let start = Instant::now();
-    let timed = (TIMED_SHARE * seconds).min(TIMED_AT_MOST);
-    let (mut steps, mut tokens) = (0usize, 0usize);
-    while steps < MIN_TIMED_STEPS || start.elapsed().as_secs_f64() < timed {
-        tokens += probe.step(ctx)?.tokens;
-        steps += 1;
+    // A slow step may have come last: no step that was taken may turn out to belong to the cooldown.
+    while schedule.last_step_before_cooldown(total) < done.step {
+        total += 1;
     }
-    let seconds_per_token = start.elapsed().as_secs_f64() / tokens as f64;
-    // The timed batches may be longer or shorter than the average one: count by tokens.
-    let all: usize = probe.examples().iter().map(|e| e.target.len() + 1).sum();
-    let tokens_per_step = all as f64 / probe.steps_per_epoch() as f64;
-    Ok(((PLANNED_SHARE * seconds / (seconds_per_token * tokens_per_step)) as u64).max(1))
+    Some(total)
+}
+
+/// Steps in `budget` seconds at the speed until now.
+fn estimated_steps(budget: f64, trainer: &Trainer) -> u64 {
+    let done = trainer.progress();
+    (done.step as f64 * budget / done.seconds.max(1e-9)) as u64
 }
 
 impl Fit<'_> {
-    /// Trains to the end of the schedule, or until Ctrl-C or the guard of `budget` seconds ends it, and saves.
+    /// Trains to the end of the schedule, or until Ctrl-C or the guard of a time budget ends it, and saves.
     ///
     /// # Errors
     /// [`HarnessError::Interrupted`] after Ctrl-C, when the checkpoint has been written;
-    /// [`HarnessError::Train`] when a loss or gradient is not finite, or the checkpoint cannot be written.
+    /// [`HarnessError::Train`] when a loss or gradient is not finite, or the checkpoint cannot be written;
+    /// [`HarnessError::Usage`] when neither the schedule nor `budget` says how long the run is.
     pub(crate) fn run(&self, trainer: &mut Trainer, budget: Option<f64>) -> Result<Outcome, HarnessError> {
-        let planned_steps = trainer.config().schedule.total_steps.unwrap_or(u64::MAX);
-        let mut progress = Progress::start(self.label, trainer.progress().step, planned_steps);
-        let mut outcome = Outcome { planned_steps, stopped_by_guard: false, curve: Vec::new() };
+        if trainer.config().schedule.total_steps.is_none() && budget.is_none() {
+            return Err(HarnessError::Usage(
+                "the run was ended before its length was settled: give --seconds or --steps too".to_owned(),
+            ));
+        }
+        let mut progress = Progress::start(self.label, trainer.progress().step);
+        let mut outcome = Outcome { planned_steps: 0, stopped_by_guard: false, curve: Vec::new() };
         let mut since_point = Mean::default();
         let mut saved = Instant::now();
-        while trainer.progress().step < planned_steps && !outcome.stopped_by_guard {
+        // Points that a resumed run has passed are not drawn again.
+        let mut points = self.points_due(trainer, budget);
+        while !outcome.stopped_by_guard && !is_complete(trainer) {
             let start = Instant::now();
             let report = trainer.step(self.ctx).map_err(|error| self.explain(error))?;
             trainer.add_seconds(start.elapsed().as_secs_f64());
             since_point.add(report.loss * report.tokens as f64, report.tokens as f64);
-            progress.step(report.step, report.loss, report.tokens);
-            let done = trainer.progress();
-            outcome.stopped_by_guard =
-                budget.is_some_and(|s| done.seconds > GUARD * s) && done.step < planned_steps;
-            if self.stop.load(Ordering::Relaxed) {
+            let stop = self.stop.load(Ordering::Relaxed);
+            self.settle(trainer, budget, stop, &progress)?;
+            progress.step(&report, planned(trainer, budget));
+            if stop {
                 progress.finish();
                 trainer.save(self.folder, self.vocabs)?;
                 return Err(HarnessError::Interrupted {
-                    step: done.step,
+                    step: report.step,
                     checkpoint: self.folder.to_owned(),
                 });
             }
-            if self.is_point(done.step, planned_steps) || outcome.stopped_by_guard {
+            let over = budget.is_some_and(|budget| trainer.progress().seconds > GUARD * budget);
+            outcome.stopped_by_guard = over && !is_complete(trainer);
+            let due = self.points_due(trainer, budget);
+            if due > points || outcome.stopped_by_guard {
+                points = due;
                 outcome.curve.push(self.point(trainer, since_point.take(), &progress)?);
             }
             if saved.elapsed() >= SAVE_EVERY {
@@ -152,13 +159,39 @@ impl Fit<'_> {
         }
         trainer.save(self.folder, self.vocabs)?;
         progress.finish();
+        outcome.planned_steps = planned(trainer, budget);
         Ok(outcome)
     }
 
-    /// Whether a point of the curve is due: `points` of them, evenly spread, the last at the end.
-    fn is_point(&self, step: u64, planned: u64) -> bool {
-        let before = (step - 1) as u128 * u128::from(self.points) / u128::from(planned);
-        step as u128 * u128::from(self.points) / u128::from(planned) > before
+    /// Settles the length of a run of seconds when its time has come, or at once before it is interrupted.
+    fn settle(
+        &self,
+        trainer: &mut Trainer,
+        budget: Option<f64>,
+        now: bool,
+        progress: &Progress,
+    ) -> Result<(), HarnessError> {
+        let (None, Some(budget)) = (trainer.config().schedule.total_steps, budget) else { return Ok(()) };
+        let soon = now.then(|| estimated_steps(budget, trainer));
+        if let Some(steps) = steps_in(budget, trainer).or(soon) {
+            trainer.settle_length(steps)?;
+            progress.note(&how_to_repeat(trainer, steps));
+        }
+        Ok(())
+    }
+
+    /// How many points of the curve are due: `points` of them, evenly spread, the last at the end.
+    fn points_due(&self, trainer: &Trainer, budget: Option<f64>) -> u64 {
+        let done = trainer.progress();
+        match (trainer.config().schedule.total_steps, budget) {
+            (Some(total), _) => {
+                (u128::from(done.step) * u128::from(self.points) / u128::from(total.max(1))) as u64
+            }
+            (None, Some(budget)) => {
+                ((done.seconds / budget * self.points as f64) as u64).min(self.points.saturating_sub(1))
+            }
+            (None, None) => 0,
+        }
     }
 
     fn point(
@@ -195,6 +228,22 @@ impl Fit<'_> {
             HarnessError::Train(error)
         }
     }
+}
+
+/// The steps of the whole run: settled, or estimated while they are not.
+fn planned(trainer: &Trainer, budget: Option<f64>) -> u64 {
+    let settled = trainer.config().schedule.total_steps;
+    settled.unwrap_or_else(|| budget.map_or(u64::MAX, |budget| estimated_steps(budget, trainer)))
+}
+
+fn is_complete(trainer: &Trainer) -> bool {
+    trainer.config().schedule.total_steps.is_some_and(|total| trainer.progress().step >= total)
+}
+
+/// What is said when the length of a run is known.
+pub(crate) fn how_to_repeat(trainer: &Trainer, steps: u64) -> String {
+    let (per_pass, seed) = (trainer.steps_per_epoch(), trainer.config().seed);
+    format!("{steps} steps of {per_pass} a pass; `--steps {steps} --seed {seed}` makes this run again")
 }
 
 /// A mean that grows.

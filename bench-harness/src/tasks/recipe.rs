@@ -58,10 +58,8 @@ pub(crate) struct Recipe {
     pub(crate) description: String,
     /// The model.
     pub(crate) model: ModelConfig,
-    /// The trainer, but for the number of steps: see [`Recipe::schedule`].
+    /// The trainer, but for the number of steps.
     pub(crate) trainer: TrainerConfig,
-    /// The part of the run over which the rate rises.
-    pub(crate) warmup: f64,
 }
 
 impl Recipe {
@@ -74,18 +72,18 @@ impl Recipe {
             Family::RnnAttention => nearest(target, |hidden| rnn_attention(preset, vocabs, hidden)),
             Family::RnnFixed => nearest(target, |hidden| rnn_fixed(preset, vocabs, hidden)),
         };
-        let peak_lr = if family == Family::Transformer { 2e-3 } else { 3e-3 };
-        let (batch_tokens, label_smoothing) = match preset {
-            Preset::Quick => (1536, 0.0),
-            Preset::Full => (2048, 0.1),
+        let peak_lr = match (preset, family) {
+            (Preset::Quick, Family::Transformer) => 2e-3,
+            (Preset::Quick, _) => 3e-3,
+            (Preset::Full, Family::Transformer) => 2.5e-3,
+            (Preset::Full, _) => 6e-3,
         };
-        let schedule = Schedule {
-            peak_lr,
-            warmup_steps: 100,
-            decay: Decay::InverseSqrt,
-            total_steps: None,
-            cooldown: 0.6,
+        let (batch_tokens, warmup_steps, label_smoothing) = match preset {
+            Preset::Quick => (1536, 100, 0.0),
+            Preset::Full => (2048, 1500, 0.1),
         };
+        let schedule =
+            Schedule { peak_lr, warmup_steps, decay: Decay::InverseSqrt, total_steps: None, cooldown: 0.6 };
         let trainer = TrainerConfig {
             seed,
             batch_tokens,
@@ -98,7 +96,7 @@ impl Recipe {
             weight_decay: 0.01,
             schedule,
         };
-        Recipe { description: describe(&model), model, trainer, warmup: 0.1 }
+        Recipe { description: describe(&model), model, trainer }
     }
 
     /// Changes fields of the model's configuration, named as in config.json.
@@ -118,12 +116,6 @@ impl Recipe {
         self.model.validate().map_err(|e| wrong(e.to_string()))?;
         self.description = describe(&self.model);
         Ok(())
-    }
-
-    /// The schedule of a run of that many steps: a function of the steps alone.
-    pub(crate) fn schedule(&self, steps: u64) -> Schedule {
-        let warmup_steps = ((steps as f64 * self.warmup) as u64).max(1);
-        Schedule { warmup_steps, total_steps: Some(steps), ..self.trainer.schedule }
     }
 }
 
@@ -164,7 +156,7 @@ fn rnn_attention(preset: Preset, (source, target): (usize, usize), hidden: usize
         readout: hidden / 2,
         dropout: match preset {
             Preset::Quick => 0.0,
-            Preset::Full => 0.1,
+            Preset::Full => 0.05,
         },
         ..base
     })
@@ -179,7 +171,7 @@ fn rnn_fixed(preset: Preset, (source, target): (usize, usize), hidden: usize) ->
         bridge: Bridge::Copy,
         dropout: match preset {
             Preset::Quick => 0.0,
-            Preset::Full => 0.1,
+            Preset::Full => 0.05,
         },
         ..base
     })
@@ -240,13 +232,5 @@ mod tests {
                 assert!((ratio - 1.0).abs() <= TOLERANCE, "{preset:?} {}: {ratio}", family.name());
             }
         }
-    }
-
-    #[test]
-    fn a_schedule_is_a_function_of_the_steps() {
-        let recipe = Recipe::new(Preset::Quick, Family::Transformer, (30, 43), 1);
-        let schedule = recipe.schedule(1000);
-        assert_eq!((schedule.warmup_steps, schedule.total_steps), (100, Some(1000)));
-        assert_eq!(recipe.schedule(0).warmup_steps, 1);
     }
 }

@@ -56,6 +56,6 @@ pub enum TrainError {
         /// What was given.
         value: String,
         /// What it must be.
-        expected: &'static str,
+        expected: String,
     },
 }

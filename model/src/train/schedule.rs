@@ -46,14 +46,28 @@ impl Schedule {
             Decay::InverseSqrt => (warmup / t).sqrt().min(1.0),
             Decay::Constant => 1.0,
         };
-        let fall = match self.total_steps {
-            Some(total) if self.cooldown > 0.0 => {
-                let left = total as f64 + 1.0 - t;
-                (left / (total as f64 * f64::from(self.cooldown)).max(1.0)).clamp(0.0, 1.0)
-            }
-            _ => 1.0,
-        };
+        let fall = self.total_steps.map_or(1.0, |total| self.fall(total, t));
         (f64::from(self.peak_lr) * rise * decay * fall) as f32
+    }
+
+    /// The share of the rate that the cooldown of a run of `total` steps leaves at step `t`.
+    fn fall(&self, total: u64, t: f64) -> f64 {
+        if self.cooldown > 0.0 {
+            let left = total as f64 + 1.0 - t;
+            (left / (total as f64 * f64::from(self.cooldown)).max(1.0)).clamp(0.0, 1.0)
+        } else {
+            1.0
+        }
+    }
+
+    /// The last step whose rate is the same in a run of `total` steps as in one without end.
+    pub fn last_step_before_cooldown(&self, total: u64) -> u64 {
+        let about = total as f64 * (1.0 - f64::from(self.cooldown)) + 2.0;
+        let mut step = (about as u64).min(total);
+        while step > 0 && self.fall(total, step as f64) < 1.0 {
+            step -= 1;
+        }
+        step
     }
 }
 
@@ -90,6 +104,20 @@ mod tests {
         assert!((s.rate(1000) / (1e-3 / 250.0) - 1.0).abs() < 1e-5);
         assert_eq!(s.rate(1001), 0.0);
         assert_eq!(s.rate(5000), 0.0);
+    }
+
+    #[test]
+    fn the_length_is_of_no_account_before_the_cooldown() {
+        for cooldown in [0.0, 0.25, 0.6, 0.97] {
+            let open = Schedule { cooldown, ..schedule(Decay::InverseSqrt, None) };
+            for total in [1, 7, 100, 999] {
+                let ends = Schedule { total_steps: Some(total), ..open };
+                let last = open.last_step_before_cooldown(total);
+                assert!((1..=last).all(|t| ends.rate(t) == open.rate(t)), "{cooldown} {total}");
+                // Not `last + 1`: a fall by one rounding of an f64 leaves the f32 as it is.
+                assert!(last + 2 > total || ends.rate(last + 2) < open.rate(last + 2), "{cooldown} {total}");
+            }
+        }
     }
 
     #[test]

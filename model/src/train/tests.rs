@@ -99,6 +99,23 @@ fn both_families_learn_to_copy() {
 }
 
 #[test]
+fn a_run_whose_length_is_settled_late_equals_one_that_began_with_it() {
+    let open = Schedule { total_steps: None, ..config().schedule };
+    let mut whole =
+        trainer(&rnn(), TrainerConfig { schedule: Schedule { total_steps: Some(20), ..open }, ..config() });
+    let expected = run(&mut whole, &ctx(1), 20);
+    let mut late = trainer(&rnn(), TrainerConfig { schedule: open, ..config() });
+    let mut got = run(&mut late, &ctx(1), 14);
+    let refused = late.settle_length(18).unwrap_err();
+    assert!(refused.to_string().contains("step 14"), "{refused}");
+    late.settle_length(20).unwrap();
+    got.extend(run(&mut late, &ctx(1), 6));
+    assert_eq!(got, expected);
+    assert_eq!(late.model().params().values(), whole.model().params().values());
+    assert!(late.settle_length(30).is_err(), "a length is settled once");
+}
+
+#[test]
 fn the_seed_fixes_every_bit_whatever_the_threads() {
     for model in [transformer(), rnn()] {
         let mut one = trainer(&model, config());

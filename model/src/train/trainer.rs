@@ -50,7 +50,9 @@ pub struct TrainerConfig {
 
 impl TrainerConfig {
     fn validate(&self) -> Result<(), TrainError> {
-        let wrong = |field, value: String, expected| Err(TrainError::Config { field, value, expected });
+        let wrong = |field, value: String, expected: &str| {
+            Err(TrainError::Config { field, value, expected: expected.to_owned() })
+        };
         if self.batch_tokens == 0 {
             return wrong("batch_tokens", "0".to_owned(), "at least 1");
         }
@@ -211,13 +213,27 @@ impl Trainer {
         best
     }
 
-    /// Sets the length of the run, which only the cooldown and the warm-up depend on. Before the first step.
+    /// Settles the length of a run that began without one. Steps that were taken have had the rates of a run of
+    /// `total` steps from its beginning, so such a run has the same bits.
     ///
-    /// # Panics
-    /// When a step has been taken: the schedule would no longer be a function of the step alone.
-    pub fn set_schedule(&mut self, schedule: Schedule) {
-        assert_eq!(self.progress.step, 0, "the schedule is fixed by the first step");
-        self.config.schedule = schedule;
+    /// # Errors
+    /// [`TrainError::Config`] when the length is settled already, or when `total` is so small that a step which was
+    /// taken belongs to the cooldown.
+    pub fn settle_length(&mut self, total: u64) -> Result<(), TrainError> {
+        let (schedule, taken) = (&mut self.config.schedule, self.progress.step);
+        let wrong = |expected: String| TrainError::Config {
+            field: "schedule.total_steps",
+            value: total.to_string(),
+            expected,
+        };
+        if let Some(settled) = schedule.total_steps {
+            return Err(wrong(format!("the {settled} steps that the run began with")));
+        }
+        if schedule.last_step_before_cooldown(total) < taken {
+            return Err(wrong(format!("more: step {taken} has been taken at the rate of a longer run")));
+        }
+        schedule.total_steps = Some(total);
+        Ok(())
     }
 
     /// Takes one step.
