@@ -72,12 +72,7 @@ impl Recipe {
             Family::RnnAttention => nearest(target, |hidden| rnn_attention(preset, vocabs, hidden)),
             Family::RnnFixed => nearest(target, |hidden| rnn_fixed(preset, vocabs, hidden)),
         };
-        let peak_lr = match (preset, family) {
-            (Preset::Quick, Family::Transformer) => 2e-3,
-            (Preset::Quick, _) => 3e-3,
-            (Preset::Full, Family::Transformer) => 2.5e-3,
-            (Preset::Full, _) => 6e-3,
-        };
+        let peak_lr = if family == Family::Transformer { 2e-3 } else { 6e-3 };
         let (batch_tokens, warmup_steps, label_smoothing) = match preset {
             Preset::Quick => (1536, 100, 0.0),
             Preset::Full => (2048, 1500, 0.1),
