@@ -6,13 +6,15 @@
 //! |---|---|
 //! | [`isa`] | tokens that prove what the CPU can do |
 //! | [`context`] | how a kernel runs: ISA, threads, precision, blocking |
-//! | [`view`] | checked matrices and head tensors |
+//! | [`view`] | checked matrices, batches of them, and head tensors |
 //! | [`lanes`] | loops over vectors, the only tail code |
 //! | [`scratch`] | aligned per-thread memory |
 //! | [`attention`] | flash attention: forward, backward, probabilities |
 //! | [`math`] | exp, log, tanh, sigmoid, erf, GELU over vectors |
 //! | [`rowwise`] | kernels over rows and elements: activations, softmax, norms, losses, embedding, dropout |
-//! | [`gemm`] | matrix products with composing epilogues, packed weights |
+//! | [`gemm`] | matrix products with composing epilogues, packed weights, batches |
+//! | [`rnn`] | LSTM, GRU and additive attention over whole sequences and single steps |
+//! | [`optim`] | AdamW in one pass over memory |
 //! | [`mod@reference`] | the naive f64 form of every kernel |
 //! | `testing` (feature `testing`) | error bounds, comparators, strategies for shapes |
 //!
@@ -42,4 +44,4 @@ pub use context::{Blocking, Context, Precision};
 pub use error::{IsaError, ShapeError};
 pub use isa::{Isa, IsaName};
 pub use rowwise::Activation;
-pub use view::{HeadsLayout, HeadsMut, HeadsRef, MatMut, MatRef};
+pub use view::{BatchLayout, HeadsLayout, HeadsMut, HeadsRef, MatBatchMut, MatBatchRef, MatMut, MatRef};

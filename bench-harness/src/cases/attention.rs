@@ -26,13 +26,21 @@ pub(crate) struct Shape {
 }
 
 /// batch, heads, positions, elements of a head; whether causal; whether `--quick` measures it.
-const SHAPES: [([usize; 4], bool, bool); 6] = [
+const SHAPES: [([usize; 4], bool, bool); 14] = [
     ([64, 4, 12, 32], false, true),
     ([64, 4, 12, 32], true, false),
     ([8, 8, 128, 64], false, false),
+    ([8, 8, 128, 64], true, false),
     ([1, 12, 512, 64], false, true),
     ([1, 12, 512, 64], true, true),
     ([1, 8, 4096, 64], false, false),
+    ([1, 8, 4096, 64], true, false),
+    ([32, 12, 128, 64], false, false),
+    ([32, 12, 128, 64], true, false),
+    ([1, 16, 1024, 128], false, false),
+    ([1, 16, 1024, 128], true, false),
+    ([4, 8, 512, 32], false, false),
+    ([4, 8, 512, 32], true, false),
 ];
 
 impl Shape {

@@ -25,8 +25,16 @@ pub(crate) struct Shape {
 }
 
 /// batch, steps, width; whether `--quick` measures it.
-const SHAPES: [([usize; 3], bool); 4] =
-    [([64, 10, 128], true), ([1, 10, 128], true), ([32, 128, 512], false), ([1, 128, 512], false)];
+const SHAPES: [([usize; 3], bool); 8] = [
+    ([64, 10, 128], true),
+    ([1, 10, 128], true),
+    ([1, 128, 512], false),
+    ([8, 128, 512], false),
+    ([32, 128, 512], false),
+    ([64, 64, 256], false),
+    ([128, 32, 1024], false),
+    ([1, 512, 256], false),
+];
 
 impl Shape {
     /// Two products a step forward; backward each of them twice, for the inputs and for the weights.
@@ -137,6 +145,7 @@ impl Problem {
         let y = match cell {
             Cell::Lstm => reference::lstm_forward(&layer).y,
             Cell::Gru => reference::gru_forward(&layer).y,
+            Cell::Tanh | Cell::Relu => reference::elman_forward(&layer, cell == Cell::Relu).y,
         };
         check_close("y", &self.sequence(&outputs[0]), &y, TOLERANCE)?;
         if train {
@@ -145,6 +154,7 @@ impl Problem {
             let grads = match cell {
                 Cell::Lstm => reference::lstm_backward(&layer, &upstream),
                 Cell::Gru => reference::gru_backward(&layer, &upstream),
+                Cell::Tanh | Cell::Relu => reference::elman_backward(&layer, cell == Cell::Relu, &upstream),
             };
             check_close("d_x", &self.sequence(&outputs[1]), &grads.d_x, TOLERANCE)?;
         }

@@ -192,6 +192,8 @@ pub(crate) fn describe(model: &ModelConfig) -> String {
             let cell = match c.cell {
                 CellKind::Lstm => "LSTM",
                 CellKind::Gru => "GRU",
+                CellKind::Tanh => "tanh RNN",
+                CellKind::Relu => "ReLU RNN",
             };
             let direction = if c.bidirectional { "bidirectional" } else { "forward" };
             let attention = match c.attention {

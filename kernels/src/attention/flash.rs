@@ -164,7 +164,9 @@ impl<'a> Chunk<'a> {
     fn block<S: Simd>(&self, simd: S, state: &mut State<'_>, keys: Range<usize>) {
         let stride = keys.len().next_multiple_of(S::F32_LANES);
         stage::transpose(self.k.sub(keys.clone(), 0..self.k.cols()), state.keys, stride);
-        let v = stage::gather(self.v.sub(keys.clone(), 0..self.v.cols()), state.values);
+        let v = self.v.sub(keys.clone(), 0..self.v.cols());
+        // One group of rows reads V once: a copy would read it once too.
+        let v = if self.rows.len() > GROUP { stage::gather(v, state.values) } else { v };
         let block = Block { keys, stride, kt: state.keys, v };
         let keys = &block.keys;
         for first in self.rows.clone().step_by(ROW_TILE) {

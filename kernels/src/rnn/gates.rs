@@ -10,6 +10,7 @@ use pulp::{Simd, WithSimd};
 use crate::context::Context;
 use crate::view::{MatMut, MatRef};
 
+use super::elman::{self, Plain};
 use super::{Cell, gru, lstm};
 
 /// Rows of one step, forward.
@@ -32,7 +33,7 @@ pub(super) struct Backward<'a> {
     pub(super) h_prev: MatRef<'a>,
     pub(super) c_prev: MatRef<'a>,
     /// Gradient of the state after the step in; out, the part of the gradient of the state before it that
-    /// does not go through the recurrent product (the LSTM has none and leaves `d_h` as it was).
+    /// does not go through the recurrent product (only the GRU has one; the others leave `d_h` as it was).
     pub(super) d_h: MatMut<'a>,
     pub(super) d_c: MatMut<'a>,
 }
@@ -42,6 +43,8 @@ pub(super) fn forward(ctx: &Context, cell: Cell, rows: Forward<'_>) {
     match cell {
         Cell::Lstm => ctx.isa().dispatch(LstmForward(rows)),
         Cell::Gru => ctx.isa().dispatch(GruForward(rows)),
+        Cell::Tanh => ctx.isa().dispatch(PlainForward(rows, Plain::Tanh)),
+        Cell::Relu => ctx.isa().dispatch(PlainForward(rows, Plain::Relu)),
     }
 }
 
@@ -50,6 +53,8 @@ pub(super) fn backward(ctx: &Context, cell: Cell, rows: Backward<'_>) {
     match cell {
         Cell::Lstm => ctx.isa().dispatch(LstmBackward(rows)),
         Cell::Gru => ctx.isa().dispatch(GruBackward(rows)),
+        Cell::Tanh => ctx.isa().dispatch(PlainBackward(rows, Plain::Tanh)),
+        Cell::Relu => ctx.isa().dispatch(PlainBackward(rows, Plain::Relu)),
     }
 }
 
@@ -106,6 +111,34 @@ impl WithSimd for GruBackward<'_> {
         let Backward { mut gates, h_prev, mut d_h, .. } = self.0;
         for row in 0..gates.rows() {
             gru::backward_row(simd, gates.row_mut(row), h_prev.row(row), d_h.row_mut(row));
+        }
+    }
+}
+
+struct PlainForward<'a>(Forward<'a>, Plain);
+
+impl WithSimd for PlainForward<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let PlainForward(Forward { mut gates, mut h, .. }, f) = self;
+        for row in 0..gates.rows() {
+            elman::forward_row(simd, f, gates.row_mut(row), h.row_mut(row));
+        }
+    }
+}
+
+struct PlainBackward<'a>(Backward<'a>, Plain);
+
+impl WithSimd for PlainBackward<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let PlainBackward(Backward { mut gates, d_h, .. }, f) = self;
+        for row in 0..gates.rows() {
+            elman::backward_row(simd, f, gates.row_mut(row), d_h.as_ref().row(row));
         }
     }
 }

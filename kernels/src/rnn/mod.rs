@@ -28,9 +28,9 @@
 //! [`Saved`] takes its memory from the thread's scratch list, so inference simply drops it.
 //!
 //! # Layout
-//! Sequences are time-major: row `t * batch + b`. The columns of a gates buffer are `4 · hidden` for both
-//! cells: `[i f g o]` for the LSTM and `[n r z q]` for the GRU, where `q = W_hn·h + b_hn` is the part of the
-//! candidate that the reset gate scales. Weights have PyTorch's order (i f g o; r z n).
+//! Sequences are time-major: row `t * batch + b`. The columns of a gates buffer are `4 · hidden` for the
+//! gated cells, `[i f g o]` for the LSTM and `[n r z q]` for the GRU, and `hidden` for the plain ones. There `q = W_hn·h + b_hn` is the part of the
+//! GRU's candidate that the reset gate scales. Weights have PyTorch's order (i f g o; r z n).
 //!
 //! # Numerical contract
 //! A row's outputs, final state and input gradient have the same bits for any batch around it, any padding and
@@ -42,9 +42,11 @@ use crate::error::{ShapeError, expect_dim};
 use crate::view::{MatMut, MatRef};
 
 pub mod additive_attention;
+mod elman;
 mod gates;
 mod gru;
 mod lstm;
+pub mod min_rnn;
 mod plan;
 mod sequence;
 mod sequence_backward;
@@ -73,6 +75,16 @@ pub enum Cell {
     /// # Source
     /// Cho et al. 2014 (arXiv:1406.1078), with the reset after the product as in cuDNN and PyTorch.
     Gru,
+    /// No gate: h' = tanh of the sum.
+    ///
+    /// # Source
+    /// Elman 1990.
+    Tanh,
+    /// No gate: h' = max(0, sum).
+    ///
+    /// # Source
+    /// Le, Jaitly and Hinton 2015 (arXiv:1504.00941).
+    Relu,
 }
 
 /// Columns of a gates buffer and the rows of `W_ih` whose product they receive.
@@ -82,17 +94,21 @@ struct Window {
 }
 
 impl Cell {
-    /// Blocks of `hidden` rows in the weights: 4 for the LSTM, 3 for the GRU.
+    /// Blocks of `hidden` rows in the weights: 4 for the LSTM, 3 for the GRU, 1 for a plain cell.
     pub const fn gates(self) -> usize {
         match self {
             Cell::Lstm => 4,
             Cell::Gru => 3,
+            Cell::Tanh | Cell::Relu => 1,
         }
     }
 
     /// Columns of a gates buffer.
     pub const fn gate_columns(self, hidden: usize) -> usize {
-        4 * hidden
+        match self {
+            Cell::Lstm | Cell::Gru => 4 * hidden,
+            Cell::Tanh | Cell::Relu => hidden,
+        }
     }
 
     /// Whether the cell carries a second state `c`.
@@ -110,6 +126,7 @@ impl Cell {
         let windows = match self {
             Cell::Lstm => [Some(lstm::input_window(hidden)), None],
             Cell::Gru => gru::input_windows(hidden).map(Some),
+            Cell::Tanh | Cell::Relu => [Some(elman::input_window(hidden)), None],
         };
         windows.into_iter().flatten()
     }
@@ -119,6 +136,7 @@ impl Cell {
         match self {
             Cell::Lstm => 0..4 * hidden,
             Cell::Gru => gru::recurrent_columns(hidden),
+            Cell::Tanh | Cell::Relu => 0..hidden,
         }
     }
 }

@@ -50,7 +50,7 @@ fn fill_untouched(cell: Cell, hidden: usize, bias: &[f32], gates: &mut MatMut<'_
 /// `gates = x · W_ihᵀ + b` with b the biases that act on the column.
 ///
 /// # Shapes
-/// x `[rows, input]` → gates `[rows, 4·hidden]`, rows contiguous.
+/// x `[rows, input]` → gates `[rows, gate_columns]`, rows contiguous.
 ///
 /// # Errors
 /// [`ShapeError`] when shapes do not fit; nothing is written then.
@@ -80,7 +80,7 @@ fn project_packed(
     bias: &[f32],
     (x, mut gates): (MatRef<'_>, MatMut<'_>),
 ) -> Result<(), ShapeError> {
-    let (rows, hidden) = (x.rows(), bias.len() / 4);
+    let (rows, hidden) = (x.rows(), bias.len() / cell.gate_columns(1));
     check_gates(gates.as_ref(), rows, hidden, cell)?;
     for (Window { columns, .. }, w) in cell.input_windows(hidden).zip(packed) {
         expect_dim("x", "columns", w.rows(), x.cols())?;
@@ -145,7 +145,7 @@ impl PackedCell {
 /// step projects one token a row.
 ///
 /// # Shapes
-/// x `[rows, input]` → gates `[rows, 4·hidden]`, rows contiguous.
+/// x `[rows, input]` → gates `[rows, gate_columns]`, rows contiguous.
 ///
 /// # Errors
 /// [`ShapeError`] when shapes do not fit, or the cell was packed for another kernel.
@@ -172,7 +172,7 @@ pub struct StepInput<'a> {
 /// One step of `rows` independent rows.
 ///
 /// # Shapes
-/// x `[rows, input]`, states `[rows, hidden]`, gates `[rows, 4·hidden]`, rows contiguous. The gates are left
+/// x `[rows, input]`, states `[rows, hidden]`, gates `[rows, gate_columns]`, rows contiguous. The gates are left
 /// activated, as [`step_backward`] wants them.
 ///
 /// # Errors
@@ -303,8 +303,8 @@ pub(super) fn state_gradient(
     d_h: MatMut<'_>,
 ) -> Result<(), ShapeError> {
     let accum = match cell {
-        Cell::Lstm => Accum::Overwrite,
         Cell::Gru => Accum::Add,
+        Cell::Lstm | Cell::Tanh | Cell::Relu => Accum::Overwrite,
     };
     let d_sums = d_gates.sub(0..d_gates.rows(), cell.recurrent_columns(w_hh.cols()));
     gemm_packed(ctx, d_sums, w_hh, d_h, accum, &Epilogue::default())
@@ -316,7 +316,7 @@ pub(super) fn state_gradient(
 /// acts on.
 ///
 /// # Shapes
-/// d_gates `[rows, 4·hidden]`, x `[rows, input]`, h_prev `[rows, hidden]` (the state before each step).
+/// d_gates `[rows, gate_columns]`, x `[rows, input]`, h_prev `[rows, hidden]` (the state before each step).
 ///
 /// # Errors
 /// [`ShapeError`] when shapes do not fit.

@@ -341,6 +341,16 @@ impl<'a, T> MatMut<'a, T> {
         (MatMut { rows: at, ..self }, MatMut { ptr: below, rows: rows - at, ..self })
     }
 
+    /// The columns before `at`, and those from `at` on.
+    ///
+    /// # Panics
+    /// When `at` is larger than the number of columns.
+    #[inline]
+    pub fn split_cols(self, at: usize) -> (Self, Self) {
+        let (left, right) = self.t().split_rows(at);
+        (left.t(), right.t())
+    }
+
     /// `Ok` when rows are contiguous (column stride 1), which row-wise kernels ask for.
     pub(crate) fn expect_contiguous_rows(&self, argument: &'static str) -> Result<(), ShapeError> {
         self.as_ref().expect_contiguous_rows(argument)
@@ -368,6 +378,17 @@ mod tests {
         assert!(matches!(MatMut::with_strides(&mut data, 3, 4, 0, 1), Err(ShapeError::Overlap { .. })));
         assert!(matches!(MatMut::with_strides(&mut data, 3, 4, 3, 1), Err(ShapeError::Overlap { .. })));
         assert!(MatMut::with_strides(&mut data, 4, 3, 1, 4).is_ok(), "a transpose may be written");
+    }
+
+    #[test]
+    fn both_parts_of_a_split_are_written_alone() {
+        let mut data = [0.0f32; 12];
+        let (mut left, mut right) = MatMut::new(&mut data, 3, 4).unwrap().split_cols(3);
+        left.row_mut(1).fill(1.0);
+        right.row_mut(1).fill(2.0);
+        let (none, all) = right.split_cols(1);
+        assert_eq!((none.cols(), all.cols()), (1, 0));
+        assert_eq!(data, [0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 2.0, 0.0, 0.0, 0.0, 0.0]);
     }
 
     #[test]

@@ -4,10 +4,12 @@
 //! that no two indices name the same element; kernels then work on the parts without checks.
 //! [`MatMut::split_rows`] and [`for_each_chunk`] hand disjoint parts to threads.
 
+mod batch;
 mod blocks;
 mod heads;
 mod matrix;
 
+pub use batch::{BatchLayout, MatBatchMut, MatBatchRef};
 pub use blocks::for_each_chunk;
 pub(crate) use blocks::zip_row_blocks;
 pub use heads::{HeadsLayout, HeadsMut, HeadsRef};

@@ -16,6 +16,8 @@ impl CellKind {
         match self {
             CellKind::Lstm => Cell::Lstm,
             CellKind::Gru => Cell::Gru,
+            CellKind::Tanh => Cell::Tanh,
+            CellKind::Relu => Cell::Relu,
         }
     }
 }

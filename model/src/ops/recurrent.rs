@@ -1,4 +1,4 @@
-//! A recurrent layer over whole sequences, LSTM or GRU, in one direction.
+//! A recurrent layer over whole sequences in one direction: LSTM, GRU or a plain cell.
 
 use std::sync::Arc;
 
@@ -15,7 +15,7 @@ use crate::tape::{Backward, BackwardPass, Tape, Var};
 /// The weights of one layer and direction, named as PyTorch names them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RecurrentWeights {
-    /// LSTM or GRU.
+    /// The kind of cell.
     pub cell: Cell,
     /// `[gates · hidden, input]`.
     pub w_ih: ParamId,
@@ -223,7 +223,7 @@ pub(crate) mod tests {
 
     #[test]
     fn gradients_of_outputs_and_final_states() {
-        for cell in [Cell::Lstm, Cell::Gru] {
+        for cell in [Cell::Lstm, Cell::Gru, Cell::Tanh] {
             for direction in [Direction::Forward, Direction::Reverse] {
                 let mut case = Case::new(6);
                 let weights = recurrent_weights(&mut case.store, cell, 3, 5);

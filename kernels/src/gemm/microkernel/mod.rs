@@ -7,7 +7,7 @@
 //!   element is computed do not change its bits.
 //! - [`Finish`] is applied to the accumulators before they are stored; C is read only if
 //!   `finish.add` is set.
-//! - Any number of rows, 1 to NR columns, any depth (0 included) work.
+//! - Any number of rows with 1 to NR columns, few rows with any number of panels, any depth (0 included) work.
 
 mod outer_product;
 
@@ -81,11 +81,12 @@ pub(crate) struct Lhs<T> {
     pub(crate) depth_stride: usize,
 }
 
-/// One panel of the right operand: element (p, j) lies at `p · depth_stride + j`.
+/// Panels of the right operand: element (p, j) of panel `q` lies at `q · panel_stride + p · depth_stride + j`.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Rhs<T> {
     pub(crate) ptr: *const T,
     pub(crate) depth_stride: usize,
+    pub(crate) panel_stride: usize,
 }
 
 /// The part of C that a strip writes.
@@ -96,7 +97,8 @@ pub(crate) struct Out<T> {
     pub(crate) col_stride: usize,
 }
 
-/// What is done to the accumulators before the store; bias and residual start at the strip's first element.
+/// What is done to the accumulators before the store; bias and residual start at the first element of what they
+/// are done to.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Finish<'a> {
     pub(crate) scale: f32,
@@ -106,7 +108,18 @@ pub(crate) struct Finish<'a> {
     pub(crate) residual: Option<MatRef<'a>>,
 }
 
-/// One call of a kernel: `rows × cols` elements of C, at most NR columns, over one block of K.
+impl<'a> Finish<'a> {
+    /// The same from column `first` on.
+    #[inline(always)]
+    fn after_col(&self, first: usize) -> Finish<'a> {
+        let residual = self.residual.map(|r| r.sub(0..r.rows(), first..r.cols()));
+        Finish { bias: self.bias.map(|bias| &bias[first..]), residual, ..*self }
+    }
+}
+
+/// One call of a kernel: `rows × cols` elements of C over one block of K.
+///
+/// It has at most NR columns; or at most THIN_ROWS rows and any number of whole panels of NR columns.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Strip<'a, K: Microkernel> {
     pub(crate) rows: usize,
@@ -132,6 +145,8 @@ pub(crate) trait Microkernel: Copy {
     const MR: usize;
     /// Columns of a tile.
     const NR: usize;
+    /// Up to so many rows, a strip may span several panels.
+    const THIN_ROWS: usize;
     /// Depth is packed in multiples of this.
     const K_STEP: usize;
     /// As in the table.
@@ -142,7 +157,7 @@ pub(crate) trait Microkernel: Copy {
     /// # Safety
     /// - `lhs` reaches `rows × depth` readable elements, the last tile being `rows % MR` high, and
     ///   has a row stride or a depth stride of 1;
-    /// - `rhs` reaches `depth` rows of `cols` readable elements, rounded up to whole vectors;
+    /// - `rhs` reaches `depth` rows of `cols` readable elements, rounded up to whole vectors, in panels of NR;
     /// - `out` reaches `rows × cols` elements that no one else uses meanwhile, readable if
     ///   `finish.add` is set;
     /// - bias and residual, if any, have `cols` elements and `rows × cols`.

@@ -12,12 +12,14 @@
 //!   (AVX2 6×16: 12 + 2 + 1 of 16; AVX-512 8×48: 24 + 3 + 1 of 32).
 //! - Fewer rows than MR or fewer vectors than VECS run as a smaller tile of the same body: no work is
 //!   spent on padding, and the bits are the same because each element has its own chain over `p`.
+//! - One or two rows have too few chains to hide the latency, so they take several panels of rhs at a time (4 or 2):
+//!   the chains of more columns, each as it was.
 //! - A row-major left operand is read in place (depth stride 1): where few panels of rhs follow, packing
 //!   it costs more than it saves.
 
 use pulp::{Simd, WithSimd};
 
-use super::{Activation, Finish, Microkernel, Out, Strip, kernel_with_lanes};
+use super::{Activation, Finish, Microkernel, Out, Rhs, Strip, kernel_with_lanes};
 
 /// The kernel with tiles of MR rows and VECS vectors.
 #[derive(Debug, Clone, Copy)]
@@ -30,12 +32,17 @@ impl<S: Simd, const MR: usize, const VECS: usize> Microkernel for OuterProduct<S
     type Simd = S;
     const MR: usize = MR;
     const NR: usize = VECS * S::F32_LANES;
+    const THIN_ROWS: usize = 2;
     const K_STEP: usize = 1;
     const NAME: &'static str = kernel_with_lanes(S::F32_LANES).name;
 
     #[inline(always)]
     unsafe fn run(self, strip: &Strip<'_, Self>) {
-        debug_assert!(strip.cols >= 1 && strip.cols <= Self::NR && VECS <= 4);
+        debug_assert!(strip.cols >= 1 && VECS <= 4);
+        if strip.cols > Self::NR {
+            debug_assert!(strip.rows <= Self::THIN_ROWS && strip.cols.is_multiple_of(Self::NR));
+            return self.0.vectorize(Thin { kernel: self, strip });
+        }
         match strip.cols.div_ceil(S::F32_LANES) {
             1 => self.0.vectorize(Tiles::<_, MR, VECS, 1> { kernel: self, strip }),
             2 => self.0.vectorize(Tiles::<_, MR, VECS, 2> { kernel: self, strip }),
@@ -89,14 +96,14 @@ impl<S: Simd, const MR: usize, const VECS: usize, const W: usize> Tiles<'_, S, M
         let lhs = strip.lhs;
         // SAFETY: tile `first / MR` is part of the left operand by `run`'s contract.
         let a = unsafe { lhs.ptr.add(first / MR * lhs.tile_stride) };
-        let (b, b_stride, depth) = (strip.rhs.ptr, strip.rhs.depth_stride, strip.depth);
+        let depth = strip.depth;
         // SAFETY: `run`'s contract: H rows of lhs and W whole vectors of rhs, `depth` deep.
-        let acc = unsafe {
+        let [acc] = unsafe {
             if lhs.row_stride == 1 {
-                accumulate::<S, H, W, 1>(simd, depth, (a, 1, lhs.depth_stride), (b, b_stride))
+                accumulate::<S, 1, H, W, 1>(simd, depth, (a, 1, lhs.depth_stride), strip.rhs)
             } else {
                 debug_assert!(lhs.depth_stride == 1 || strip.depth <= 1);
-                accumulate::<S, H, W, 4>(simd, depth, (a, lhs.row_stride, 1), (b, b_stride))
+                accumulate::<S, 1, H, W, 4>(simd, depth, (a, lhs.row_stride, 1), strip.rhs)
             }
         };
         // SAFETY: `run`'s contract on `out`, bias and residual.
@@ -104,56 +111,111 @@ impl<S: Simd, const MR: usize, const VECS: usize, const W: usize> Tiles<'_, S, M
     }
 }
 
-/// `acc[i][w] = Σ_p a[i][p] · b[p][w]`, U steps of `p` a turn of the loop.
+/// A strip of one or two rows over whole panels.
+struct Thin<'a, S: Simd, const MR: usize, const VECS: usize> {
+    kernel: OuterProduct<S, MR, VECS>,
+    strip: &'a Strip<'a, OuterProduct<S, MR, VECS>>,
+}
+
+impl<S: Simd, const MR: usize, const VECS: usize> WithSimd for Thin<'_, S, MR, VECS> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<T: Simd>(self, _: T) {
+        match self.strip.rows {
+            1 => self.panels::<1, 4>(),
+            _ => self.panels::<2, 2>(),
+        }
+    }
+}
+
+impl<S: Simd, const MR: usize, const VECS: usize> Thin<'_, S, MR, VECS> {
+    /// All panels, P at a time, the rest one by one.
+    #[inline(always)]
+    fn panels<const H: usize, const P: usize>(&self) {
+        let count = self.strip.cols / (VECS * S::F32_LANES);
+        let whole = count / P * P;
+        for first in (0..whole).step_by(P) {
+            self.group::<H, P>(first);
+        }
+        for panel in whole..count {
+            self.group::<H, 1>(panel);
+        }
+    }
+
+    /// H rows of the P panels from panel `first` on.
+    #[inline(always)]
+    fn group<const H: usize, const P: usize>(&self, first: usize) {
+        let (simd, strip) = (self.kernel.0, self.strip);
+        let (lhs, depth, width) = (strip.lhs, strip.depth, VECS * S::F32_LANES);
+        let rhs = Rhs { ptr: strip.rhs.ptr.wrapping_add(first * strip.rhs.panel_stride), ..strip.rhs };
+        // SAFETY: `run`'s contract: H rows of lhs and P whole panels of rhs, `depth` deep.
+        let acc = unsafe {
+            accumulate::<S, P, H, VECS, 4>(simd, depth, (lhs.ptr, lhs.row_stride, lhs.depth_stride), rhs)
+        };
+        for (panel, acc) in (first..).zip(acc) {
+            let out = strip.out.ptr.wrapping_add(panel * width * strip.out.col_stride);
+            let (out, finish) = (Out { ptr: out, ..strip.out }, strip.finish.after_col(panel * width));
+            // SAFETY: `run`'s contract on `out`, bias and residual: this panel's columns of them.
+            unsafe { Tile { simd, acc }.finish(0, width, &finish, out) };
+        }
+    }
+}
+
+/// `acc[q][i][w] = Σ_p a[i][p] · b[q][p][w]` over P panels q, U steps of `p` a turn of the loop.
 ///
 /// # Safety
-/// `a` (pointer, row stride, depth stride) reaches H × depth, `b` (pointer, depth stride) depth × W vectors.
+/// `a` (pointer, row stride, depth stride) reaches H × depth, `b` P panels of depth × W vectors.
 #[inline(always)]
-unsafe fn accumulate<S: Simd, const H: usize, const W: usize, const U: usize>(
+unsafe fn accumulate<S: Simd, const P: usize, const H: usize, const W: usize, const U: usize>(
     simd: S,
     depth: usize,
     (mut a, row_stride, depth_stride): (*const f32, usize, usize),
-    (mut b, b_stride): (*const f32, usize),
-) -> [[S::f32s; W]; H] {
-    let mut acc = [[simd.splat_f32s(0.0); W]; H];
+    mut b: Rhs<f32>,
+) -> [[[S::f32s; W]; H]; P] {
+    let mut acc = [[[simd.splat_f32s(0.0); W]; H]; P];
     for _ in 0..depth / U {
         for u in 0..U {
-            let (a, b) = (a.wrapping_add(u * depth_stride), b.wrapping_add(u * b_stride));
+            let a = a.wrapping_add(u * depth_stride);
+            let b = Rhs { ptr: b.ptr.wrapping_add(u * b.depth_stride), ..b };
             // SAFETY: one step of the contract.
             unsafe { step(simd, &mut acc, a, row_stride, b) };
         }
-        (a, b) = (a.wrapping_add(U * depth_stride), b.wrapping_add(U * b_stride));
+        (a, b.ptr) = (a.wrapping_add(U * depth_stride), b.ptr.wrapping_add(U * b.depth_stride));
     }
     for _ in 0..depth % U {
         // SAFETY: one step of the contract.
         unsafe { step(simd, &mut acc, a, row_stride, b) };
-        (a, b) = (a.wrapping_add(depth_stride), b.wrapping_add(b_stride));
+        (a, b.ptr) = (a.wrapping_add(depth_stride), b.ptr.wrapping_add(b.depth_stride));
     }
     acc
 }
 
-/// One step of `p`: the outer product of H elements of `a` and W vectors of `b`.
+/// One step of `p`: the outer product of H elements of `a` and W vectors of each panel of `b`.
 ///
 /// # Safety
 /// They are readable.
 #[inline(always)]
-unsafe fn step<S: Simd, const H: usize, const W: usize>(
+unsafe fn step<S: Simd, const P: usize, const H: usize, const W: usize>(
     simd: S,
-    acc: &mut [[S::f32s; W]; H],
+    acc: &mut [[[S::f32s; W]; H]; P],
     a: *const f32,
     row_stride: usize,
-    b: *const f32,
+    b: Rhs<f32>,
 ) {
-    let mut row = [simd.splat_f32s(0.0); W];
-    for (w, row) in row.iter_mut().enumerate() {
-        // SAFETY: the contract on `b`.
-        *row = unsafe { b.add(w * S::F32_LANES).cast::<S::f32s>().read_unaligned() };
-    }
-    for (i, acc) in acc.iter_mut().enumerate() {
-        // SAFETY: the contract on `a`.
-        let x = simd.splat_f32s(unsafe { *a.add(i * row_stride) });
-        for w in 0..W {
-            acc[w] = simd.mul_add_e_f32s(x, row[w], acc[w]);
+    for (panel, acc) in acc.iter_mut().enumerate() {
+        let b = b.ptr.wrapping_add(panel * b.panel_stride);
+        let mut row = [simd.splat_f32s(0.0); W];
+        for (w, row) in row.iter_mut().enumerate() {
+            // SAFETY: the contract on `b`.
+            *row = unsafe { b.add(w * S::F32_LANES).cast::<S::f32s>().read_unaligned() };
+        }
+        for (i, acc) in acc.iter_mut().enumerate() {
+            // SAFETY: the contract on `a`.
+            let x = simd.splat_f32s(unsafe { *a.add(i * row_stride) });
+            for w in 0..W {
+                acc[w] = simd.mul_add_e_f32s(x, row[w], acc[w]);
+            }
         }
     }
 }

@@ -8,7 +8,7 @@ use super::*;
 use crate::error::ShapeError;
 use crate::testing::{assert_same_bits, for_each_isa};
 
-const CELLS: [Cell; 2] = [Cell::Lstm, Cell::Gru];
+const CELLS: [Cell; 4] = [Cell::Lstm, Cell::Gru, Cell::Tanh, Cell::Relu];
 const DIRECTIONS: [Direction; 2] = [Direction::Forward, Direction::Reverse];
 
 #[track_caller]
@@ -16,10 +16,18 @@ fn check_against_reference(ctx: &Context, case: &Case) {
     let (out, grads) = case.run(ctx);
     let (naive_out, naive_grads) = case.naive::<f32>();
     let (exact_out, exact_grads) = case.naive::<f64>();
+    let exact = tensors(&exact_out, &exact_grads);
+    let is_gradient = |name: &str| name.starts_with("d_");
+    let gradients = exact.iter().filter(|(name, _)| is_gradient(name));
+    let scale = gradients.map(|(_, exact)| largest(exact)).fold(0.0, f64::max);
     let all = tensors(&out, &grads).into_iter().zip(tensors(&naive_out, &naive_grads));
-    for (((name, fast), (_, naive)), (_, exact)) in all.zip(tensors(&exact_out, &exact_grads)) {
-        let factor = if name.starts_with("d_") { 3.0 } else { 2.0 };
-        assert_near(&format!("{name} on {} of {case:?}", ctx.isa()), factor, fast, naive, exact);
+    for (((name, fast), (_, naive)), (_, exact)) in all.zip(exact) {
+        let what = format!("{name} on {} of {case:?}", ctx.isa());
+        if is_gradient(name) {
+            assert_near_scaled(&what, 3.0, (fast, naive, exact), scale);
+        } else {
+            assert_near(&what, 2.0, fast, naive, exact);
+        }
     }
 }
 
@@ -28,14 +36,15 @@ proptest! {
 
     #[test]
     fn outputs_and_gradients_are_as_exact_as_the_naive_form(
-        gru in any::<bool>(),
+        // Not ReLU: near its corner the sign of a sum may differ between f32 and f64, and the whole gradient with it.
+        cell in prop::sample::select(CELLS[..3].to_vec()),
         reverse in any::<bool>(),
         input in 0usize..20,
         hidden in prop::sample::select(vec![1usize, 3, 7, 8, 9, 15, 16, 17, 24, 33]),
         lengths in prop::collection::vec(0usize..7, 0..9),
     ) {
         let seq = lengths.iter().copied().max().unwrap_or(0) + input % 2;
-        let case = Case::new(CELLS[gru as usize], DIRECTIONS[reverse as usize], [seq, input, hidden], &lengths);
+        let case = Case::new(cell, DIRECTIONS[reverse as usize], [seq, input, hidden], &lengths);
         for_each_isa(|ctx| check_against_reference(ctx, &case));
     }
 }

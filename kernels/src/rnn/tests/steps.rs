@@ -9,15 +9,16 @@ use crate::testing::{assert_same_bits, for_each_isa};
 /// cell states before each.
 fn by_steps(ctx: &Context, case: &Case) -> (RecurrentOutput<f32>, Vec<f32>, Vec<Vec<f32>>) {
     let (batch, hidden, input) = (case.batch(), case.hidden, case.input);
+    let columns = case.cell.gate_columns(hidden);
     let packed = PackedCell::pack(ctx, &case.weights()).unwrap();
     assert_eq!((packed.cell(), packed.hidden(), packed.input()), (case.cell, hidden, input));
     let (mut h, mut c) = (case.h0.clone(), case.c0.clone());
     let (mut y, mut all_gates, mut cells) = (vec![], vec![], vec![]);
     for x in case.x.chunks(batch * input) {
-        let mut gates = vec![f32::NAN; batch * 4 * hidden];
+        let mut gates = vec![f32::NAN; batch * columns];
         let (mut h_next, mut c_next) = (vec![f32::NAN; h.len()], vec![f32::NAN; c.len()]);
         let x = MatRef::new(x, batch, input).unwrap();
-        let into = MatMut::new(&mut gates, batch, 4 * hidden).unwrap();
+        let into = MatMut::new(&mut gates, batch, columns).unwrap();
         let next = case.state_mut(&mut h_next, &mut c_next);
         step(ctx, &packed, StepInput { x, accum: Accum::Overwrite }, case.state(&h, &c), into, next).unwrap();
         cells.push(c);
@@ -30,7 +31,7 @@ fn by_steps(ctx: &Context, case: &Case) -> (RecurrentOutput<f32>, Vec<f32>, Vec<
 
 #[test]
 fn steps_give_the_bits_of_the_whole_sequence() {
-    for cell in [Cell::Lstm, Cell::Gru] {
+    for cell in [Cell::Lstm, Cell::Gru, Cell::Tanh, Cell::Relu] {
         let case = Case::new(cell, Direction::Forward, [4, 6, 21], &[4; 5]);
         for_each_isa(|ctx| {
             let (whole, _) = case.run(ctx);
@@ -44,9 +45,10 @@ fn steps_give_the_bits_of_the_whole_sequence() {
 
 #[test]
 fn steps_backward_give_the_bits_of_the_whole_sequence() {
-    for cell in [Cell::Lstm, Cell::Gru] {
+    for cell in [Cell::Lstm, Cell::Gru, Cell::Tanh, Cell::Relu] {
         let case = Case::new(cell, Direction::Forward, [4, 6, 21], &[4; 5]);
         let (batch, hidden, input) = (case.batch(), case.hidden, case.input);
+        let columns = cell.gate_columns(hidden);
         for_each_isa(|ctx| {
             let (out, grads) = case.run(ctx);
             let (_, mut gates, cells) = by_steps(ctx, &case);
@@ -57,8 +59,8 @@ fn steps_backward_give_the_bits_of_the_whole_sequence() {
             for t in (0..case.seq).rev() {
                 let d_y = &case.d.y[t * batch * hidden..][..batch * hidden];
                 d_h.iter_mut().zip(d_y).for_each(|(d_h, d_y)| *d_h += d_y);
-                let gates = &mut gates[t * batch * 4 * hidden..][..batch * 4 * hidden];
-                let gates = MatMut::new(gates, batch, 4 * hidden).unwrap();
+                let gates = &mut gates[t * batch * columns..][..batch * columns];
+                let gates = MatMut::new(gates, batch, columns).unwrap();
                 let d_x = MatMut::new(&mut d_x[t * batch * input..][..batch * input], batch, input).unwrap();
                 let state = case.state(&h_prev[t * batch * hidden..][..batch * hidden], &cells[t]);
                 let d_state = case.state_mut(&mut d_h, &mut d_c);
@@ -89,7 +91,7 @@ fn check_weight_gradients(
         d_b_ih: &mut d_b_ih,
         d_b_hh: &mut d_b_hh,
     };
-    let d_gates = MatRef::new(d_gates, rows, 4 * hidden).unwrap();
+    let d_gates = MatRef::new(d_gates, rows, case.cell.gate_columns(hidden)).unwrap();
     let x = MatRef::new(&case.x, rows, input).unwrap();
     let h_prev = MatRef::new(h_prev, rows, hidden).unwrap();
     weight_gradients(ctx, case.cell, d_gates, x, h_prev, grads).unwrap();
@@ -101,18 +103,18 @@ fn check_weight_gradients(
 
 #[test]
 fn an_input_in_two_parts_gives_what_the_whole_input_gives() {
-    for cell in [Cell::Lstm, Cell::Gru] {
+    for cell in [Cell::Lstm, Cell::Gru, Cell::Tanh, Cell::Relu] {
         let case = Case::new(cell, Direction::Forward, [1, 9, 12], &[1; 3]);
         let (batch, hidden, known) = (3, case.hidden, 5);
-        let gate_rows = cell.gates() * hidden;
+        let (gate_rows, columns) = (cell.gates() * hidden, cell.gate_columns(hidden));
         for_each_isa(|ctx| {
             let (whole, ..) = by_steps(ctx, &case);
             let weights = case.weights();
             let x = MatRef::new(&case.x, batch, 9).unwrap();
             let first = Weights { w_ih: weights.w_ih.sub(0..gate_rows, 0..known), ..weights };
             let rest = Weights { w_ih: weights.w_ih.sub(0..gate_rows, known..9), ..weights };
-            let mut gates = vec![f32::NAN; batch * 4 * hidden];
-            let mut gates = MatMut::new(&mut gates, batch, 4 * hidden).unwrap();
+            let mut gates = vec![f32::NAN; batch * columns];
+            let mut gates = MatMut::new(&mut gates, batch, columns).unwrap();
             project(ctx, &first, x.sub(0..batch, 0..known), gates.reborrow()).unwrap();
             let packed = PackedCell::pack(ctx, &rest).unwrap();
             let (mut h, mut c) = (vec![f32::NAN; case.h0.len()], vec![f32::NAN; case.c0.len()]);

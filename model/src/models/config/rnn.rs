@@ -13,6 +13,10 @@ pub enum CellKind {
     Lstm,
     /// Reset, update and new gate (Cho et al. 2014).
     Gru,
+    /// No gate, tanh (Elman 1990).
+    Tanh,
+    /// No gate, ReLU (Le, Jaitly and Hinton 2015).
+    Relu,
 }
 
 impl CellKind {
@@ -21,6 +25,7 @@ impl CellKind {
         match self {
             CellKind::Lstm => 4,
             CellKind::Gru => 3,
+            CellKind::Tanh | CellKind::Relu => 1,
         }
     }
 
@@ -28,7 +33,7 @@ impl CellKind {
     pub fn states(self) -> usize {
         match self {
             CellKind::Lstm => 2,
-            CellKind::Gru => 1,
+            CellKind::Gru | CellKind::Tanh | CellKind::Relu => 1,
         }
     }
 }
@@ -63,7 +68,7 @@ pub struct RnnSeq2SeqConfig {
     pub source_vocab: usize,
     /// Target tokens, the special ones included.
     pub target_vocab: usize,
-    /// LSTM or GRU, in encoder and decoder.
+    /// The kind of cell, in encoder and decoder.
     pub cell: CellKind,
     /// The width of the token embeddings.
     pub embedding: usize,
