@@ -47,10 +47,10 @@ fn expect_disjoint<const D: usize>(
     if shape.contains(&0) {
         return Ok(());
     }
-    let mut axes: Vec<(usize, usize)> = strides.into_iter().zip(shape).filter(|&(_, n)| n > 1).collect();
+    let mut axes: [(usize, usize); D] = std::array::from_fn(|axis| (strides[axis], shape[axis]));
     axes.sort_unstable();
     let mut reached = 0;
-    for (stride, n) in axes {
+    for (stride, n) in axes.into_iter().filter(|&(_, n)| n > 1) {
         if stride <= reached {
             return Err(ShapeError::Overlap { argument });
         }
