@@ -10,7 +10,7 @@
 //!
 //! - Vectors run along the channels, steps are visited in order; the state of a block of channels stays in
 //!   the first-level cache.
-//! - A task is a block of [`CHANNELS`] channels of one row, so that a single long sequence has tasks for all threads.
+//! - A task is a block of 256 channels of one row, so that a single long sequence has tasks for all threads.
 //! - Rejected: the logarithmic form (a cumulative log-sum-exp). It makes the scan parallel along the steps on
 //!   a machine with thousands of lanes and needs ten times the work; here the direct form is exact enough
 //!   (`h` is a convex combination) and the channels fill the lanes.
