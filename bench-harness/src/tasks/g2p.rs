@@ -5,7 +5,7 @@
 //! split. The split is a hash of the spelling: it depends on no seed and on no other word, so a model
 //! trained anywhere with this program has not seen the test words.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io::Read;
 use std::str::SplitAsciiWhitespace;
 
@@ -147,6 +147,22 @@ fn pronunciations(text: &str) -> impl Iterator<Item = (usize, &str, SplitAsciiWh
     })
 }
 
+/// The dictionary's pronunciations of those words with stress, as ids of `phones`; a phone that those lack has none of
+/// their ids.
+///
+/// # Errors
+/// [`HarnessError::Failed`] when the embedded data is damaged.
+pub(crate) fn stressed(phones: &Vocab, words: &[Entry]) -> Result<Vec<Vec<Vec<u32>>>, HarnessError> {
+    let places: HashMap<&str, usize> = words.iter().enumerate().map(|(i, e)| (&*e.word, i)).collect();
+    let mut listed = vec![Vec::new(); words.len()];
+    for (_, word, fields) in pronunciations(&dictionary()?) {
+        if let Some(&place) = places.get(word) {
+            listed[place].push(fields.map(|phone| phones.id(phone).unwrap_or(u32::MAX)).collect());
+        }
+    }
+    Ok(listed)
+}
+
 /// What the model's encoder reads for a word; upper case is taken as lower case.
 ///
 /// # Errors
@@ -217,6 +233,17 @@ mod tests {
         assert_eq!((all[0].word.as_str(), listed), ("a", vec!["AH".to_owned(), "EY".to_owned()]));
         assert_eq!(phones(&all[1].pronunciations[0]), "AE B");
         assert!(G2p::parse("ab AE1 QQ\n").unwrap_err().to_string().contains("line 1"));
+    }
+
+    #[test]
+    fn stress_is_there_for_those_who_want_it() {
+        let data = G2p::load().unwrap();
+        let phones = Vocab::new(["EY1", "B", "AH0", "L", "AE1"]).unwrap();
+        let all = data.train.iter().chain(&data.valid).chain(&data.test);
+        let words: Vec<Entry> = all.filter(|e| e.word == "able" || e.word == "a").cloned().collect();
+        let listed = stressed(&phones, &words).unwrap();
+        let place = words.iter().position(|e| e.word == "able").unwrap();
+        assert_eq!(listed[place], [phones.encode(["EY1", "B", "AH0", "L"]).unwrap()]);
     }
 
     #[test]
