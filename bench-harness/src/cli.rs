@@ -9,7 +9,8 @@ use regex::Regex;
 
 use crate::cases::Family;
 use crate::error::HarnessError;
-pub(crate) use crate::task_args::{CompareArgs, PronounceArgs, TrainArgs};
+pub(crate) use crate::import_args::ImportArgs;
+pub(crate) use crate::task_args::{CompareArgs, PronounceArgs, ScoreArgs, TrainArgs};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -17,6 +18,8 @@ Examples:
   kavanam compare --preset full          larger models, twelve minutes of training each
   kavanam pronounce thought through      letters to phones, by the newest trained model
   kavanam train --model transformer --out DIR --seconds 120
+  kavanam score --model DIR --words 1000 error rates on held-out words
+  kavanam import --format g2p-en g2p_en/checkpoint20.npz --out DIR
   kavanam bench gemm --quick             our matrix products against three other crates, a minute
   kavanam bench gemm --filter 'square/(64|512)$' --threads 1,2 --json gemm.json
   kavanam machine                        what this CPU can do, and how fast
@@ -44,6 +47,10 @@ pub(crate) enum Command {
     Train(TrainArgs),
     /// Say how words are pronounced, by a trained model
     Pronounce(PronounceArgs),
+    /// Measure a trained model's errors on the dictionary's held-out words
+    Score(ScoreArgs),
+    /// Turn a recurrent model of another program into a folder that pronounce and score read
+    Import(ImportArgs),
     /// Measure a family of kernels against its peers
     Bench(BenchArgs),
     /// Show the CPU: instruction sets, caches, and its measured limits

@@ -5,6 +5,7 @@ mod cli;
 mod commands;
 mod error;
 mod files;
+mod import_args;
 mod measure;
 mod peers;
 mod record;
@@ -36,6 +37,8 @@ fn dispatch(cli: Cli) -> Result<(), HarnessError> {
         Command::Compare(args) => commands::compare::run(&args),
         Command::Train(args) => commands::train::run(&args),
         Command::Pronounce(args) => commands::pronounce::run(&args),
+        Command::Score(args) => commands::score::run(&args),
+        Command::Import(args) => commands::import::run(&args),
         Command::Machine(args) => commands::machine::run(&args),
         Command::Report(args) => commands::report::run(&args),
         Command::Completions(args) => commands::completions::run(&args),

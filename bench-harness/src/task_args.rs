@@ -152,6 +152,33 @@ pub(crate) struct PronounceArgs {
     pub(crate) context: ContextArgs,
 }
 
+const SCORE_HELP: &str = "\
+PER is the phones to insert, delete or replace, for each phone of the dictionary; WER the share of words that match none of
+their pronunciations. Stress marks are left out; a model that says them gets a second line, in which they count. The words
+are those that no model trained here has seen; another program's model may have seen them.
+
+Examples:
+  kavanam score --model results/epyc/2026-…/models/transformer
+  kavanam score --model DIR --words 1000 --beam 1";
+
+/// Arguments of `kavanam score`.
+#[derive(Debug, Args)]
+#[command(after_help = SCORE_HELP)]
+pub(crate) struct ScoreArgs {
+    /// Folder of a model, trained or imported [default: the best of the newest run under results/]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: Option<PathBuf>,
+    /// Words to decode, evenly spread over the alphabet, instead of all 8,816
+    #[arg(long, value_name = "N")]
+    pub(crate) words: Option<NonZeroUsize>,
+    /// Hypotheses kept while decoding; 1 is greedy
+    #[arg(long, default_value = "5", value_name = "N")]
+    pub(crate) beam: NonZeroUsize,
+    /// How kernels run.
+    #[command(flatten)]
+    pub(crate) context: ContextArgs,
+}
+
 fn positive_seconds(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(seconds) if seconds > 0.0 && seconds.is_finite() => Ok(seconds),

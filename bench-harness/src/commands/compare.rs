@@ -5,7 +5,6 @@ use std::sync::atomic::AtomicBool;
 
 use kavanam_kernels::Context;
 use kavanam_model::ParamStore;
-use kavanam_model::io::config::Vocabs;
 use kavanam_model::train::{Example, Trainer};
 
 use crate::cli::CompareArgs;
@@ -181,7 +180,6 @@ impl Run<'_> {
         recipe: &Recipe,
         examples: &[Example],
     ) -> Result<ModelResult, HarnessError> {
-        let vocabs = Vocabs { source: self.data.source.clone(), target: self.data.target.clone() };
         let folder: PathBuf = self.folder.join("models").join(family.name());
         let seconds = self.scale.seconds;
         let mut trainer = fit::prepare(recipe, examples, Length::Seconds(seconds))?;
@@ -192,7 +190,7 @@ impl Run<'_> {
             valid: &valid,
             points: self.scale.curve_points,
             folder: &folder,
-            vocabs: &vocabs,
+            vocabs: &self.data.vocabs,
             stop: self.stop,
         }
         .run(&mut trainer, Some(seconds))?;
@@ -216,10 +214,9 @@ impl Run<'_> {
         let latency = latency::measure(self.ctx, model, &timed)?;
         let shown = SHOWN_WORDS
             .iter()
-            .map(|w| g2p::encode_word(&self.data.source, w))
+            .map(|w| g2p::encode_word(&self.data.vocabs, w))
             .collect::<Result<Vec<_>, _>>()?;
-        let alignments =
-            evaluate::alignments(self.ctx, model, &shown, (&self.data.source, &self.data.target))?;
+        let alignments = evaluate::alignments(self.ctx, model, &shown, &self.data.vocabs)?;
         let progress = trainer.progress();
         eprintln!(
             "{}: {} steps in {:.1} s; test PER {:.2} %, WER {:.2} %",

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use kavanam_model::io::config::{self, CONFIG_FILE, MODEL_FILE};
+use kavanam_model::io::config::{self, CONFIG_FILE, Loaded, MODEL_FILE};
 
 use crate::cli::PronounceArgs;
 use crate::error::HarnessError;
@@ -19,16 +19,8 @@ const RESULTS: &str = "results";
 /// Prints one line a word: the word, a tab, its phones.
 pub(crate) fn run(args: &PronounceArgs) -> Result<(), HarnessError> {
     let ctx = args.context.context()?;
-    let folder = match &args.model {
-        Some(folder) => folder.clone(),
-        None => newest_model(Path::new(RESULTS))?,
-    };
-    let loaded = config::load_model(&folder)?;
-    let words =
-        args.words.iter().map(|w| encode_word(&loaded.vocabs.source, w)).collect::<Result<Vec<_>, _>>()?;
-    if args.model.is_none() {
-        eprintln!("model: {}", folder.display());
-    }
+    let loaded = load(args.model.as_deref())?;
+    let words = args.words.iter().map(|w| encode_word(&loaded.vocabs, w)).collect::<Result<Vec<_>, _>>()?;
     let sources: Vec<&[u32]> = words.iter().map(|w| &**w).collect();
     let decoding = Decoding { beam: args.beam.get() };
     let hypotheses = evaluate::decode(&ctx, &*loaded.model, &sources, decoding)?;
@@ -36,6 +28,20 @@ pub(crate) fn run(args: &PronounceArgs) -> Result<(), HarnessError> {
         println!("{word}\t{}", loaded.vocabs.target.decode(&hypothesis.tokens).join(" "));
     }
     Ok(())
+}
+
+/// The model in `folder`; without one the newest, whose folder is then told.
+///
+/// # Errors
+/// When there is none, or it cannot be read.
+pub(super) fn load(folder: Option<&Path>) -> Result<Loaded, HarnessError> {
+    let Some(folder) = folder else {
+        let newest = newest_model(Path::new(RESULTS))?;
+        let loaded = config::load_model(&newest)?;
+        eprintln!("model: {}", newest.display());
+        return Ok(loaded);
+    };
+    Ok(config::load_model(folder)?)
 }
 
 /// The best model (by word error rate) of the newest run under `results/<machine>/<run>/models/`.

@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use kavanam_kernels::Context;
-use kavanam_model::io::config::Vocabs;
 use kavanam_model::train::{Trainer, checkpoint};
 
 use super::compare::spread;
@@ -71,7 +70,7 @@ fn train(args: &TrainArgs, ctx: &Context) -> Result<(), HarnessError> {
         }
         trainer
     } else {
-        let vocabs = (data.source.len(), data.target.len());
+        let vocabs = (data.vocabs.source.len(), data.vocabs.target.len());
         let mut recipe = Recipe::new(args.preset, args.model, vocabs, args.seed);
         args.tune(&mut recipe)?;
         eprintln!("{} parameters: {}", recipe.model.parameter_count(), recipe.description);
@@ -81,7 +80,6 @@ fn train(args: &TrainArgs, ctx: &Context) -> Result<(), HarnessError> {
     if let Some(steps) = trainer.config().schedule.total_steps {
         eprintln!("{}", fit::how_to_repeat(&trainer, steps));
     }
-    let vocabs = Vocabs { source: data.source.clone(), target: data.target.clone() };
     let valid = spread(&data.valid, args.valid_words);
     let fit = Fit {
         ctx,
@@ -89,7 +87,7 @@ fn train(args: &TrainArgs, ctx: &Context) -> Result<(), HarnessError> {
         valid: &valid,
         points: args.points,
         folder: &args.out,
-        vocabs: &vocabs,
+        vocabs: &data.vocabs,
         stop: &stop,
     };
     let budget = match length.or((!args.resume).then_some(DEFAULT_LENGTH)) {

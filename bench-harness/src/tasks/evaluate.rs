@@ -4,7 +4,8 @@ use std::sync::{Mutex, PoisonError};
 
 use kavanam_kernels::Context;
 use kavanam_model::generate::{self, BeamOptions, Hypothesis};
-use kavanam_model::vocab::{PAD, Vocab};
+use kavanam_model::io::config::Vocabs;
+use kavanam_model::vocab::PAD;
 use kavanam_model::{ModelError, Seq2Seq};
 
 use super::g2p::Entry;
@@ -110,9 +111,8 @@ pub(crate) fn alignments(
     ctx: &Context,
     model: &dyn Seq2Seq,
     words: &[Vec<u32>],
-    vocabs: (&Vocab, &Vocab),
+    vocabs: &Vocabs,
 ) -> Result<Vec<Alignment>, ModelError> {
-    let (letters, phones) = vocabs;
     let sources: Vec<&[u32]> = words.iter().map(|w| &**w).collect();
     let mut hypotheses = decode(ctx, model, &sources, Decoding::GREEDY)?;
     let mut all = Vec::new();
@@ -120,11 +120,11 @@ pub(crate) fn alignments(
         generate::align(model, ctx, word, &[word.len()], std::slice::from_mut(hypothesis))?;
         let Some(weights) = hypothesis.attention.take() else { continue };
         let mut target: Vec<String> =
-            phones.decode(&hypothesis.tokens).into_iter().map(str::to_owned).collect();
+            vocabs.target.decode(&hypothesis.tokens).into_iter().map(str::to_owned).collect();
         if weights.len() > target.len() {
             target.push("end".to_owned());
         }
-        let source = word.iter().map(|&id| letters.token(id).to_owned()).collect();
+        let source = word.iter().map(|&id| vocabs.source.token(id).to_owned()).collect();
         all.push(Alignment { source, target, weights });
     }
     Ok(all)

@@ -5,11 +5,13 @@
 //! split. The split is a hash of the spelling: it depends on no seed and on no other word, so a model
 //! trained anywhere with this program has not seen the test words.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io::Read;
+use std::str::SplitAsciiWhitespace;
 
+use kavanam_model::io::config::Vocabs;
 use kavanam_model::train::Example;
-use kavanam_model::vocab::Vocab;
+use kavanam_model::vocab::{Vocab, VocabError};
 
 use crate::error::HarnessError;
 
@@ -49,10 +51,8 @@ pub(crate) enum Split {
 /// The whole task.
 #[derive(Debug, Clone)]
 pub(crate) struct G2p {
-    /// Letters.
-    pub(crate) source: Vocab,
-    /// Phones.
-    pub(crate) target: Vocab,
+    /// Letters and phones.
+    pub(crate) vocabs: Vocabs,
     /// Training words.
     pub(crate) train: Vec<Entry>,
     /// Validation words.
@@ -91,36 +91,26 @@ impl G2p {
     /// # Errors
     /// [`HarnessError::Failed`] when the embedded data is damaged.
     pub(crate) fn load() -> Result<G2p, HarnessError> {
-        let mut text = String::new();
-        flate2::read::GzDecoder::new(DICTIONARY)
-            .read_to_string(&mut text)
-            .map_err(|e| HarnessError::Failed(format!("the embedded dictionary is damaged: {e}")))?;
-        G2p::parse(&text)
+        G2p::parse(&dictionary()?)
     }
 
     /// Lines of `word PHONE PHONE …`, `word(2) …` for a further pronunciation, `#` before a comment.
     fn parse(text: &str) -> Result<G2p, HarnessError> {
-        let (source, target) = (letter_vocab(), phone_vocab());
+        let vocabs = Vocabs::new(letter_vocab(), phone_vocab());
         let mut words: BTreeMap<&str, Vec<Vec<u32>>> = BTreeMap::new();
-        for (number, line) in text.lines().enumerate() {
-            let line = line.split('#').next().unwrap_or_default();
-            let mut fields = line.split_ascii_whitespace();
-            let Some(head) = fields.next() else { continue };
-            let word = head.split('(').next().unwrap_or_default();
-            if word.is_empty() || !word.bytes().all(|b| b.is_ascii_lowercase()) {
-                continue;
-            }
-            let phones = target
+        for (number, word, fields) in pronunciations(text) {
+            let phones = vocabs
+                .target
                 .encode(fields.map(|phone| phone.trim_end_matches(|c: char| c.is_ascii_digit())))
-                .map_err(|e| HarnessError::Failed(format!("dictionary line {}: {e}", number + 1)))?;
+                .map_err(|e| HarnessError::Failed(format!("dictionary line {number}: {e}")))?;
             let listed = words.entry(word).or_default();
             if !listed.contains(&phones) {
                 listed.push(phones);
             }
         }
-        let mut data = G2p { source, target, train: Vec::new(), valid: Vec::new(), test: Vec::new() };
+        let mut data = G2p { vocabs, train: Vec::new(), valid: Vec::new(), test: Vec::new() };
         for (word, pronunciations) in words {
-            let letters = encode_word(&data.source, word)?;
+            let letters = encode_word(&data.vocabs, word)?;
             let entry = Entry { word: word.to_owned(), letters, pronunciations };
             match split_of(word) {
                 Split::Train => data.train.push(entry),
@@ -138,27 +128,60 @@ impl G2p {
     }
 }
 
-/// The ids of a word's letters; upper case is taken as lower case.
+/// The embedded dictionary's text.
+fn dictionary() -> Result<String, HarnessError> {
+    let mut text = String::new();
+    flate2::read::GzDecoder::new(DICTIONARY)
+        .read_to_string(&mut text)
+        .map_err(|e| HarnessError::Failed(format!("the embedded dictionary is damaged: {e}")))?;
+    Ok(text)
+}
+
+/// Each pronunciation of a word of a–z: the line's number, the word, the phones with their stress.
+fn pronunciations(text: &str) -> impl Iterator<Item = (usize, &str, SplitAsciiWhitespace<'_>)> {
+    text.lines().enumerate().filter_map(|(index, line)| {
+        let mut fields = line.split('#').next()?.split_ascii_whitespace();
+        let word = fields.next()?.split('(').next()?;
+        let spelt = !word.is_empty() && word.bytes().all(|b| b.is_ascii_lowercase());
+        spelt.then_some((index + 1, word, fields))
+    })
+}
+
+/// The dictionary's pronunciations of those words with stress, as ids of `phones`; a phone that those lack has none of
+/// their ids.
+///
+/// # Errors
+/// [`HarnessError::Failed`] when the embedded data is damaged.
+pub(crate) fn stressed(phones: &Vocab, words: &[Entry]) -> Result<Vec<Vec<Vec<u32>>>, HarnessError> {
+    let places: HashMap<&str, usize> = words.iter().enumerate().map(|(i, e)| (&*e.word, i)).collect();
+    let mut listed = vec![Vec::new(); words.len()];
+    for (_, word, fields) in pronunciations(&dictionary()?) {
+        if let Some(&place) = places.get(word) {
+            listed[place].push(fields.map(|phone| phones.id(phone).unwrap_or(u32::MAX)).collect());
+        }
+    }
+    Ok(listed)
+}
+
+/// What the model's encoder reads for a word; upper case is taken as lower case.
 ///
 /// # Errors
 /// [`HarnessError::Failed`] when the word is empty or has a character that the model was not trained on.
-pub(crate) fn encode_word(letters: &Vocab, word: &str) -> Result<Vec<u32>, HarnessError> {
+pub(crate) fn encode_word(vocabs: &Vocabs, word: &str) -> Result<Vec<u32>, HarnessError> {
     if word.is_empty() {
         return Err(HarnessError::Failed("the word is empty: give at least one letter".to_owned()));
     }
     let lower = word.to_lowercase();
-    let mut buffer = [0; 4];
-    let mut ids = Vec::with_capacity(lower.len());
-    for (index, letter) in lower.chars().enumerate() {
-        let id = letters.encode([&*letter.encode_utf8(&mut buffer)]).map_err(|_| {
-            let position = index + 1;
-            HarnessError::Failed(format!(
-                "{word:?}: character {position} is {letter:?}, which the model does not know; it knows a–z"
-            ))
-        })?;
-        ids.extend(id);
-    }
-    Ok(ids)
+    let letters = lower.char_indices().map(|(start, letter)| &lower[start..start + letter.len_utf8()]);
+    vocabs.encode_source(letters).map_err(|error| {
+        let VocabError::Unknown { token, position, .. } = error else {
+            return HarnessError::Failed(error.to_string());
+        };
+        let letter = token.chars().next().unwrap_or_default();
+        HarnessError::Failed(format!(
+            "{word:?}: character {position} is {letter:?}, which the model does not know; it knows a–z"
+        ))
+    })
 }
 
 #[cfg(test)]
@@ -175,7 +198,7 @@ mod tests {
         assert!((share(&data.train) - 0.9).abs() < 0.0044, "{}", data.train.len());
         assert!((share(&data.valid) - 0.025).abs() < 0.0023, "{}", data.valid.len());
         assert!((share(&data.test) - 0.075).abs() < 0.0039, "{}", data.test.len());
-        let mut used = vec![false; data.target.len()];
+        let mut used = vec![false; data.vocabs.target.len()];
         for entry in all() {
             assert!(!entry.pronunciations.is_empty() && entry.letters.len() == entry.word.len());
             for (i, p) in entry.pronunciations.iter().enumerate() {
@@ -205,7 +228,7 @@ mod tests {
         let mut all: Vec<_> = data.train.iter().chain(&data.valid).chain(&data.test).collect();
         all.sort_by_key(|e| &e.word);
         assert_eq!(all.len(), 2);
-        let phones = |ids: &[u32]| data.target.decode(ids).join(" ");
+        let phones = |ids: &[u32]| data.vocabs.target.decode(ids).join(" ");
         let listed: Vec<_> = all[0].pronunciations.iter().map(|p| phones(p)).collect();
         assert_eq!((all[0].word.as_str(), listed), ("a", vec!["AH".to_owned(), "EY".to_owned()]));
         assert_eq!(phones(&all[1].pronunciations[0]), "AE B");
@@ -213,8 +236,19 @@ mod tests {
     }
 
     #[test]
+    fn stress_is_there_for_those_who_want_it() {
+        let data = G2p::load().unwrap();
+        let phones = Vocab::new(["EY1", "B", "AH0", "L", "AE1"]).unwrap();
+        let all = data.train.iter().chain(&data.valid).chain(&data.test);
+        let words: Vec<Entry> = all.filter(|e| e.word == "able" || e.word == "a").cloned().collect();
+        let listed = stressed(&phones, &words).unwrap();
+        let place = words.iter().position(|e| e.word == "able").unwrap();
+        assert_eq!(listed[place], [phones.encode(["EY1", "B", "AH0", "L"]).unwrap()]);
+    }
+
+    #[test]
     fn words_from_the_command_line_are_checked() {
-        let letters = letter_vocab();
+        let letters = Vocabs::new(letter_vocab(), phone_vocab());
         assert_eq!(encode_word(&letters, "Ab").unwrap(), encode_word(&letters, "ab").unwrap());
         assert!(encode_word(&letters, "").unwrap_err().to_string().contains("empty"));
         let error = encode_word(&letters, "naïve").unwrap_err().to_string();

@@ -4,6 +4,7 @@ pub(crate) mod evaluate;
 pub(crate) mod fit;
 pub(crate) mod g2p;
 pub(crate) mod latency;
+pub(crate) mod phone_map;
 pub(crate) mod progress;
 pub(crate) mod recipe;
 pub(crate) mod score;

@@ -1,9 +1,10 @@
 //! Checkpoints on disk: `config.json` says what the model is, `model.safetensors` holds its tensors.
 //!
 //! Every file is written beside its place and renamed into it, so a reader, or the next start after a
-//! crash, finds the old file or the new one and never a part.
+//! crash, finds the old file or the new one and never a part. [`import`] reads models of other programs.
 
 pub mod config;
+pub mod import;
 pub mod safetensors;
 
 use std::fs::{self, File};

@@ -74,11 +74,15 @@ pub fn save(path: &Path, tensors: &[TensorRef<'_>], metadata: Option<String>) ->
 /// [`CheckpointError::Io`] when it is missing, [`CheckpointError::Format`] when it is not of this format or
 /// cut off (the first tensor that is incomplete is named), [`CheckpointError::Tensor`] when a tensor is not f32.
 pub fn load(path: &Path) -> Result<Contents, CheckpointError> {
-    let file = read(path)?;
+    parse(path, &read(path)?)
+}
+
+/// The tensors in `file`, which `path` holds.
+pub(super) fn parse(path: &Path, file: &[u8]) -> Result<Contents, CheckpointError> {
     let tensors =
-        SafeTensors::deserialize(&file).map_err(|e| CheckpointError::format(path, explain(&file, &e)))?;
+        SafeTensors::deserialize(file).map_err(|e| CheckpointError::format(path, explain(file, &e)))?;
     let (_, header) =
-        SafeTensors::read_metadata(&file).map_err(|e| CheckpointError::format(path, e.to_string()))?;
+        SafeTensors::read_metadata(file).map_err(|e| CheckpointError::format(path, e.to_string()))?;
     let metadata = header.metadata().as_ref().and_then(|m| m.get(METADATA_KEY)).cloned();
     let mut contents = Contents { tensors: Vec::with_capacity(tensors.len()), metadata };
     for (name, view) in tensors.iter() {

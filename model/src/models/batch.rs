@@ -35,7 +35,8 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// Pads pairs of (source, target), without [`BOS`] and [`EOS`], to the longest of each.
+    /// Pads pairs of (source, target), without [`BOS`] and [`EOS`], to the longest of each. Only a source may end
+    /// with [`EOS`], for a model that reads it there.
     ///
     /// # Errors
     /// [`ModelError::EmptyBatch`] for no pair, [`ModelError::Batch`] for an empty source or a special token
@@ -54,9 +55,10 @@ impl Batch {
         target_len: usize,
     ) -> Result<Batch, ModelError> {
         for (index, (source, target)) in pairs.iter().enumerate() {
-            check("source", index, source.as_ref())?;
+            let source = source.as_ref();
+            check("source", index, source.strip_suffix(&[EOS]).unwrap_or(source))?;
             check("target", index, target.as_ref())?;
-            if source.as_ref().is_empty() {
+            if source.is_empty() {
                 return Err(ModelError::Batch { side: "source", index, problem: "is empty" });
             }
         }
@@ -147,5 +149,7 @@ mod tests {
         let error = Batch::from_pairs(&[(vec![5], vec![6]), (vec![], vec![6])]).unwrap_err();
         assert_eq!(error.to_string(), "batch: the source sequence 1 is empty");
         assert!(Batch::from_pairs(&[(vec![5], vec![EOS])]).is_err());
+        assert!(Batch::from_pairs(&[(vec![EOS, 5], vec![6])]).is_err());
+        assert_eq!(Batch::from_pairs(&[(vec![5, EOS], vec![6])]).unwrap().source_lengths, [2]);
     }
 }

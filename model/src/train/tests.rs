@@ -79,7 +79,7 @@ fn trainer(model: &ModelConfig, config: TrainerConfig) -> Trainer {
 
 fn vocabs() -> Vocabs {
     let vocab = || Vocab::new(["a", "b", "c", "d", "e", "f"]).unwrap();
-    Vocabs { source: vocab(), target: vocab() }
+    Vocabs::new(vocab(), vocab())
 }
 
 /// The bits of loss and gradient norm of so many steps.
