@@ -5,12 +5,11 @@ mod gemmkit;
 mod matrixmultiply;
 mod ours;
 
-use std::borrow::Cow;
-
 use kavanam_kernels::Context;
 
 use crate::cases::Problem;
 use crate::error::HarnessError;
+use crate::measure::workload::Workload;
 
 /// Something that can compute cases.
 pub(crate) trait Peer: Sync {
@@ -29,39 +28,29 @@ pub(crate) trait Peer: Sync {
     /// reusable operands into their best form.
     ///
     /// # Errors
-    /// [`Declined`] when the peer does not do this.
-    fn prepare<'a>(
-        &self,
-        problem: &'a Problem,
-        context: &Context,
-    ) -> Result<Box<dyn Workload + 'a>, Declined>;
+    /// [`Unready`] when the peer does not do this, or fails to.
+    fn prepare<'a>(&self, problem: &'a Problem, context: &Context)
+    -> Result<Box<dyn Workload + 'a>, Unready>;
 }
 
-/// Why a peer does not take part in a case.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Declined(pub(crate) String);
+/// Why a peer has no workload for a case.
+#[derive(Debug)]
+pub(crate) enum Unready {
+    /// It does not do such cases, for this reason. The others go on without it.
+    Declined(String),
+    /// It should, and cannot. The command ends.
+    Failed(HarnessError),
+}
 
-impl Declined {
+impl Unready {
     /// Of a peer that computes matrix products alone.
-    fn family() -> Declined {
-        Declined("it computes matrix products only".into())
+    fn family() -> Unready {
+        Unready::Declined("it computes matrix products only".into())
     }
 }
 
-/// A prepared computation.
-pub(crate) trait Workload {
-    /// Computes once. This is what the clock measures.
-    fn run(&mut self);
-
-    /// What the last call wrote, in the order that the problem's check expects.
-    fn outputs(&self) -> Vec<Cow<'_, [f32]>>;
-
-    /// The kernel that runs, as far as the peer tells.
-    fn kernel(&self) -> String;
-}
-
-/// Every peer, ours first.
-pub(crate) fn all() -> Vec<Box<dyn Peer>> {
+/// Every peer that is part of this program, ours first.
+pub(crate) fn built_in() -> Vec<Box<dyn Peer>> {
     vec![
         Box::new(ours::Ours),
         Box::new(matrixmultiply::MatrixMultiply),
@@ -76,11 +65,11 @@ pub(crate) fn all() -> Vec<Box<dyn Peer>> {
 /// Names the first unknown one and lists the known.
 pub(crate) fn named(names: &[String]) -> Result<Vec<Box<dyn Peer>>, HarnessError> {
     if names.is_empty() {
-        return Ok(all());
+        return Ok(built_in());
     }
     let find = |name: &String| {
-        all().into_iter().find(|peer| peer.name() == name).ok_or_else(|| {
-            let known: Vec<&str> = all().iter().map(|peer| peer.name()).collect();
+        built_in().into_iter().find(|peer| peer.name() == name).ok_or_else(|| {
+            let known: Vec<&str> = built_in().iter().map(|peer| peer.name()).collect();
             HarnessError::Usage(format!("unknown peer {name:?}; known: {}", known.join(", ")))
         })
     };
@@ -101,7 +90,7 @@ mod tests {
     use crate::cases::gemm::{Layout, Problem as GemmProblem, Shape};
     use crate::cases::{self, Family};
     use crate::measure::threads;
-    use kavanam_kernels::Isa;
+    use kavanam_kernels::{Isa, Precision};
 
     #[test]
     fn versions_come_from_the_lock_file() {
@@ -115,7 +104,9 @@ mod tests {
     fn an_unknown_peer_is_a_wrong_command_line() {
         let error = named(&["ours".into(), "mkl".into()]).err().unwrap();
         assert_eq!(error.exit_code(), 2);
-        assert!(error.to_string().contains("\"mkl\"") && error.to_string().contains("gemmkit"));
+        for part in ["\"mkl\"", "gemmkit"] {
+            assert!(error.to_string().contains(part), "{part}: {error}");
+        }
     }
 
     #[test]
@@ -124,11 +115,15 @@ mod tests {
             let problem = Problem::Gemm(GemmProblem::new(Shape { m: 19, n: 35, k: 23, layout }));
             for count in [1, 2] {
                 let context = Context::with_isa(Isa::best()).threads(threads::count(count));
-                for peer in all() {
-                    let Ok(mut workload) = peer.prepare(&problem, &context) else { continue };
-                    workload.run();
-                    workload.run();
-                    problem.check(&workload.outputs()).unwrap_or_else(|error| {
+                for peer in built_in() {
+                    let mut workload = match peer.prepare(&problem, &context) {
+                        Ok(workload) => workload,
+                        Err(Unready::Declined(_)) => continue,
+                        Err(Unready::Failed(error)) => panic!("{}: {error}", peer.name()),
+                    };
+                    workload.run().unwrap();
+                    workload.run().unwrap();
+                    problem.check(&workload.outputs().unwrap(), Precision::Strict).unwrap_or_else(|error| {
                         panic!("{} {layout:?} on {count} threads: {error}", peer.name())
                     });
                 }
@@ -143,8 +138,10 @@ mod tests {
             for case in cases::of(family).into_iter().filter(|case| case.quick) {
                 let problem = case.problem();
                 let mut workload = ours::Ours.prepare(&problem, &context).unwrap();
-                workload.run();
-                problem.check(&workload.outputs()).unwrap_or_else(|error| panic!("{}: {error}", case.name));
+                workload.run().unwrap();
+                problem
+                    .check(&workload.outputs().unwrap(), Precision::Strict)
+                    .unwrap_or_else(|error| panic!("{}: {error}", case.name));
             }
         }
     }
