@@ -70,7 +70,8 @@ impl<'a> Bench<'a> {
     fn new(args: &'a BenchArgs) -> Result<Bench<'a>, HarnessError> {
         let isas = if args.isa.is_empty() { vec![Context::detect()?.isa()] } else { args.isa.clone() };
         let cases = select(cases::of(args.family), args.filter.as_ref(), args.quick)?;
-        let peers = peers::named(&args.peers)?;
+        // Last, because a peer in another process takes seconds to start.
+        let peers = peers::named(&args.peers, args.python.as_deref())?;
         let plan = if args.quick { Plan::QUICK } else { Plan::FULL };
         Ok(Bench { args, cases, peers, isas, machine: Machine::detect(), plan })
     }
@@ -99,7 +100,13 @@ impl<'a> Bench<'a> {
         let mut notes = Vec::new();
         for case in &self.cases {
             bar.set_message(format!("{} on {threads} threads", case.name));
-            let samples = self.sample(case, &contestants, &context, &mut notes)?;
+            let samples =
+                self.sample(case, &contestants, &context, &mut notes).map_err(|error| match error {
+                    HarnessError::Peer { peer, reason } => {
+                        HarnessError::Peer { peer, reason: format!("{}: {reason}", case.name) }
+                    }
+                    other => other,
+                })?;
             for Samples { contestant, kernel, ns } in samples {
                 log.records.push(self.record(
                     case,

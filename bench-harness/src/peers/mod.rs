@@ -4,6 +4,10 @@ mod gemm_crate;
 mod gemmkit;
 mod matrixmultiply;
 mod ours;
+mod torch;
+mod worker;
+
+use std::path::Path;
 
 use kavanam_kernels::Context;
 
@@ -59,21 +63,31 @@ pub(crate) fn built_in() -> Vec<Box<dyn Peer>> {
     ]
 }
 
-/// The peers of those names, in that order; all of them when no name is given.
+/// The peers of those names, in that order; without names all that are built in. A peer outside of this
+/// program takes part only when it is named, and is started here, by the given Python.
 ///
 /// # Errors
-/// Names the first unknown one and lists the known.
-pub(crate) fn named(names: &[String]) -> Result<Vec<Box<dyn Peer>>, HarnessError> {
+/// Names the first unknown peer and lists the known; names a `python` that none of them uses; says what keeps
+/// a peer from starting.
+pub(crate) fn named(names: &[String], python: Option<&Path>) -> Result<Vec<Box<dyn Peer>>, HarnessError> {
+    let known: Vec<&str> = built_in().iter().map(|peer| peer.name()).chain([torch::NAME]).collect();
+    if let Some(name) = names.iter().find(|name| !known.contains(&name.as_str())) {
+        return Err(HarnessError::Usage(format!("unknown peer {name:?}; known: {}", known.join(", "))));
+    }
+    if python.is_some() && !names.iter().any(|name| name == torch::NAME) {
+        let text = format!("--python is for the peer {0}: name it, as in --peers ours,{0}", torch::NAME);
+        return Err(HarnessError::Usage(text));
+    }
     if names.is_empty() {
         return Ok(built_in());
     }
-    let find = |name: &String| {
-        built_in().into_iter().find(|peer| peer.name() == name).ok_or_else(|| {
-            let known: Vec<&str> = built_in().iter().map(|peer| peer.name()).collect();
-            HarnessError::Usage(format!("unknown peer {name:?}; known: {}", known.join(", ")))
+    let start = |name: &String| -> Result<Box<dyn Peer>, HarnessError> {
+        Ok(match built_in().into_iter().find(|peer| peer.name() == name) {
+            Some(peer) => peer,
+            None => Box::new(torch::Torch::start(python.unwrap_or(Path::new(worker::PYTHON)))?),
         })
     };
-    names.iter().map(find).collect()
+    names.iter().map(start).collect()
 }
 
 /// The version of a dependency, as the lock file has it.
@@ -102,10 +116,19 @@ mod tests {
 
     #[test]
     fn an_unknown_peer_is_a_wrong_command_line() {
-        let error = named(&["ours".into(), "mkl".into()]).err().unwrap();
+        let error = named(&["ours".into(), "mkl".into()], None).err().unwrap();
         assert_eq!(error.exit_code(), 2);
-        for part in ["\"mkl\"", "gemmkit"] {
+        for part in ["\"mkl\"", "gemmkit", "torch"] {
             assert!(error.to_string().contains(part), "{part}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_python_that_nobody_uses_is_a_wrong_command_line() {
+        for names in [vec![], vec!["ours".to_owned()]] {
+            let error = named(&names, Some(Path::new("python3"))).err().unwrap();
+            assert_eq!(error.exit_code(), 2);
+            assert!(error.to_string().contains("--peers ours,torch"), "{error}");
         }
     }
 
