@@ -98,6 +98,12 @@ Every peer computes each case on the same inputs, and its result is checked agai
 is kept. The samples of all peers alternate. The table shows rates at the median; a ratio above 1 means that
 ours is the faster one, and its bracket is a 95 % bootstrap interval.
 
+The peer torch is PyTorch, with MKL and oneDNN as it calls them, in a Python process of its own that gets the
+same inputs and threads and measures beside the computation. It takes part only where --peers names it. Its
+environment (what is compared with what: docs/peers.md):
+  python3 -m venv DIR
+  DIR/bin/pip install -r bench-harness/peers/requirements.txt
+
 --json writes an array of records, rewritten as a whole after every case, with these keys:
   family, case, peer, peer_version, kernel, precision, isa, threads, median_ns, min_ns, samples_ns, gflops,
   gbps, percent_of_peak
@@ -106,7 +112,8 @@ and beside it NAME.environment.txt: the command, the date, the machine.
 Examples:
   kavanam bench gemm --quick
   kavanam bench gemm --filter '^square/' --threads 1,2 --peers ours,gemm --json squares.json
-  kavanam bench gemm --quick --isa scalar,avx2 --peers ours";
+  kavanam bench gemm --quick --isa scalar,avx2 --peers ours
+  kavanam bench attention --quick --peers ours,torch --python DIR/bin/python";
 
 /// Arguments of `kavanam bench`.
 #[derive(Debug, Args)]
@@ -126,9 +133,13 @@ pub(crate) struct BenchArgs {
     /// Instruction sets for ours: scalar, avx2, avx512 or neon [default: the best that this CPU has]
     #[arg(long, value_name = "ISA,…", value_delimiter = ',', value_parser = parse_isa)]
     pub(crate) isa: Vec<Isa>,
-    /// Who takes part, the first being the one that the others are compared with [default: all]
+    /// Who takes part, the first being the one that the others are compared with: ours, matrixmultiply, gemm,
+    /// gemmkit, torch [default: all but torch]
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     pub(crate) peers: Vec<String>,
+    /// The Python that the peer torch runs in: one with PyTorch and NumPy [default: python3]
+    #[arg(long, value_name = "PATH")]
+    pub(crate) python: Option<PathBuf>,
     /// Write the records to this file
     #[arg(long, value_name = "FILE")]
     pub(crate) json: Option<PathBuf>,

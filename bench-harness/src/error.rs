@@ -54,6 +54,14 @@ pub(crate) enum HarnessError {
         /// The folder of the checkpoint.
         checkpoint: PathBuf,
     },
+    /// A peer that runs in another process cannot be started, or broke down.
+    #[error("the peer {peer}: {reason}")]
+    Peer {
+        /// Its name in `--peers`.
+        peer: &'static str,
+        /// What happened, and what the process said.
+        reason: String,
+    },
     /// A run went wrong.
     #[error("{0}")]
     Failed(String),

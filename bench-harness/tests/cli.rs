@@ -42,8 +42,16 @@ fn help_names_every_command_and_shows_examples() {
 #[test]
 fn help_of_bench_explains_its_flags_and_its_file() {
     let help = text(&kavanam(&["bench", "--help"]).stdout);
-    let flags = ["--filter", "--threads", "--precision", "--isa", "--peers", "--json", "--quick"];
-    for part in flags.into_iter().chain(["gemm", "rowwise", "attention", "rnn", "percent_of_peak"]) {
+    let flags = ["--filter", "--threads", "--precision", "--isa", "--peers", "--python", "--json", "--quick"];
+    for part in flags.into_iter().chain([
+        "gemm",
+        "rowwise",
+        "attention",
+        "rnn",
+        "percent_of_peak",
+        "torch",
+        "requirements.txt",
+    ]) {
         assert!(help.contains(part), "{part}: {help}");
     }
 }
@@ -57,6 +65,48 @@ fn a_wrong_command_line_is_refused_with_status_2() {
     assert_refused(&["bench", "gemm", "--filter", "^none$"], 2, &["no case matches", "square/64"]);
     assert_refused(&["bench", "gemm", "--threads", "0"], 2, &["--threads"]);
     assert_refused(&["bench", "gemm", "--precision", "exact"], 2, &["strict, highest, high or medium"]);
+}
+
+#[test]
+fn a_python_that_cannot_work_is_an_error_with_the_way_out() {
+    let with = |python: &str, says: &[&str]| {
+        let arguments = ["bench", "gemm", "--quick", "--peers", "ours,torch", "--python", python];
+        let environment = ["the peer torch", "python3 -m venv DIR", "requirements.txt"];
+        assert_refused(&arguments, 1, &[&environment[..], says].concat());
+    };
+    with("/no/such/python", &["/no/such/python"]);
+    // This program is none: it refuses the arguments and ends.
+    with(env!("CARGO_BIN_EXE_kavanam"), &["ended without an answer", "unexpected argument"]);
+}
+
+#[test]
+fn a_python_without_its_peer_is_refused() {
+    assert_refused(&["bench", "gemm", "--python", "python3"], 2, &["--python", "--peers ours,torch"]);
+}
+
+/// Needs what `docs/peers.md` describes: `KAVANAM_PYTHON=DIR/bin/python cargo test -- --ignored torch`.
+#[test]
+#[ignore = "needs a Python with PyTorch, named by KAVANAM_PYTHON"]
+fn torch_computes_every_quick_case_of_every_family() {
+    let python = std::env::var("KAVANAM_PYTHON").expect("KAVANAM_PYTHON names a Python with PyTorch");
+    for family in ["gemm", "rowwise", "attention", "rnn"] {
+        for precision in ["strict", "highest", "high", "medium"] {
+            let arguments = [
+                "bench",
+                family,
+                "--quick",
+                "--precision",
+                precision,
+                "--threads",
+                "1,2",
+                "--peers",
+                "torch",
+            ];
+            let output = kavanam(&[&arguments[..], &["--python", python.as_str()][..]].concat());
+            assert!(output.status.success(), "{family} {precision}: {}", text(&output.stderr));
+            assert!(text(&output.stdout).contains("of peak"));
+        }
+    }
 }
 
 #[test]

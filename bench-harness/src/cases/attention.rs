@@ -2,9 +2,9 @@
 
 use std::borrow::Cow;
 
-use kavanam_kernels::reference;
+use kavanam_kernels::{Precision, reference};
 
-use crate::cases::{Case, Op, Work, check_close};
+use crate::cases::{Case, Op, Work, check_close, tolerance};
 use crate::error::HarnessError;
 use crate::measure::statistics::SplitMix64;
 
@@ -100,7 +100,7 @@ pub(crate) struct Problem {
 /// Up to this length all queries of a head are compared, beyond it [`FEW_QUERIES`] of them.
 const WHOLE_HEAD: usize = 512;
 const FEW_QUERIES: usize = 16;
-/// The largest difference, relative to the largest element.
+/// The largest difference of f32, relative to the largest element.
 const TOLERANCE: f64 = 2e-5;
 
 impl Problem {
@@ -116,7 +116,8 @@ impl Problem {
     ///
     /// # Errors
     /// Names the tensor that differs.
-    pub(crate) fn check(&self, outputs: &[Cow<'_, [f32]>]) -> Result<(), HarnessError> {
+    pub(crate) fn check(&self, outputs: &[Cow<'_, [f32]>], precision: Precision) -> Result<(), HarnessError> {
+        let bound = tolerance(TOLERANCE, precision);
         let Shape { seq, dim, causal, backward, .. } = self.shape;
         let step = if seq <= WHOLE_HEAD { 1 } else { seq / FEW_QUERIES };
         let queries: Vec<usize> = (0..seq).step_by(step).collect();
@@ -144,13 +145,13 @@ impl Problem {
         };
         if !backward {
             let (out, _) = reference::attention_forward(&problem);
-            return check_close("out", &ours(&outputs[0], &queries), &out, TOLERANCE);
+            return check_close("out", &ours(&outputs[0], &queries), &out, bound);
         }
         let grads = reference::attention_backward(&problem, &self.rows(&self.d_out, &queries));
-        check_close("d_q", &ours(&outputs[0], &queries), &grads.d_q, TOLERANCE)?;
+        check_close("d_q", &ours(&outputs[0], &queries), &grads.d_q, bound)?;
         if step == 1 {
-            check_close("d_k", &ours(&outputs[1], &every), &grads.d_k, TOLERANCE)?;
-            check_close("d_v", &ours(&outputs[2], &every), &grads.d_v, TOLERANCE)?;
+            check_close("d_k", &ours(&outputs[1], &every), &grads.d_k, bound)?;
+            check_close("d_v", &ours(&outputs[2], &every), &grads.d_v, bound)?;
         }
         Ok(())
     }

@@ -7,6 +7,8 @@ pub(crate) mod rowwise;
 
 use std::borrow::Cow;
 
+use kavanam_kernels::Precision;
+
 use crate::error::HarnessError;
 
 /// A family of kernels.
@@ -113,18 +115,36 @@ impl Case {
 }
 
 impl Problem {
-    /// Compares one call's outputs with a reference in f64.
+    /// Compares one call's outputs with a reference in f64. The precision is that of matrix products, so rows
+    /// without one are always held to f32.
     ///
     /// # Errors
     /// Says where the first output outside its bound stands.
-    pub(crate) fn check(&self, outputs: &[Cow<'_, [f32]>]) -> Result<(), HarnessError> {
+    pub(crate) fn check(&self, outputs: &[Cow<'_, [f32]>], precision: Precision) -> Result<(), HarnessError> {
         match self {
-            Problem::Gemm(problem) => problem.check(&outputs[0]),
+            Problem::Gemm(problem) => problem.check(&outputs[0], precision),
             Problem::Rowwise(problem) => problem.check(outputs),
-            Problem::Attention(problem) => problem.check(outputs),
-            Problem::Rnn(problem) => problem.check(outputs),
+            Problem::Attention(problem) => problem.check(outputs, precision),
+            Problem::Rnn(problem) => problem.check(outputs, precision),
         }
     }
+}
+
+/// What rounding the operands and the result may add to a product's error, relative to |A|·|B|.
+///
+/// bf16 rounds by at most 2⁻⁹: two operands and a result make less than 2⁻⁷. Three bf16 products leave 2⁻¹⁷.
+fn rounding(precision: Precision) -> f64 {
+    match precision {
+        Precision::Strict | Precision::Highest => 0.0,
+        Precision::High => 2f64.powi(-16),
+        Precision::Medium => 2f64.powi(-7),
+    }
+}
+
+/// The largest difference, relative to the largest element, of what several products in a row give: `in_f32`
+/// where they are f32, four times the rounding of one product where that is coarser.
+fn tolerance(in_f32: f64, precision: Precision) -> f64 {
+    in_f32.max(4.0 * rounding(precision))
 }
 
 /// |actual − expected| ≤ `tolerance`·max |expected|, in every element: a guard against measuring something that

@@ -2,10 +2,11 @@
 
 use std::borrow::Cow;
 
+use kavanam_kernels::Precision;
 use kavanam_kernels::reference::{self, Recurrent, RecurrentOutput};
 use kavanam_kernels::rnn::Cell;
 
-use crate::cases::{Case, Op, Work, check_close};
+use crate::cases::{Case, Op, Work, check_close, tolerance};
 use crate::error::HarnessError;
 use crate::measure::statistics::SplitMix64;
 
@@ -95,7 +96,7 @@ pub(crate) struct Problem {
     pub(crate) lengths: Vec<usize>,
 }
 
-/// The largest difference, relative to the largest element.
+/// The largest difference of f32, relative to the largest element.
 const TOLERANCE: f64 = 1e-4;
 
 impl Problem {
@@ -122,7 +123,8 @@ impl Problem {
     ///
     /// # Errors
     /// Names the tensor that differs.
-    pub(crate) fn check(&self, outputs: &[Cow<'_, [f32]>]) -> Result<(), HarnessError> {
+    pub(crate) fn check(&self, outputs: &[Cow<'_, [f32]>], precision: Precision) -> Result<(), HarnessError> {
+        let bound = tolerance(TOLERANCE, precision);
         let Shape { cell, seq, width, train, .. } = self.shape;
         let wide = |x: &[f32]| x.iter().map(|&x| f64::from(x)).collect::<Vec<f64>>();
         let (w_ih, w_hh) = (wide(&self.w_ih), wide(&self.w_hh));
@@ -147,7 +149,7 @@ impl Problem {
             Cell::Gru => reference::gru_forward(&layer).y,
             Cell::Tanh | Cell::Relu => reference::elman_forward(&layer, cell == Cell::Relu).y,
         };
-        check_close("y", &self.sequence(&outputs[0]), &y, TOLERANCE)?;
+        check_close("y", &self.sequence(&outputs[0]), &y, bound)?;
         if train {
             let d_y = wide(&self.sequence(&self.d_y));
             let upstream = RecurrentOutput { y: d_y, h: zeros.clone(), c: zeros.clone() };
@@ -156,7 +158,7 @@ impl Problem {
                 Cell::Gru => reference::gru_backward(&layer, &upstream),
                 Cell::Tanh | Cell::Relu => reference::elman_backward(&layer, cell == Cell::Relu, &upstream),
             };
-            check_close("d_x", &self.sequence(&outputs[1]), &grads.d_x, TOLERANCE)?;
+            check_close("d_x", &self.sequence(&outputs[1]), &grads.d_x, bound)?;
         }
         Ok(())
     }

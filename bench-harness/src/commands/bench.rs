@@ -14,8 +14,9 @@ use crate::measure::clock::{self, Monotonic};
 use crate::measure::fingerprint::Machine;
 use crate::measure::roofline::{self, Roofline};
 use crate::measure::sampler::{self, Plan};
+use crate::measure::workload::Workload;
 use crate::measure::{statistics, threads};
-use crate::peers::{self, Declined, Peer, Workload};
+use crate::peers::{self, Peer, Unready};
 use crate::record::Record;
 use crate::report::bench;
 
@@ -46,6 +47,15 @@ struct Contestant<'a> {
     isa: Isa,
 }
 
+/// What one contestant gave on one case.
+struct Samples {
+    /// Its index.
+    contestant: usize,
+    kernel: String,
+    /// Nanoseconds a call.
+    ns: Vec<f64>,
+}
+
 /// What a run of the command measures, checked before anything is.
 struct Bench<'a> {
     args: &'a BenchArgs,
@@ -58,9 +68,10 @@ struct Bench<'a> {
 
 impl<'a> Bench<'a> {
     fn new(args: &'a BenchArgs) -> Result<Bench<'a>, HarnessError> {
-        let peers = peers::named(&args.peers)?;
         let isas = if args.isa.is_empty() { vec![Context::detect()?.isa()] } else { args.isa.clone() };
         let cases = select(cases::of(args.family), args.filter.as_ref(), args.quick)?;
+        // Last, because a peer in another process takes seconds to start.
+        let peers = peers::named(&args.peers, args.python.as_deref())?;
         let plan = if args.quick { Plan::QUICK } else { Plan::FULL };
         Ok(Bench { args, cases, peers, isas, machine: Machine::detect(), plan })
     }
@@ -89,36 +100,20 @@ impl<'a> Bench<'a> {
         let mut notes = Vec::new();
         for case in &self.cases {
             bar.set_message(format!("{} on {threads} threads", case.name));
-            let problem = case.problem();
-            let mut ready: Vec<(usize, Box<dyn Workload + '_>)> = Vec::new();
-            for (i, contestant) in contestants.iter().enumerate() {
-                match contestant.peer.prepare(&problem, &context(contestant.isa)) {
-                    Ok(workload) => ready.push((i, workload)),
-                    Err(Declined(reason)) => {
-                        let note = format!("{}: {reason}", contestant.peer.name());
-                        if !notes.contains(&note) {
-                            notes.push(note);
-                        }
+            let samples =
+                self.sample(case, &contestants, &context, &mut notes).map_err(|error| match error {
+                    HarnessError::Peer { peer, reason } => {
+                        HarnessError::Peer { peer, reason: format!("{}: {reason}", case.name) }
                     }
-                }
-            }
-            for (i, workload) in &mut ready {
-                workload.run();
-                problem.check(&workload.outputs()).map_err(|error| {
-                    let name = contestants[*i].peer.name();
-                    HarnessError::Failed(format!("{}: the result of {name} is wrong: {error}", case.name))
+                    other => other,
                 })?;
-            }
-            let mut work: Vec<_> = ready.iter_mut().map(|(_, workload)| || workload.run()).collect();
-            let samples = sampler::interleave(&Monotonic::start(), &self.plan, &mut work);
-            drop(work);
-            for ((i, workload), samples) in ready.iter().zip(samples) {
+            for Samples { contestant, kernel, ns } in samples {
                 log.records.push(self.record(
                     case,
-                    &contestants[*i],
-                    &limits[*i],
-                    workload.kernel(),
-                    samples,
+                    &contestants[contestant],
+                    &limits[contestant],
+                    kernel,
+                    ns,
                 ));
             }
             log.flush(&self.machine)?;
@@ -126,6 +121,42 @@ impl<'a> Bench<'a> {
         }
         bar.finish_and_clear();
         Ok(notes)
+    }
+
+    /// Prepares the case with every contestant that takes it, checks what each computes, and only then measures.
+    fn sample(
+        &self,
+        case: &Case,
+        contestants: &[Contestant<'_>],
+        context: &dyn Fn(Isa) -> Context,
+        notes: &mut Vec<String>,
+    ) -> Result<Vec<Samples>, HarnessError> {
+        let problem = case.problem();
+        let mut ready: Vec<(usize, Box<dyn Workload + '_>)> = Vec::new();
+        for (i, contestant) in contestants.iter().enumerate() {
+            match contestant.peer.prepare(&problem, &context(contestant.isa)) {
+                Ok(workload) => ready.push((i, workload)),
+                Err(Unready::Failed(error)) => return Err(error),
+                Err(Unready::Declined(reason)) => {
+                    let note = format!("{}: {reason}", contestant.peer.name());
+                    if !notes.contains(&note) {
+                        notes.push(note);
+                    }
+                }
+            }
+        }
+        for (i, workload) in &mut ready {
+            workload.run()?;
+            problem.check(&workload.outputs()?, self.args.precision).map_err(|error| {
+                let name = contestants[*i].peer.name();
+                HarnessError::Failed(format!("{}: the result of {name} is wrong: {error}", case.name))
+            })?;
+        }
+        let mut work: Vec<&mut dyn Workload> =
+            ready.iter_mut().map(|(_, workload)| workload.as_mut() as _).collect();
+        let samples = sampler::interleave(&Monotonic::start(), &self.plan, &mut work)?;
+        let all = ready.iter().zip(samples);
+        Ok(all.map(|((i, workload), ns)| Samples { contestant: *i, kernel: workload.kernel(), ns }).collect())
     }
 
     fn record(

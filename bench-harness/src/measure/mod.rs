@@ -6,3 +6,4 @@ pub(crate) mod roofline;
 pub(crate) mod sampler;
 pub(crate) mod statistics;
 pub(crate) mod threads;
+pub(crate) mod workload;

@@ -9,7 +9,9 @@ use kavanam_kernels::Context;
 
 use crate::cases::Problem;
 use crate::cases::gemm::Problem as GemmProblem;
-use crate::peers::{Declined, Peer, Workload, locked_version};
+use crate::error::HarnessError;
+use crate::measure::workload::Workload;
+use crate::peers::{Peer, Unready, locked_version};
 
 /// The peer.
 pub(crate) struct Gemm;
@@ -27,7 +29,7 @@ impl Peer for Gemm {
         &self,
         problem: &'a Problem,
         context: &Context,
-    ) -> Result<Box<dyn Workload + 'a>, Declined> {
+    ) -> Result<Box<dyn Workload + 'a>, Unready> {
         let parallelism = match context.thread_count() {
             1 => gemm_common::Parallelism::None,
             threads => gemm_common::Parallelism::Rayon(threads),
@@ -37,7 +39,7 @@ impl Peer for Gemm {
                 let c = vec![f32::NAN; problem.shape.m * problem.shape.n];
                 Ok(Box::new(Product { problem, c, parallelism }))
             }
-            _ => Err(Declined::family()),
+            _ => Err(Unready::family()),
         }
     }
 }
@@ -49,7 +51,7 @@ struct Product<'a> {
 }
 
 impl Workload for Product<'_> {
-    fn run(&mut self) {
+    fn run(&mut self) -> Result<(), HarnessError> {
         let GemmProblem { shape, a, b } = self.problem;
         let ([a_row, a_col], [b_row, b_col]) = (shape.a_strides(), shape.b_strides());
         let product = gemm_f32::gemm::f32::get_gemm_fn();
@@ -84,10 +86,11 @@ impl Workload for Product<'_> {
                 self.parallelism,
             );
         }
+        Ok(())
     }
 
-    fn outputs(&self) -> Vec<Cow<'_, [f32]>> {
-        vec![Cow::Borrowed(&self.c)]
+    fn outputs(&mut self) -> Result<Vec<Cow<'_, [f32]>>, HarnessError> {
+        Ok(vec![Cow::Borrowed(&self.c)])
     }
 
     fn kernel(&self) -> String {

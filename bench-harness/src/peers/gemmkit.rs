@@ -7,7 +7,9 @@ use kavanam_kernels::Context;
 
 use crate::cases::Problem;
 use crate::cases::gemm::{Layout, Problem as GemmProblem, Shape};
-use crate::peers::{Declined, Peer, Workload, locked_version};
+use crate::error::HarnessError;
+use crate::measure::workload::Workload;
+use crate::peers::{Peer, Unready, locked_version};
 
 /// The peer.
 pub(crate) struct GemmKit;
@@ -25,7 +27,7 @@ impl Peer for GemmKit {
         &self,
         problem: &'a Problem,
         context: &Context,
-    ) -> Result<Box<dyn Workload + 'a>, Declined> {
+    ) -> Result<Box<dyn Workload + 'a>, Unready> {
         let parallelism = match context.thread_count() {
             1 => gemmkit::Parallelism::Serial,
             threads => gemmkit::Parallelism::Rayon(threads),
@@ -39,7 +41,7 @@ impl Peer for GemmKit {
                 }
                 Ok(Box::new(product))
             }
-            _ => Err(Declined::family()),
+            _ => Err(Unready::family()),
         }
     }
 }
@@ -58,10 +60,10 @@ impl Product<'_> {
     fn choose_form(&mut self) {
         const TRIES: usize = 5;
         let fastest = |product: &mut Self| {
-            product.run();
+            product.multiply();
             let time = |_| {
                 let start = Instant::now();
-                product.run();
+                product.multiply();
                 start.elapsed()
             };
             (0..TRIES).map(time).min()
@@ -73,10 +75,8 @@ impl Product<'_> {
             self.packed = None;
         }
     }
-}
 
-impl Workload for Product<'_> {
-    fn run(&mut self) {
+    fn multiply(&mut self) {
         let GemmProblem { shape, a, b } = self.problem;
         let Shape { m, n, k, .. } = *shape;
         let ([a_row, a_col], [b_row, b_col]) = (shape.a_strides(), shape.b_strides());
@@ -90,13 +90,20 @@ impl Workload for Product<'_> {
             gemmkit::gemm(1.0, a, b, 0.0, c, self.parallelism);
         }
     }
+}
 
-    fn outputs(&self) -> Vec<Cow<'_, [f32]>> {
+impl Workload for Product<'_> {
+    fn run(&mut self) -> Result<(), HarnessError> {
+        self.multiply();
+        Ok(())
+    }
+
+    fn outputs(&mut self) -> Result<Vec<Cow<'_, [f32]>>, HarnessError> {
         if self.packed.is_none() {
-            return vec![Cow::Borrowed(&self.c)];
+            return Ok(vec![Cow::Borrowed(&self.c)]);
         }
         let Shape { m, n, .. } = self.problem.shape;
-        vec![(0..m * n).map(|index| self.c[index / n + index % n * m]).collect()]
+        Ok(vec![(0..m * n).map(|index| self.c[index / n + index % n * m]).collect()])
     }
 
     fn kernel(&self) -> String {

@@ -6,7 +6,9 @@ use kavanam_kernels::Context;
 
 use crate::cases::Problem;
 use crate::cases::gemm;
-use crate::peers::{Declined, Peer, Workload, locked_version};
+use crate::error::HarnessError;
+use crate::measure::workload::Workload;
+use crate::peers::{Peer, Unready, locked_version};
 
 /// The peer. Its own threads are counted once a process from the environment, so that a run over several
 /// thread counts cannot use them.
@@ -25,16 +27,18 @@ impl Peer for MatrixMultiply {
         &self,
         problem: &'a Problem,
         context: &Context,
-    ) -> Result<Box<dyn Workload + 'a>, Declined> {
+    ) -> Result<Box<dyn Workload + 'a>, Unready> {
         if context.thread_count() > 1 {
-            return Err(Declined("its thread count cannot be chosen, it runs on 1 thread only".into()));
+            return Err(Unready::Declined(
+                "its thread count cannot be chosen, it runs on 1 thread only".into(),
+            ));
         }
         match problem {
             Problem::Gemm(problem) => {
                 let c = vec![f32::NAN; problem.shape.m * problem.shape.n];
                 Ok(Box::new(Product { problem, c }))
             }
-            _ => Err(Declined::family()),
+            _ => Err(Unready::family()),
         }
     }
 }
@@ -45,7 +49,7 @@ struct Product<'a> {
 }
 
 impl Workload for Product<'_> {
-    fn run(&mut self) {
+    fn run(&mut self) -> Result<(), HarnessError> {
         let gemm::Problem { shape, a, b } = self.problem;
         let ([a_row, a_col], [b_row, b_col]) = (shape.a_strides(), shape.b_strides());
         // SAFETY: `Problem::new` gave A m·k and B k·n elements and the strides step through exactly these;
@@ -68,10 +72,11 @@ impl Workload for Product<'_> {
                 1,
             );
         }
+        Ok(())
     }
 
-    fn outputs(&self) -> Vec<Cow<'_, [f32]>> {
-        vec![Cow::Borrowed(&self.c)]
+    fn outputs(&mut self) -> Result<Vec<Cow<'_, [f32]>>, HarnessError> {
+        Ok(vec![Cow::Borrowed(&self.c)])
     }
 
     fn kernel(&self) -> String {

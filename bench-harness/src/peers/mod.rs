@@ -4,13 +4,16 @@ mod gemm_crate;
 mod gemmkit;
 mod matrixmultiply;
 mod ours;
+mod torch;
+mod worker;
 
-use std::borrow::Cow;
+use std::path::Path;
 
 use kavanam_kernels::Context;
 
 use crate::cases::Problem;
 use crate::error::HarnessError;
+use crate::measure::workload::Workload;
 
 /// Something that can compute cases.
 pub(crate) trait Peer: Sync {
@@ -29,39 +32,29 @@ pub(crate) trait Peer: Sync {
     /// reusable operands into their best form.
     ///
     /// # Errors
-    /// [`Declined`] when the peer does not do this.
-    fn prepare<'a>(
-        &self,
-        problem: &'a Problem,
-        context: &Context,
-    ) -> Result<Box<dyn Workload + 'a>, Declined>;
+    /// [`Unready`] when the peer does not do this, or fails to.
+    fn prepare<'a>(&self, problem: &'a Problem, context: &Context)
+    -> Result<Box<dyn Workload + 'a>, Unready>;
 }
 
-/// Why a peer does not take part in a case.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Declined(pub(crate) String);
+/// Why a peer has no workload for a case.
+#[derive(Debug)]
+pub(crate) enum Unready {
+    /// It does not do such cases, for this reason. The others go on without it.
+    Declined(String),
+    /// It should, and cannot. The command ends.
+    Failed(HarnessError),
+}
 
-impl Declined {
+impl Unready {
     /// Of a peer that computes matrix products alone.
-    fn family() -> Declined {
-        Declined("it computes matrix products only".into())
+    fn family() -> Unready {
+        Unready::Declined("it computes matrix products only".into())
     }
 }
 
-/// A prepared computation.
-pub(crate) trait Workload {
-    /// Computes once. This is what the clock measures.
-    fn run(&mut self);
-
-    /// What the last call wrote, in the order that the problem's check expects.
-    fn outputs(&self) -> Vec<Cow<'_, [f32]>>;
-
-    /// The kernel that runs, as far as the peer tells.
-    fn kernel(&self) -> String;
-}
-
-/// Every peer, ours first.
-pub(crate) fn all() -> Vec<Box<dyn Peer>> {
+/// Every peer that is part of this program, ours first.
+pub(crate) fn built_in() -> Vec<Box<dyn Peer>> {
     vec![
         Box::new(ours::Ours),
         Box::new(matrixmultiply::MatrixMultiply),
@@ -70,21 +63,31 @@ pub(crate) fn all() -> Vec<Box<dyn Peer>> {
     ]
 }
 
-/// The peers of those names, in that order; all of them when no name is given.
+/// The peers of those names, in that order; without names all that are built in. A peer outside of this
+/// program takes part only when it is named, and is started here, by the given Python.
 ///
 /// # Errors
-/// Names the first unknown one and lists the known.
-pub(crate) fn named(names: &[String]) -> Result<Vec<Box<dyn Peer>>, HarnessError> {
-    if names.is_empty() {
-        return Ok(all());
+/// Names the first unknown peer and lists the known; names a `python` that none of them uses; says what keeps
+/// a peer from starting.
+pub(crate) fn named(names: &[String], python: Option<&Path>) -> Result<Vec<Box<dyn Peer>>, HarnessError> {
+    let known: Vec<&str> = built_in().iter().map(|peer| peer.name()).chain([torch::NAME]).collect();
+    if let Some(name) = names.iter().find(|name| !known.contains(&name.as_str())) {
+        return Err(HarnessError::Usage(format!("unknown peer {name:?}; known: {}", known.join(", "))));
     }
-    let find = |name: &String| {
-        all().into_iter().find(|peer| peer.name() == name).ok_or_else(|| {
-            let known: Vec<&str> = all().iter().map(|peer| peer.name()).collect();
-            HarnessError::Usage(format!("unknown peer {name:?}; known: {}", known.join(", ")))
+    if python.is_some() && !names.iter().any(|name| name == torch::NAME) {
+        let text = format!("--python is for the peer {0}: name it, as in --peers ours,{0}", torch::NAME);
+        return Err(HarnessError::Usage(text));
+    }
+    if names.is_empty() {
+        return Ok(built_in());
+    }
+    let start = |name: &String| -> Result<Box<dyn Peer>, HarnessError> {
+        Ok(match built_in().into_iter().find(|peer| peer.name() == name) {
+            Some(peer) => peer,
+            None => Box::new(torch::Torch::start(python.unwrap_or(Path::new(worker::PYTHON)))?),
         })
     };
-    names.iter().map(find).collect()
+    names.iter().map(start).collect()
 }
 
 /// The version of a dependency, as the lock file has it.
@@ -101,7 +104,7 @@ mod tests {
     use crate::cases::gemm::{Layout, Problem as GemmProblem, Shape};
     use crate::cases::{self, Family};
     use crate::measure::threads;
-    use kavanam_kernels::Isa;
+    use kavanam_kernels::{Isa, Precision};
 
     #[test]
     fn versions_come_from_the_lock_file() {
@@ -113,9 +116,20 @@ mod tests {
 
     #[test]
     fn an_unknown_peer_is_a_wrong_command_line() {
-        let error = named(&["ours".into(), "mkl".into()]).err().unwrap();
+        let error = named(&["ours".into(), "mkl".into()], None).err().unwrap();
         assert_eq!(error.exit_code(), 2);
-        assert!(error.to_string().contains("\"mkl\"") && error.to_string().contains("gemmkit"));
+        for part in ["\"mkl\"", "gemmkit", "torch"] {
+            assert!(error.to_string().contains(part), "{part}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_python_that_nobody_uses_is_a_wrong_command_line() {
+        for names in [vec![], vec!["ours".to_owned()]] {
+            let error = named(&names, Some(Path::new("python3"))).err().unwrap();
+            assert_eq!(error.exit_code(), 2);
+            assert!(error.to_string().contains("--peers ours,torch"), "{error}");
+        }
     }
 
     #[test]
@@ -124,11 +138,15 @@ mod tests {
             let problem = Problem::Gemm(GemmProblem::new(Shape { m: 19, n: 35, k: 23, layout }));
             for count in [1, 2] {
                 let context = Context::with_isa(Isa::best()).threads(threads::count(count));
-                for peer in all() {
-                    let Ok(mut workload) = peer.prepare(&problem, &context) else { continue };
-                    workload.run();
-                    workload.run();
-                    problem.check(&workload.outputs()).unwrap_or_else(|error| {
+                for peer in built_in() {
+                    let mut workload = match peer.prepare(&problem, &context) {
+                        Ok(workload) => workload,
+                        Err(Unready::Declined(_)) => continue,
+                        Err(Unready::Failed(error)) => panic!("{}: {error}", peer.name()),
+                    };
+                    workload.run().unwrap();
+                    workload.run().unwrap();
+                    problem.check(&workload.outputs().unwrap(), Precision::Strict).unwrap_or_else(|error| {
                         panic!("{} {layout:?} on {count} threads: {error}", peer.name())
                     });
                 }
@@ -143,8 +161,10 @@ mod tests {
             for case in cases::of(family).into_iter().filter(|case| case.quick) {
                 let problem = case.problem();
                 let mut workload = ours::Ours.prepare(&problem, &context).unwrap();
-                workload.run();
-                problem.check(&workload.outputs()).unwrap_or_else(|error| panic!("{}: {error}", case.name));
+                workload.run().unwrap();
+                problem
+                    .check(&workload.outputs().unwrap(), Precision::Strict)
+                    .unwrap_or_else(|error| panic!("{}: {error}", case.name));
             }
         }
     }

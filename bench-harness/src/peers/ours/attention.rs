@@ -6,7 +6,8 @@ use kavanam_kernels::attention::{self, AttentionSpec, Grads, Inputs, Mask, Saved
 use kavanam_kernels::{Context, HeadsLayout, HeadsMut, HeadsRef, ShapeError};
 
 use crate::cases::attention::Problem;
-use crate::peers::Workload;
+use crate::error::HarnessError;
+use crate::measure::workload::Workload;
 
 /// Allocates the outputs; for the backward pass runs the forward pass once.
 pub(super) fn prepare(problem: &Problem, context: Context) -> Result<Box<dyn Workload + '_>, ShapeError> {
@@ -64,16 +65,15 @@ impl Attention<'_> {
 }
 
 impl Workload for Attention<'_> {
-    fn run(&mut self) {
-        let done = if self.problem.shape.backward { self.backward() } else { self.forward() };
-        done.expect("the shapes of a case fit together");
+    fn run(&mut self) -> Result<(), HarnessError> {
+        Ok(if self.problem.shape.backward { self.backward() } else { self.forward() }?)
     }
 
-    fn outputs(&self) -> Vec<Cow<'_, [f32]>> {
-        match &self.grads {
+    fn outputs(&mut self) -> Result<Vec<Cow<'_, [f32]>>, HarnessError> {
+        Ok(match &self.grads {
             Some(grads) => grads.iter().map(|grad| Cow::Borrowed(grad.as_slice())).collect(),
             None => vec![Cow::Borrowed(&self.out)],
-        }
+        })
     }
 
     fn kernel(&self) -> String {

@@ -6,7 +6,8 @@ use kavanam_kernels::gemm::{Accum, Epilogue, PackedWeights, gemm, gemm_packed};
 use kavanam_kernels::{Context, MatMut, MatRef, ShapeError};
 
 use crate::cases::gemm::{Layout, Problem, Shape};
-use crate::peers::Workload;
+use crate::error::HarnessError;
+use crate::measure::workload::Workload;
 
 /// Packs B where the case says so; the rest of the work is inside the clock.
 pub(super) fn prepare(problem: &Problem, context: Context) -> Result<Box<dyn Workload + '_>, ShapeError> {
@@ -28,18 +29,18 @@ struct Product<'a> {
 }
 
 impl Workload for Product<'_> {
-    fn run(&mut self) {
+    fn run(&mut self) -> Result<(), HarnessError> {
         let c = MatMut::new(&mut self.c, self.shape.m, self.shape.n);
         let epilogue = Epilogue::default();
         let done = c.and_then(|c| match &self.packed {
             Some(packed) => gemm_packed(&self.context, self.a, packed, c, Accum::Overwrite, &epilogue),
             None => gemm(&self.context, self.a, self.b, c, Accum::Overwrite, &epilogue),
         });
-        done.expect("the shapes of a case fit together");
+        Ok(done?)
     }
 
-    fn outputs(&self) -> Vec<Cow<'_, [f32]>> {
-        vec![Cow::Borrowed(&self.c)]
+    fn outputs(&mut self) -> Result<Vec<Cow<'_, [f32]>>, HarnessError> {
+        Ok(vec![Cow::Borrowed(&self.c)])
     }
 
     fn kernel(&self) -> String {

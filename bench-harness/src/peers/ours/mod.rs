@@ -8,7 +8,9 @@ mod rowwise;
 use kavanam_kernels::Context;
 
 use crate::cases::Problem;
-use crate::peers::{Declined, Peer, Workload};
+use crate::error::HarnessError;
+use crate::measure::workload::Workload;
+use crate::peers::{Peer, Unready};
 
 /// The peer that the others are compared with.
 pub(crate) struct Ours;
@@ -30,13 +32,13 @@ impl Peer for Ours {
         &self,
         problem: &'a Problem,
         context: &Context,
-    ) -> Result<Box<dyn Workload + 'a>, Declined> {
+    ) -> Result<Box<dyn Workload + 'a>, Unready> {
         let prepared = match problem {
             Problem::Gemm(problem) => gemm::prepare(problem, *context),
             Problem::Rowwise(problem) => rowwise::prepare(problem, *context),
             Problem::Attention(problem) => attention::prepare(problem, *context),
             Problem::Rnn(problem) => rnn::prepare(problem, *context),
         };
-        prepared.map_err(|error| Declined(error.to_string()))
+        prepared.map_err(|error| Unready::Failed(HarnessError::Shape(error)))
     }
 }

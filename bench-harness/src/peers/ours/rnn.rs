@@ -8,7 +8,8 @@ use kavanam_kernels::rnn::{
 use kavanam_kernels::{Context, MatMut, MatRef, ShapeError};
 
 use crate::cases::rnn::Problem;
-use crate::peers::Workload;
+use crate::error::HarnessError;
+use crate::measure::workload::Workload;
 
 /// Allocates the outputs.
 pub(super) fn prepare(problem: &Problem, context: Context) -> Result<Box<dyn Workload + '_>, ShapeError> {
@@ -69,12 +70,12 @@ impl Layer<'_> {
 }
 
 impl Workload for Layer<'_> {
-    fn run(&mut self) {
-        self.compute().expect("the shapes of a case fit together");
+    fn run(&mut self) -> Result<(), HarnessError> {
+        Ok(self.compute()?)
     }
 
-    fn outputs(&self) -> Vec<Cow<'_, [f32]>> {
-        vec![Cow::Borrowed(&self.y), Cow::Borrowed(&self.d_x)]
+    fn outputs(&mut self) -> Result<Vec<Cow<'_, [f32]>>, HarnessError> {
+        Ok(vec![Cow::Borrowed(&self.y), Cow::Borrowed(&self.d_x)])
     }
 
     fn kernel(&self) -> String {

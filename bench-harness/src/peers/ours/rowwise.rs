@@ -8,7 +8,8 @@ use kavanam_kernels::rowwise::{Activation, activation, softmax};
 use kavanam_kernels::{Context, MatMut, MatRef, ShapeError};
 
 use crate::cases::rowwise::{EPS, Problem, RowOp};
-use crate::peers::Workload;
+use crate::error::HarnessError;
+use crate::measure::workload::Workload;
 
 /// Allocates the outputs; for the backward pass of the normalisation runs the forward pass once.
 pub(super) fn prepare(problem: &Problem, context: Context) -> Result<Box<dyn Workload + '_>, ShapeError> {
@@ -76,12 +77,12 @@ impl Rowwise<'_> {
 }
 
 impl Workload for Rowwise<'_> {
-    fn run(&mut self) {
-        self.compute().expect("the shapes of a case fit together");
+    fn run(&mut self) -> Result<(), HarnessError> {
+        Ok(self.compute()?)
     }
 
-    fn outputs(&self) -> Vec<Cow<'_, [f32]>> {
-        vec![Cow::Borrowed(&self.y), Cow::Borrowed(&self.d_gamma), Cow::Borrowed(&self.d_beta)]
+    fn outputs(&mut self) -> Result<Vec<Cow<'_, [f32]>>, HarnessError> {
+        Ok(vec![Cow::Borrowed(&self.y), Cow::Borrowed(&self.d_gamma), Cow::Borrowed(&self.d_beta)])
     }
 
     fn kernel(&self) -> String {

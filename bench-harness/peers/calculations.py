@@ -1,0 +1,376 @@
+"""The cases of `kavanam bench` with PyTorch.
+
+A case becomes a Calculation. What a program would do once (packing weights, converting to bf16, the forward pass
+before a backward one) happens when it is made, before the clock.
+"""
+
+import ctypes
+import importlib
+import os
+import re
+import sys
+import tempfile
+import time
+
+
+def first_line(error):
+    """Its kind and what comes before the lists of backends that PyTorch appends."""
+    return "%s: %s" % (type(error).__name__, str(error).partition("\n")[0][:500])
+
+
+def imported(name):
+    """The package and what is said of it; whatever keeps it from being imported is its error."""
+    try:
+        package = importlib.import_module(name)
+        return package, {"version": str(package.__version__)}
+    except Exception as error:
+        return None, {"error": first_line(error)}
+
+
+numpy, numpy_state = imported("numpy")
+torch, torch_state = imported("torch")
+
+PACKAGES = {"numpy": numpy_state, "torch": torch_state}
+# What is raised where this version or this CPU lacks an operator.
+LACKING = (AttributeError, NotImplementedError, RuntimeError, TypeError)
+
+
+class Declined(Exception):
+    """PyTorch does not do this case."""
+
+
+class Calculation:
+    """Something that can be computed again and again: `call` computes once, `outputs` gives what that wrote."""
+
+    def __init__(self, name, call, outputs):
+        self.name = name
+        self.call = call
+        self.outputs = outputs
+        # What runs, the libraries below included.
+        self.kernel = name
+
+
+def keeping(name, function, *arguments, outputs=lambda result: [result]):
+    """A calculation whose result is a new tensor each time. The last one is freed before the next is made, so
+    that the allocator can give the same memory again."""
+    kept = []
+
+    def call():
+        kept.clear()
+        kept.append(function(*arguments))
+
+    return Calculation(name, call, lambda: outputs(kept[0]))
+
+
+def fastest(calculations):
+    """The fastest of several ways to the same result, by the shortest of a few calls."""
+    measured = []
+    for calculation in calculations:
+        try:
+            calculation.call()
+            calculation.call()
+        except LACKING as error:
+            print("%s: %s" % (calculation.name, first_line(error)), file=sys.stderr)
+            continue
+        measured.append((min(nanoseconds(calculation.call, 1) for _ in range(7)), calculation))
+    if not measured:
+        raise Declined("none of its forms of this operation runs on this CPU")
+    return min(measured, key=lambda pair: pair[0])[1]
+
+
+def nanoseconds(call, calls):
+    """The time of `calls` calls."""
+    start = time.perf_counter_ns()
+    for _ in range(calls):
+        call()
+    return time.perf_counter_ns() - start
+
+
+# Matrix products.
+
+
+def product(task, tensors):
+    """C = A·B with the strides of the case; a packed B in the form that is fastest here."""
+    operation, dtype = task["operation"], operand_type(task)
+    a, b = tensors["a"].to(dtype), tensors["b"].to(dtype)
+    a = a.t() if operation == "transposed_a" else a
+    b = b.t() if operation == "transposed_b" else b
+    c = torch.empty(a.shape[0], b.shape[1], dtype=dtype)
+    plain = Calculation("mm", lambda: torch.mm(a, b, out=c), lambda: [c])
+    if operation != "packed":
+        return plain
+    return fastest([plain] + list(packed_forms(a, b)))
+
+
+def packed_forms(a, b):
+    """Products with a B that was rearranged beforehand; weights are [out, in] there."""
+    weight = b.t().contiguous()
+    yield keeping("linear", torch.nn.functional.linear, a, weight)
+    rows = a.shape[0]
+    if a.dtype == torch.float32:
+        packed = attempt(lambda: torch.ops.mkl._mkl_reorder_linear_weight(weight, rows))
+        if packed is not None:
+            linear = torch.ops.mkl._mkl_linear
+            yield keeping("mkl_linear", linear, a, packed, weight, None, rows)
+    packed = attempt(lambda: torch.ops.mkldnn._reorder_linear_weight(weight, rows))
+    if packed is not None:
+        linear = torch.ops.mkldnn._linear_pointwise
+        yield keeping("mkldnn_linear", linear, a, packed, None, "none", [], "")
+
+
+def attempt(function):
+    """Its result, or None where this PyTorch or this CPU lacks it."""
+    try:
+        return function()
+    except LACKING as error:
+        print(first_line(error), file=sys.stderr)
+        return None
+
+
+# Attention.
+
+
+def attention(task, tensors):
+    """Scaled dot-product attention on [batch, heads, seq, dim] views of [batch, seq, heads, dim]."""
+    shape, dtype = task["shape"], operand_type(task)
+    backward = task["operation"] == "backward"
+
+    def heads_first(tensor):
+        return tensor.to(dtype).transpose(1, 2)
+
+    def in_memory_order(tensors):
+        return [tensor.transpose(1, 2) for tensor in tensors]
+
+    q, k, v = (heads_first(tensors[name]).requires_grad_(backward) for name in "qkv")
+
+    def forward():
+        scaled = torch.nn.functional.scaled_dot_product_attention
+        return scaled(q, k, v, is_causal=shape["causal"], scale=shape["scale"])
+
+    name = "sdpa_" + sdpa_choice(q, k, v, shape)
+    if not backward:
+        return keeping(name, forward, outputs=lambda out: in_memory_order([out]))
+    out, d_out = forward(), heads_first(tensors["d_out"])
+
+    def gradients():
+        return torch.autograd.grad(out, (q, k, v), d_out, retain_graph=True)
+
+    return keeping(name + "_backward", gradients, outputs=in_memory_order)
+
+
+def sdpa_choice(q, k, v, shape):
+    """The implementation that PyTorch takes for these operands."""
+    try:
+        choice = torch._fused_sdp_choice(q, k, v, is_causal=shape["causal"], scale=shape["scale"])
+        return torch.nn.attention.SDPBackend(choice).name.lower()
+    except (AttributeError, ValueError):
+        return "unknown"
+
+
+# Recurrent layers.
+
+
+def recurrent(task, tensors):
+    """nn.LSTM or nn.GRU with the weights of the case, which have PyTorch's order of gates already."""
+    shape, dtype = task["shape"], operand_type(task)
+    kind = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU}[shape["cell"]]
+    layer = kind(shape["width"], shape["width"], dtype=dtype)
+    train = task["operation"] == "train"
+    names = {"weight_ih_l0": "w_ih", "weight_hh_l0": "w_hh", "bias_ih_l0": "b_ih", "bias_hh_l0": "b_hh"}
+    with torch.no_grad():
+        for parameter, name in names.items():
+            getattr(layer, parameter).copy_(tensors[name])
+    layer.train(train).requires_grad_(train)
+    x = tensors["x"].to(dtype)
+    if not train:
+        return keeping(shape["cell"], layer, x, outputs=lambda result: [result[0]])
+    x.requires_grad_()
+    d_y = tensors["d_y"].to(dtype)
+    wanted = [x] + list(layer.parameters())
+
+    def step():
+        # The gradients of the weights add up over the calls, those of the input are new in each.
+        x.grad = None
+        y, _ = layer(x)
+        torch.autograd.backward(y, d_y, inputs=wanted)
+        return y.detach()
+
+    return keeping(shape["cell"] + "_train", step, outputs=lambda y: [y, x.grad])
+
+
+# Operations on rows. They are f32 under every precision, which speaks of matrix products.
+
+
+def rowwise(task, tensors):
+    """The operators of ATen, into tensors that are there already where PyTorch can write to such."""
+    operations = {
+        "softmax": softmax,
+        "softmax_backward": softmax_backward,
+        "layernorm": layernorm,
+        "layernorm_backward": layernorm_backward,
+        "cross_entropy": cross_entropy,
+        "cross_entropy_backward": cross_entropy_backward,
+        "gelu": gelu,
+    }
+    return operations[task["operation"]](tensors, task["shape"]["eps"])
+
+
+def softmax(tensors, _):
+    x = tensors["x"]
+    y = torch.empty_like(x)
+    return Calculation("softmax", lambda: torch.ops.aten._softmax.out(x, 1, False, out=y), lambda: [y])
+
+
+def softmax_backward(tensors, _):
+    y, d_y = tensors["x"], tensors["d_y"]
+    d_x = torch.empty_like(y)
+    operator = torch.ops.aten._softmax_backward_data.out
+    return Calculation(
+        "softmax_backward", lambda: operator(d_y, y, 1, torch.float32, grad_input=d_x), lambda: [d_x]
+    )
+
+
+def layernorm(tensors, eps):
+    x, gamma, beta = tensors["x"], tensors["gamma"], tensors["beta"]
+    arguments = (x, gamma.shape, gamma, beta, eps)
+    y, mean, rstd = torch.ops.aten.native_layer_norm(*arguments)
+    operator = torch.ops.aten.native_layer_norm.out
+    return fastest(
+        [
+            keeping("layer_norm", torch.nn.functional.layer_norm, *arguments),
+            Calculation("layer_norm_out", lambda: operator(*arguments, out0=y, out1=mean, out2=rstd), lambda: [y]),
+        ]
+    )
+
+
+def layernorm_backward(tensors, eps):
+    x, d_y, gamma, beta = (tensors[name] for name in ("x", "d_y", "gamma", "beta"))
+    _, mean, rstd = torch.ops.aten.native_layer_norm(x, gamma.shape, gamma, beta, eps)
+    return keeping(
+        "layer_norm_backward",
+        torch.ops.aten.native_layer_norm_backward,
+        *(d_y, x, list(gamma.shape), mean, rstd, gamma, beta, [True, True, True]),
+        outputs=list,
+    )
+
+
+def cross_entropy(tensors, _):
+    x, targets = tensors["x"], tensors["targets"]
+
+    def losses():
+        return torch.nn.functional.cross_entropy(x, targets, reduction="none")
+
+    log_y, loss = torch.empty_like(x), torch.empty(x.shape[0])
+    total = torch.empty(())
+
+    def losses_out():
+        torch.ops.aten._log_softmax.out(x, 1, False, out=log_y)
+        torch.ops.aten.nll_loss_forward.output(log_y, targets, None, 0, -100, output=loss, total_weight=total)
+
+    return fastest(
+        [keeping("cross_entropy", losses), Calculation("log_softmax_out+nll_loss_out", losses_out, lambda: [loss])]
+    )
+
+
+def cross_entropy_backward(tensors, _):
+    """Of log-probabilities that the forward pass kept."""
+    x, d_y, targets = tensors["x"], tensors["d_y"], tensors["targets"]
+    log_y = torch.log_softmax(x, 1)
+    _, total = torch.ops.aten.nll_loss_forward(log_y, targets, None, 0, -100)
+    d_log_y, d_x = torch.empty_like(x), torch.empty_like(x)
+
+    def backward():
+        nll, softmax = torch.ops.aten.nll_loss_backward, torch.ops.aten._log_softmax_backward_data
+        nll.grad_input(d_y, log_y, targets, None, 0, -100, total, grad_input=d_log_y)
+        softmax.out(d_log_y, log_y, 1, torch.float32, out=d_x)
+
+    return Calculation("nll_loss_backward+log_softmax_backward", backward, lambda: [d_x])
+
+
+def gelu(tensors, _):
+    x = tensors["x"]
+    y = torch.empty_like(x)
+    return Calculation("gelu", lambda: torch.ops.aten.gelu.out(x, approximate="none", out=y), lambda: [y])
+
+
+# What every family needs.
+
+FAMILIES = {"gemm": product, "attention": attention, "rnn": recurrent, "rowwise": rowwise}
+WITH_GRADIENTS = [("attention", "backward"), ("rnn", "train")]
+
+
+def operand_type(task):
+    """Under the precision medium the operands are bf16, as in a model that was converted to it."""
+    return torch.bfloat16 if task["precision"] == "medium" else torch.float32
+
+
+def initialise():
+    """Once a process, before anything is computed."""
+    torch.set_num_interop_threads(1)
+
+
+def threads():
+    """The threads that the case runs on."""
+    return torch.get_num_threads()
+
+
+def tensor(data, description):
+    """An operand from its bytes; indices become the 64-bit ones that PyTorch takes."""
+    indices = description["type"] == "u32"
+    array = numpy.frombuffer(data, dtype="<u4" if indices else "<f4").reshape(description["dims"])
+    array = array.astype(numpy.int64) if indices else array.copy()
+    # A second copy, into memory that PyTorch aligns.
+    return torch.from_numpy(array).clone()
+
+
+def elements(tensor):
+    """The elements in memory order, f32."""
+    return tensor.detach().float().contiguous().numpy()
+
+
+def make(task, tensors):
+    """Makes the case ready, on its number of threads."""
+    torch.set_num_threads(task["threads"])
+    torch.set_float32_matmul_precision("high" if task["precision"] == "high" else "highest")
+    torch.set_grad_enabled((task["family"], task["operation"]) in WITH_GRADIENTS)
+    if task["family"] not in FAMILIES:
+        raise Declined("it has no operations of the family " + task["family"])
+    prepared = FAMILIES[task["family"]](task, tensors)
+    prepared.kernel = " ".join([prepared.name] + libraries(prepared.call))
+    return prepared
+
+
+def libraries(call):
+    """What MKL and oneDNN print of one call in their verbose modes: the functions and kernels that ran."""
+    with tempfile.TemporaryFile() as log:
+        os.dup2(log.fileno(), 1)
+        try:
+            mkl, mkldnn = torch.backends.mkl, torch.backends.mkldnn
+            with mkl.verbose(mkl.VERBOSE_ON), mkldnn.verbose(mkldnn.VERBOSE_ON):
+                call()
+            ctypes.CDLL(None).fflush(None)
+        except LACKING + (OSError,) as error:
+            print("no verbose mode: %s" % first_line(error), file=sys.stderr)
+        finally:
+            os.dup2(2, 1)
+        log.seek(0)
+        text = log.read().decode("utf-8", "replace")
+    found = ["mkl:" + name.lower() for name in re.findall(r"MKL_VERBOSE ([A-Z0-9_]+)\(", text)]
+    for kind, kernel in re.findall(r"onednn_verbose,\S*?exec,cpu,(\w+),([^,]*),", text):
+        if kind != "reorder":
+            found.append("onednn:%s:%s" % (kind, kernel))
+    return sorted(set(found))
+
+
+def engine():
+    """The libraries and the instruction set that PyTorch computes with, in a few words."""
+    if torch is None:
+        return []
+    text = torch.__config__.show()
+    patterns = {
+        "MKL %s": r"Math Kernel Library Version ([\d.]+)",
+        "oneDNN %s": r"(?:MKL-DNN|oneDNN) v([\d.]+)",
+        "%s": r"CPU capability usage: (\w+)",
+    }
+    matches = ((words, re.search(pattern, text)) for words, pattern in patterns.items())
+    return [words % match.group(1) for words, match in matches if match]

@@ -1,0 +1,140 @@
+//! What is sent of a case: the operation in words, its sizes, the operands as they lie in memory.
+
+use kavanam_kernels::Context;
+use kavanam_kernels::rnn::Cell;
+use serde_json::json;
+
+use crate::cases::rowwise::{EPS, RowOp};
+use crate::cases::{Problem, attention, gemm, rnn, rowwise};
+use crate::peers::worker::protocol::{Data, Task, Tensor};
+
+/// The case, with the threads and the precision of the context.
+pub(super) fn new<'a>(id: u64, problem: &'a Problem, context: &Context) -> Task<'a> {
+    let mut task = match problem {
+        Problem::Gemm(problem) => gemm_task(problem),
+        Problem::Rowwise(problem) => rowwise_task(problem),
+        Problem::Attention(problem) => attention_task(problem),
+        Problem::Rnn(problem) => rnn_task(problem),
+    };
+    task.id = id;
+    task.threads = context.thread_count();
+    task.precision = context.matmul_precision().as_str();
+    task
+}
+
+/// A task that [`new`] completes.
+fn task<'a>(
+    [family, operation]: [&'static str; 2],
+    shape: serde_json::Value,
+    tensors: Vec<Tensor<'a>>,
+    outputs: Vec<usize>,
+) -> Task<'a> {
+    Task { id: 0, family, operation, shape, precision: "", threads: 0, tensors, outputs }
+}
+
+fn f32s<'a>(name: &'static str, dims: &[usize], values: &'a [f32]) -> Tensor<'a> {
+    Tensor { name, dims: dims.to_vec(), data: Data::F32(values) }
+}
+
+fn gemm_task(problem: &gemm::Problem) -> Task<'_> {
+    let gemm::Shape { m, n, k, layout } = problem.shape;
+    let (operation, a, b) = match layout {
+        gemm::Layout::Plain => ("plain", [m, k], [k, n]),
+        gemm::Layout::TransposedA => ("transposed_a", [k, m], [k, n]),
+        gemm::Layout::TransposedB => ("transposed_b", [m, k], [n, k]),
+        gemm::Layout::Packed => ("packed", [m, k], [k, n]),
+    };
+    let tensors = vec![f32s("a", &a, &problem.a), f32s("b", &b, &problem.b)];
+    task(["gemm", operation], json!({"m": m, "n": n, "k": k}), tensors, vec![m * n])
+}
+
+fn attention_task(problem: &attention::Problem) -> Task<'_> {
+    let shape = problem.shape;
+    let attention::Shape { batch, heads, seq, dim, causal, backward } = shape;
+    let dims = [batch, seq, heads, dim];
+    let mut tensors =
+        vec![f32s("q", &dims, &problem.q), f32s("k", &dims, &problem.k), f32s("v", &dims, &problem.v)];
+    if backward {
+        tensors.push(f32s("d_out", &dims, &problem.d_out));
+    }
+    let outputs = vec![shape.elements(); if backward { 3 } else { 1 }];
+    let operation = if backward { "backward" } else { "forward" };
+    task(["attention", operation], json!({"causal": causal, "scale": shape.scale()}), tensors, outputs)
+}
+
+fn rnn_task(problem: &rnn::Problem) -> Task<'_> {
+    let shape = problem.shape;
+    let rnn::Shape { cell, batch, seq, width, train } = shape;
+    let gates = shape.gate_rows();
+    let mut tensors = vec![
+        f32s("x", &[seq, batch, width], &problem.x),
+        f32s("w_ih", &[gates, width], &problem.w_ih),
+        f32s("w_hh", &[gates, width], &problem.w_hh),
+        f32s("b_ih", &[gates], &problem.b_ih),
+        f32s("b_hh", &[gates], &problem.b_hh),
+    ];
+    if train {
+        tensors.push(f32s("d_y", &[seq, batch, width], &problem.d_y));
+    }
+    let outputs = vec![shape.elements(); if train { 2 } else { 1 }];
+    let cell = match cell {
+        Cell::Lstm => "lstm",
+        Cell::Gru => "gru",
+    };
+    let operation = if train { "train" } else { "forward" };
+    task(["rnn", operation], json!({"cell": cell, "width": width}), tensors, outputs)
+}
+
+fn rowwise_task(problem: &rowwise::Problem) -> Task<'_> {
+    let rowwise::Shape { op, rows, cols } = problem.shape;
+    let x = f32s("x", &[rows, cols], &problem.x);
+    let d_y = |dims: &[usize]| f32s("d_y", dims, &problem.d_y[..dims.iter().product::<usize>()]);
+    let gamma = f32s("gamma", &[cols], &problem.gamma);
+    let beta = f32s("beta", &[cols], &problem.beta);
+    let targets = Tensor { name: "targets", dims: vec![rows], data: Data::U32(&problem.targets) };
+    let (operation, tensors, outputs) = match op {
+        RowOp::Softmax => ("softmax", vec![x], vec![rows * cols]),
+        RowOp::SoftmaxBackward => ("softmax_backward", vec![x, d_y(&[rows, cols])], vec![rows * cols]),
+        RowOp::LayerNorm => ("layernorm", vec![x, gamma, beta], vec![rows * cols]),
+        RowOp::LayerNormBackward => {
+            ("layernorm_backward", vec![x, d_y(&[rows, cols]), gamma, beta], vec![rows * cols, cols, cols])
+        }
+        RowOp::CrossEntropy => ("cross_entropy", vec![x, targets], vec![rows]),
+        RowOp::CrossEntropyBackward => {
+            ("cross_entropy_backward", vec![x, d_y(&[rows]), targets], vec![rows * cols])
+        }
+        RowOp::Gelu => ("gelu", vec![x], vec![rows * cols]),
+    };
+    task(["rowwise", operation], json!({"eps": EPS}), tensors, outputs)
+}
+
+#[cfg(test)]
+mod tests {
+    use kavanam_kernels::{Isa, Precision};
+
+    use super::*;
+    use crate::cases::{self, Family};
+    use crate::measure::threads;
+
+    #[test]
+    fn every_quick_case_is_complete() {
+        let context = Context::with_isa(Isa::best()).threads(threads::count(2)).precision(Precision::High);
+        for family in [Family::Gemm, Family::Rowwise, Family::Attention, Family::Rnn] {
+            for case in cases::of(family).into_iter().filter(|case| case.quick) {
+                let problem = case.problem();
+                let task = new(9, &problem, &context);
+                assert_eq!((task.id, task.threads, task.precision), (9, 2, "high"), "{}", case.name);
+                assert_eq!(task.family, family.as_str());
+                for tensor in &task.tensors {
+                    let elements: usize = tensor.dims.iter().product();
+                    let len = match tensor.data {
+                        Data::F32(values) => values.len(),
+                        Data::U32(values) => values.len(),
+                    };
+                    assert_eq!(elements, len, "{}: {}", case.name, tensor.name);
+                }
+                assert!(!task.outputs.is_empty() && !task.operation.is_empty(), "{}", case.name);
+            }
+        }
+    }
+}
