@@ -7,6 +7,7 @@
 //! | its biases | one with each product | one |
 //! | gates of the GRU | r z n | z r h |
 //! | its biases | one with each product, that of n inside of the reset | two rows: input, state (`reset_after`) |
+//! | biases of the plain cell | one with each product | one |
 //!
 //! A GRU without `reset_after` multiplies the state by r before its product with the weights: another function, which
 //! the kernels do not have. It is refused.
@@ -106,6 +107,7 @@ fn keras_gates(cell: CellKind) -> &'static [usize] {
     match cell {
         CellKind::Lstm => &[0, 1, 2, 3],
         CellKind::Gru => &[1, 0, 2],
+        CellKind::Tanh | CellKind::Relu => &[0],
     }
 }
 
@@ -126,8 +128,8 @@ fn keras_bias(
         return Err(file.wrong(name, problem));
     }
     let shape = match cell {
-        CellKind::Lstm => &[len][..],
-        CellKind::Gru => &[2, len],
+        CellKind::Gru => &[2, len][..],
+        CellKind::Lstm | CellKind::Tanh | CellKind::Relu => &[len],
     };
     let Some(bias) = file.take_if_there(name, shape)? else { return Ok(zeros()) };
     let bias = bias.chunks_exact(len).nth(row);
