@@ -171,10 +171,11 @@ def sdpa_choice(q, k, v, shape):
 
 
 def recurrent(task, tensors):
-    """nn.LSTM or nn.GRU with the weights of the case, which have PyTorch's order of gates already."""
+    """nn.LSTM, nn.GRU or nn.RNN with the weights of the case, which have PyTorch's order of gates already."""
     shape, dtype = task["shape"], operand_type(task)
-    kind = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU}[shape["cell"]]
-    layer = kind(shape["width"], shape["width"], dtype=dtype)
+    kind = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU}.get(shape["cell"], torch.nn.RNN)
+    plain = {"nonlinearity": shape["cell"]} if kind is torch.nn.RNN else {}
+    layer = kind(shape["width"], shape["width"], dtype=dtype, **plain)
     train = task["operation"] == "train"
     names = {"weight_ih_l0": "w_ih", "weight_hh_l0": "w_hh", "bias_ih_l0": "b_ih", "bias_hh_l0": "b_hh"}
     with torch.no_grad():

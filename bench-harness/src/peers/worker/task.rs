@@ -80,6 +80,8 @@ fn rnn_task(problem: &rnn::Problem) -> Task<'_> {
     let cell = match cell {
         Cell::Lstm => "lstm",
         Cell::Gru => "gru",
+        Cell::Tanh => "tanh",
+        Cell::Relu => "relu",
     };
     let operation = if train { "train" } else { "forward" };
     task(["rnn", operation], json!({"cell": cell, "width": width}), tensors, outputs)

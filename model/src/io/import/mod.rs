@@ -2,8 +2,8 @@
 //!
 //! | function | what it reads |
 //! |---|---|
-//! | [`g2p_en`] | `checkpoint20.npz` of the Python package g2p-en: letters to phones, one GRU layer a side |
-//! | [`recurrent_model`] | a `.safetensors` or `.npz` file with a framework's layouts, beside a `config.json` of ours |
+//! | [`g2p_en()`] | `checkpoint20.npz` of the Python package g2p-en: letters to phones, one GRU layer a side |
+//! | [`recurrent_model()`] | a `.safetensors` or `.npz` file with a framework's layouts, beside a `config.json` of ours |
 //!
 //! A file is read whole, every tensor that the model needs is taken from it once, by name and with its shape
 //! checked, and nothing may be left over. `docs/formats.md` lists the names.

@@ -164,6 +164,7 @@ mod tests {
     const HIDDEN: usize = 5;
     const STEPS: usize = 6;
     const BATCH: usize = 2;
+    const KINDS: [CellKind; 4] = [CellKind::Lstm, CellKind::Gru, CellKind::Tanh, CellKind::Relu];
 
     fn random(shapes: &[(&str, &[usize])]) -> Contents {
         let mut random = Random(17);
@@ -222,6 +223,26 @@ mod tests {
             (1.0 - z) * n + z * h[j]
         };
         ((0..HIDDEN).map(new_h).collect(), Vec::new())
+    }
+
+    /// As torch.nn.RNN's documentation writes it.
+    fn pytorch_plain(file: &Contents, x: &[f64], (h, _): &State, f: fn(f64) -> f64) -> State {
+        let v = |name: &str| values(file, &format!("rnn.{name}_l0"));
+        let from_x = affine_rows(x, &v("weight_ih"), &v("bias_ih"));
+        let from_h = affine_rows(h, &v("weight_hh"), &v("bias_hh"));
+        (from_x.iter().zip(&from_h).map(|(a, b)| f(a + b)).collect(), Vec::new())
+    }
+
+    /// As keras's SimpleRNNCell.call computes it.
+    fn keras_plain(file: &Contents, x: &[f64], (h, _): &State, f: fn(f64) -> f64) -> State {
+        let v = |name: &str| values(file, &format!("rnn.l0.{name}"));
+        let from_x = affine(x, &v("kernel"), &v("bias"));
+        let from_h = affine(h, &v("recurrent_kernel"), &[]);
+        (from_x.iter().zip(&from_h).map(|(a, b)| f(a + b)).collect(), Vec::new())
+    }
+
+    fn relu(x: f64) -> f64 {
+        x.max(0.0)
     }
 
     /// As keras's LSTMCell.call computes it.
@@ -300,9 +321,7 @@ mod tests {
 
     #[test]
     fn pytorch_layers_compute_what_pytorch_documents() {
-        for (cell, biased) in
-            [(CellKind::Lstm, true), (CellKind::Gru, true), (CellKind::Lstm, false), (CellKind::Gru, false)]
-        {
+        for (cell, biased) in KINDS.into_iter().flat_map(|cell| [(cell, true), (cell, false)]) {
             let rows = cell.gates() * HIDDEN;
             let shapes: [(&str, &[usize]); 4] = [
                 ("rnn.weight_ih_l0", &[rows, INPUT]),
@@ -316,17 +335,17 @@ mod tests {
             assert_close(match cell {
                 CellKind::Lstm => both(cell, &contents, import, pytorch_lstm),
                 CellKind::Gru => both(cell, &contents, import, pytorch_gru),
+                CellKind::Tanh => both(cell, &contents, import, |f, x, s| pytorch_plain(f, x, s, f64::tanh)),
+                CellKind::Relu => both(cell, &contents, import, |f, x, s| pytorch_plain(f, x, s, relu)),
             });
         }
     }
 
     #[test]
     fn keras_layers_compute_what_keras_computes() {
-        for (cell, biased) in
-            [(CellKind::Lstm, true), (CellKind::Gru, true), (CellKind::Lstm, false), (CellKind::Gru, false)]
-        {
+        for (cell, biased) in KINDS.into_iter().flat_map(|cell| [(cell, true), (cell, false)]) {
             let columns = cell.gates() * HIDDEN;
-            let bias: &[usize] = if cell == CellKind::Lstm { &[columns] } else { &[2, columns] };
+            let bias: &[usize] = if cell == CellKind::Gru { &[2, columns] } else { &[columns] };
             let shapes: [(&str, &[usize]); 3] = [
                 ("rnn.l0.kernel", &[INPUT, columns]),
                 ("rnn.l0.recurrent_kernel", &[HIDDEN, columns]),
@@ -338,6 +357,8 @@ mod tests {
             assert_close(match cell {
                 CellKind::Lstm => both(cell, &contents, import, keras_lstm),
                 CellKind::Gru => both(cell, &contents, import, keras_gru),
+                CellKind::Tanh => both(cell, &contents, import, |f, x, s| keras_plain(f, x, s, f64::tanh)),
+                CellKind::Relu => both(cell, &contents, import, |f, x, s| keras_plain(f, x, s, relu)),
             });
         }
     }

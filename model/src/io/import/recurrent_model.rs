@@ -161,8 +161,8 @@ mod tests {
                 let name = format!("{stack}.{layer}.bias");
                 let state = gates(&find(&format!("{stack}.bias_hh_{layer}")));
                 keras.push(match cell {
-                    CellKind::Lstm => (name, shape.clone(), data.clone()),
                     CellKind::Gru => (name, vec![2, shape[0]], [gates(data), state].concat()),
+                    _ => (name, shape.clone(), data.clone()),
                 });
             } else if name.contains(".bias_hh_") {
             } else if let Some(module) = name.strip_suffix("_embedding.weight") {
