@@ -2,8 +2,8 @@
 //!
 //! | function | what it reads |
 //! |---|---|
-//! | [`g2p_en`] | `checkpoint20.npz` of the Python package g2p-en: letters to phones, one GRU layer a side |
-//! | [`recurrent_model`] | a `.safetensors` or `.npz` file with a framework's layouts, beside a `config.json` of ours |
+//! | [`g2p_en()`] | `checkpoint20.npz` of the Python package g2p-en: letters to phones, one GRU layer a side |
+//! | [`recurrent_model()`] | a `.safetensors` or `.npz` file with a framework's layouts, beside a `config.json` of ours |
 //!
 //! A file is read whole, every tensor that the model needs is taken from it once, by name and with its shape
 //! checked, and nothing may be left over. `docs/formats.md` lists the names.
@@ -43,8 +43,11 @@ fn load(path: &Path) -> Result<Contents, CheckpointError> {
         npz::parse(path, &file)
     } else if file.starts_with(HDF5) {
         Err(CheckpointError::format(path, "this is an HDF5 file: save the arrays with numpy.savez instead"))
-    } else {
+    } else if file.get(8) == Some(&b'{') {
+        // Eight bytes of length, then JSON.
         safetensors::parse(path, &file)
+    } else {
+        Err(CheckpointError::format(path, "this is neither a .npz nor a .safetensors file"))
     }
 }
 
@@ -61,8 +64,9 @@ mod tests {
         for (bytes, says) in [
             (&b"\x89HDF\r\n\x1a\n and so on"[..], "numpy.savez"),
             (b"PK\x03\x04 cut off", "cut off"),
-            (b"a letter to a friend, long enough for a header", "not a safetensors file"),
-            (b"", "not a safetensors file"),
+            (b"\x40\0\0\0\0\0\0\0{\"a\":", "cut off"),
+            (b"a letter to a friend, long enough for a header", "neither"),
+            (b"", "neither"),
         ] {
             let path = folder.0.join("weights");
             fs::write(&path, bytes).unwrap();
