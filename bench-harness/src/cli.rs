@@ -18,7 +18,7 @@ Examples:
   kavanam compare --preset full          larger models, twelve minutes of training each
   kavanam pronounce thought through      letters to phones, by the newest trained model
   kavanam train --model transformer --out DIR --seconds 120
-  kavanam score --model DIR --words 1000 error rates on held-out words
+  kavanam score --model DIR              phone and word error rates on held-out words
   kavanam import --format g2p-en g2p_en/checkpoint20.npz --out DIR
   kavanam bench gemm --quick             our matrix products against three other crates, a minute
   kavanam bench gemm --filter 'square/(64|512)$' --threads 1,2 --json gemm.json

@@ -16,11 +16,11 @@ pub(crate) enum ImportFormat {
 }
 
 const HELP: &str = "\
-The folder gets config.json, vocab.json and model.safetensors. It appears complete or not at all; one that exists is left
-as it is.
+The folder gets config.json, vocab.json and model.safetensors. It appears complete or not at all; one that exists \
+is left as it is.
 
-g2p-en needs the file alone. For pytorch and keras, --config and --vocab say what the model is (docs/formats.md lists the
-fields, and under \"Import\" the names that its tensors have); the file is .safetensors or .npz.
+g2p-en needs the file alone. For pytorch and keras, --config and --vocab say what the model is: docs/formats.md lists \
+the fields and, under \"Import\", the names of the tensors. The file is .safetensors or .npz.
 
 Examples:
   pip download --no-deps g2p-en==2.1.0 && unzip g2p_en-2.1.0-*.whl

@@ -153,9 +153,10 @@ pub(crate) struct PronounceArgs {
 }
 
 const SCORE_HELP: &str = "\
-PER is the phones to insert, delete or replace, for each phone of the dictionary; WER the share of words that match none of
-their pronunciations. Stress marks are left out; a model that says them gets a second line, in which they count. The words
-are those that no model trained here has seen; another program's model may have seen them.
+PER is the phones to insert, delete or replace, for each phone of the dictionary; WER the share of words that match \
+none of their pronunciations. Stress marks are left out; a model that says them gets a second line, in which they count.
+
+The words are those that no model trained here has seen. Another program's model may have seen them.
 
 Examples:
   kavanam score --model results/epyc/2026-…/models/transformer

@@ -99,6 +99,20 @@ fn g2p_en<'a>(file: &'a str, out: &'a str) -> [&'a str; 6] {
 }
 
 #[test]
+fn help_explains_both_commands() {
+    for (command, parts) in [
+        ("import", &["g2p-en", "pytorch", "keras", "--config", "--vocab", "--out", "docs/formats.md"][..]),
+        ("score", &["--model", "--words", "--beam", "PER", "WER", "tress"]),
+    ] {
+        let help = succeeds(&[command, "--help"]);
+        for part in parts {
+            assert!(help.contains(part), "{part}: {help}");
+        }
+        assert!(help.lines().all(|line| line.chars().count() <= 120), "{help}");
+    }
+}
+
+#[test]
 fn an_imported_checkpoint_pronounces_and_is_scored() {
     let folder = TestFolder::new("g2p-en");
     let (file, out) = (folder.path("checkpoint20.npz"), folder.path("model"));

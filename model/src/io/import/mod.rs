@@ -43,8 +43,11 @@ fn load(path: &Path) -> Result<Contents, CheckpointError> {
         npz::parse(path, &file)
     } else if file.starts_with(HDF5) {
         Err(CheckpointError::format(path, "this is an HDF5 file: save the arrays with numpy.savez instead"))
-    } else {
+    } else if file.get(8) == Some(&b'{') {
+        // Eight bytes of length, then JSON.
         safetensors::parse(path, &file)
+    } else {
+        Err(CheckpointError::format(path, "this is neither a .npz nor a .safetensors file"))
     }
 }
 
@@ -61,8 +64,9 @@ mod tests {
         for (bytes, says) in [
             (&b"\x89HDF\r\n\x1a\n and so on"[..], "numpy.savez"),
             (b"PK\x03\x04 cut off", "cut off"),
-            (b"a letter to a friend, long enough for a header", "not a safetensors file"),
-            (b"", "not a safetensors file"),
+            (b"\x40\0\0\0\0\0\0\0{\"a\":", "cut off"),
+            (b"a letter to a friend, long enough for a header", "neither"),
+            (b"", "neither"),
         ] {
             let path = folder.0.join("weights");
             fs::write(&path, bytes).unwrap();
