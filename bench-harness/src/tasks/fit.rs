@@ -16,8 +16,10 @@ use super::score::rates;
 use crate::error::HarnessError;
 use crate::report::results::CurvePoint;
 
-/// A run of a time budget ends at the latest when it has taken this many times the budget, whatever was planned.
+/// A run of a time budget ends at the latest when it has taken this many times the budget and a second, whatever was
+/// planned. The second is for runs so short that one interruption outweighs them.
 const GUARD: f64 = 1.2;
+const GUARD_SECONDS: f64 = 1.0;
 /// The longest cooldown of a run of seconds: the steps before it are timed to settle the run's length.
 const LONGEST_TIMED_COOLDOWN: f32 = 0.9;
 /// A run is written to disk at most this often.
@@ -145,7 +147,8 @@ impl Fit<'_> {
                     checkpoint: self.folder.to_owned(),
                 });
             }
-            let over = budget.is_some_and(|budget| trainer.progress().seconds > GUARD * budget);
+            let over =
+                budget.is_some_and(|budget| trainer.progress().seconds > GUARD * budget + GUARD_SECONDS);
             outcome.stopped_by_guard = over && !is_complete(trainer);
             let due = self.points_due(trainer, budget);
             if due > points || outcome.stopped_by_guard {
