@@ -123,13 +123,14 @@ impl RnnState {
         let mut context = None;
         let mut input = tape.value(embedded).to_vec();
         for l in 0..layers.decoder.len() {
-            let mut gates = tape.buffer(self.rows * 4 * self.hidden);
+            let columns = packed.cells[l].cell().gate_columns(self.hidden);
+            let mut gates = tape.buffer(self.rows * columns);
             let mut accum = Accum::Overwrite;
             if let (0, Some(attention)) = (l, &layers.attention) {
                 let (looked, alpha) = self.look(tape, packed, attention)?;
                 weights = Some(alpha);
                 let token_cell = packed.token_cell.as_ref().expect("packed with additive attention");
-                let gates = MatMut::new(&mut gates, self.rows, 4 * self.hidden)?;
+                let gates = MatMut::new(&mut gates, self.rows, columns)?;
                 rnn::project_with(tape.context(), token_cell, tape.matrix(embedded), gates)?;
                 accum = Accum::Add;
                 input = looked.to_vec();
@@ -182,7 +183,8 @@ impl RnnState {
             c: c.first_mut().map(|c| MatMut::new(c, rows, hidden)).transpose()?,
         };
         let input = StepInput { x: MatRef::new(input, rows, input.len() / rows.max(1))?, accum };
-        rnn::step(ctx, cell, input, state, MatMut::new(gates, rows, 4 * hidden)?, next)?;
+        let columns = cell.cell().gate_columns(hidden);
+        rnn::step(ctx, cell, input, state, MatMut::new(gates, rows, columns)?, next)?;
         let output = new[0].clone();
         for (state, new) in self.states[l * self.vectors..].iter_mut().zip(new) {
             *state = new;

@@ -62,7 +62,7 @@ pub(crate) fn transformers() -> Vec<ModelConfig> {
 /// A recurrent model of each kind: both cells, all attentions, one and two layers, both bridges.
 pub(crate) fn rnns() -> Vec<ModelConfig> {
     let mut all = Vec::new();
-    for cell in [CellKind::Lstm, CellKind::Gru] {
+    for cell in [CellKind::Lstm, CellKind::Gru, CellKind::Tanh] {
         for attention in [AttentionKind::None, AttentionKind::Additive, AttentionKind::Dot] {
             let mut config = RnnSeq2SeqConfig::new(VOCAB, VOCAB, cell, attention);
             (config.embedding, config.hidden, config.encoder_hidden) = (6, 10, 5);

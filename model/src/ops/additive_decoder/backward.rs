@@ -94,7 +94,7 @@ fn go_back(
         }
         let c = if s.with_c { Some(MatRef::new(&memory.c[s.at(t, hidden)], s.batch, hidden)?) } else { None };
         let state = State { h: MatRef::new(&memory.h[s.at(t, hidden)], s.batch, hidden)?, c };
-        let gates = MatMut::new(&mut memory.gates[s.at(t, 4 * hidden)], s.batch, 4 * hidden)?;
+        let gates = MatMut::new(&mut memory.gates[s.at(t, s.gates)], s.batch, s.gates)?;
         let d_state = StateMut {
             h: MatMut::new(&mut flow.d_h, s.batch, hidden)?,
             c: if s.with_c { Some(MatMut::new(&mut flow.d_c, s.batch, hidden)?) } else { None },
@@ -134,7 +134,7 @@ fn weight_gradients(
     (memory, flow): (&Memory, &Flow),
 ) -> Result<(), ShapeError> {
     let rows = s.rows();
-    let d_gates = MatRef::new(&memory.gates, rows, 4 * s.hidden)?;
+    let d_gates = MatRef::new(&memory.gates, rows, s.gates)?;
     let h = MatRef::new(&memory.h, rows, s.hidden)?;
     let x = pass.nodes.matrix(out.after(1));
     let grads = weights.cell.grads(pass.params, pass.grads)?;

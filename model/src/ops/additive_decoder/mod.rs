@@ -63,6 +63,8 @@ struct Sizes {
     context: usize,
     hidden: usize,
     attention: usize,
+    /// Columns of the gates.
+    gates: usize,
     with_c: bool,
 }
 
@@ -138,13 +140,14 @@ fn sizes(tape: &Tape<'_>, weights: &AdditiveDecoder, inputs: &AdditiveInputs) ->
         context,
         hidden: weights.cell.hidden(params),
         attention: params.shape(weights.query)[0],
+        gates: weights.cell.cell.gate_columns(weights.cell.hidden(params)),
         with_c: weights.cell.cell.has_cell_state(),
     })
 }
 
 /// What the way back needs, time-major.
 struct Memory {
-    /// `[rows, 4 · hidden]`.
+    /// `[rows, gates]`.
     gates: Buffer,
     /// The state before each step, `[rows, hidden]`.
     h: Buffer,
@@ -160,7 +163,7 @@ impl Memory {
     fn take(sizes: &Sizes, buffer: impl Fn(usize) -> Buffer) -> Memory {
         let rows = sizes.rows();
         Memory {
-            gates: buffer(rows * 4 * sizes.hidden),
+            gates: buffer(rows * sizes.gates),
             h: buffer(rows * sizes.hidden),
             c: buffer(if sizes.with_c { rows * sizes.hidden } else { 0 }),
             query: buffer(rows * sizes.attention),
@@ -192,7 +195,7 @@ fn run(
         x[..e].copy_from_slice(embedded);
     }
     let of_tokens = cell_part(weights, params, 0..e);
-    let gates = MatMut::new(&mut memory.gates, s.rows(), 4 * hidden)?;
+    let gates = MatMut::new(&mut memory.gates, s.rows(), s.gates)?;
     rnn::project(ctx, &of_tokens, tape.matrix(inputs.embedded), gates)?;
     let cell = PackedCell::pack(ctx, &cell_part(weights, params, e..width))?;
     let query = PackedWeights::pack(ctx, params.matrix(weights.query).t())?;
@@ -215,7 +218,7 @@ fn run(
         attention::forward(ctx, &looked_at, alpha, HeadsMut::new(&mut x_t[e..], s.context_layout())?)?;
 
         let context = MatRef::new(x_t, s.batch, width)?.sub(0..s.batch, e..width);
-        let gates = MatMut::new(&mut memory.gates[s.at(t, 4 * hidden)], s.batch, 4 * hidden)?;
+        let gates = MatMut::new(&mut memory.gates[s.at(t, s.gates)], s.batch, s.gates)?;
         let h_prev = MatRef::new(&memory.h[s.at(t, hidden)], s.batch, hidden)?;
         let mut c_next = None;
         let c_prev = if s.with_c {
