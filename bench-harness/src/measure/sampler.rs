@@ -3,11 +3,12 @@
 //! ```text
 //! for each peer: run until warm, from its time choose how many calls one sample needs
 //! for each round: for each peer, beginning with another one each time:
-//!     one call that is not timed, then `calls` calls by the clock; the sample is time / calls
+//!     some calls that are not timed, then `calls` calls by the clock; the sample is time / calls
 //! ```
 //!
-//! The untimed call brings back into the caches what the other peers drove out; a peer whose single call
-//! lasts a whole sample has no use for it and goes without.
+//! The untimed calls, a fifth of a sample, bring back into the caches what the other peers drove out, and wake
+//! the cores whose threads slept meanwhile: on two threads the first millisecond after 30 ms of sleep ran at half
+//! the rate. A peer whose single call lasts a whole sample has no use for them and goes without.
 //!
 //! The clock here decides when a peer is warm and when a case has had its time. The samples themselves come
 //! from [`Workload::time`], because a peer in another process measures beside its computation.
@@ -31,6 +32,9 @@ pub(crate) struct Plan {
 
 /// However slow a case is, each peer gives this many samples (or [`Plan::samples`], when that is fewer).
 pub(crate) const MIN_SAMPLES: usize = 3;
+
+/// Before a sample one call is made untimed for this many timed ones, and one at least.
+const UNTIMED: usize = 5;
 
 impl Plan {
     /// For figures that are to be kept.
@@ -58,10 +62,8 @@ pub(crate) fn interleave(
         }
         for turn in 0..work.len() {
             let i = (round + turn) % work.len();
-            if calls[i] > 1 {
-                work[i].run()?;
-            }
-            samples[i].push(work[i].time(clock, calls[i])? / calls[i] as f64);
+            let untimed = if calls[i] > 1 { calls[i].div_ceil(UNTIMED) } else { 0 };
+            samples[i].push(work[i].time(clock, untimed, calls[i])? / calls[i] as f64);
         }
     }
     Ok(samples)
@@ -72,7 +74,7 @@ fn calibrate(clock: &dyn Clock, plan: &Plan, workload: &mut dyn Workload) -> Res
     let began = clock.now_ns();
     let (mut batch, mut fastest) = (1usize, f64::INFINITY);
     loop {
-        fastest = fastest.min(workload.time(clock, batch)? / batch as f64);
+        fastest = fastest.min(workload.time(clock, 0, batch)? / batch as f64);
         if clock.now_ns() - began >= plan.warm_up_ns {
             // A clock that stands still (a batch below its resolution) must not divide by zero.
             return Ok((plan.sample_ns / fastest.max(0.1)).ceil().max(1.0) as usize);
@@ -183,9 +185,9 @@ mod tests {
             Ok(())
         }
 
-        fn time(&mut self, _: &dyn Clock, calls: usize) -> Result<f64, HarnessError> {
+        fn time(&mut self, _: &dyn Clock, _: usize, timed: usize) -> Result<f64, HarnessError> {
             self.run()?;
-            Ok(40.0 * calls as f64)
+            Ok(40.0 * timed as f64)
         }
 
         fn outputs(&mut self) -> Result<Vec<Cow<'_, [f32]>>, HarnessError> {

@@ -13,15 +13,18 @@ pub(crate) trait Workload {
     /// When the computation is refused, or runs in another process and that process fails.
     fn run(&mut self) -> Result<(), HarnessError>;
 
-    /// Computes `calls` times and returns the nanoseconds that all of them took.
+    /// Computes `untimed` times, then `timed` times more, and returns the nanoseconds that the latter took.
     ///
     /// By the clock, unless the workload has one that is nearer to the computation.
     ///
     /// # Errors
     /// As [`Workload::run`].
-    fn time(&mut self, clock: &dyn Clock, calls: usize) -> Result<f64, HarnessError> {
+    fn time(&mut self, clock: &dyn Clock, untimed: usize, timed: usize) -> Result<f64, HarnessError> {
+        for _ in 0..untimed {
+            self.run()?;
+        }
         let start = clock.now_ns();
-        for _ in 0..calls {
+        for _ in 0..timed {
             self.run()?;
         }
         Ok(clock.now_ns() - start)

@@ -67,9 +67,9 @@ impl<W: Write> Link<W> {
         }
     }
 
-    /// Has the case computed `calls` times; returns the nanoseconds of all calls.
-    pub(super) fn time(&mut self, id: u64, calls: usize, settle: bool) -> Result<f64, Broken> {
-        self.ask(&Request::Time { id, calls, settle })?;
+    /// Has the case computed `untimed` and then `timed` times; returns the nanoseconds of the latter.
+    pub(super) fn time(&mut self, id: u64, untimed: usize, timed: usize) -> Result<f64, Broken> {
+        self.ask(&Request::Time { id, untimed, timed })?;
         match self.answer()?.answer {
             Answer::Timed { ns } => Ok(ns as f64),
             _ => Err(Broken::Unexpected("time")),
@@ -156,11 +156,11 @@ mod tests {
         let mut link = Link::new(Vec::new(), io::Cursor::new(answers), LIMIT);
         assert_eq!(link.hello().unwrap().python, "3.12.1");
         assert_eq!(link.prepare(&task()).unwrap(), Prepared::Kernel("mkl".into()));
-        assert_eq!(link.time(1, 10, true).unwrap(), 1234.0);
+        assert_eq!(link.time(1, 2, 10).unwrap(), 1234.0);
         assert_eq!(link.outputs(1, &[1, 1]).unwrap(), [vec![4.0], vec![5.0]]);
         let said = String::from_utf8_lossy(&link.requests).into_owned();
-        assert!(said.contains("{\"time\":{\"id\":1,\"calls\":10,\"settle\":true}}\n"), "{said}");
-        assert!(matches!(link.time(1, 10, true), Err(Broken::Closed)));
+        assert!(said.contains("{\"time\":{\"id\":1,\"untimed\":2,\"timed\":10}}\n"), "{said}");
+        assert!(matches!(link.time(1, 2, 10), Err(Broken::Closed)));
     }
 
     #[test]
@@ -180,7 +180,7 @@ mod tests {
     #[test]
     fn an_error_inside_the_worker_is_its_text() {
         let mut link = link("{\"failed\": {\"message\": \"RuntimeError: out of memory\"}}\n");
-        let error = link.time(1, 1, false).unwrap_err();
+        let error = link.time(1, 0, 1).unwrap_err();
         assert!(
             matches!(error, Broken::Failed(ref text) if text == "RuntimeError: out of memory"),
             "{error}"
@@ -201,8 +201,8 @@ mod tests {
     fn an_early_exit_and_garbage_end_the_conversation() {
         assert!(matches!(link("").hello(), Err(Broken::Closed)));
         let mut garbled = link("Intel MKL WARNING: …\n{\"timed\": {\"ns\": 5}}\n");
-        assert!(matches!(garbled.time(1, 1, true), Err(Broken::Garbage(_))));
-        assert!(matches!(garbled.time(1, 1, true), Err(Broken::Closed)));
+        assert!(matches!(garbled.time(1, 0, 1), Err(Broken::Garbage(_))));
+        assert!(matches!(garbled.time(1, 0, 1), Err(Broken::Closed)));
     }
 
     #[test]
@@ -217,14 +217,14 @@ mod tests {
             }
         }
         let mut link = Link::new(Closed, io::empty(), LIMIT);
-        assert!(matches!(link.time(1, 1, true), Err(Broken::Closed)));
+        assert!(matches!(link.time(1, 0, 1), Err(Broken::Closed)));
     }
 
     #[test]
     fn a_silent_worker_is_given_up() {
         let (answers, keeps_open) = io::pipe().unwrap();
         let mut link = Link::new(Vec::new(), answers, Duration::from_millis(20));
-        assert!(matches!(link.time(1, 1, true), Err(Broken::Silent(_))));
+        assert!(matches!(link.time(1, 0, 1), Err(Broken::Silent(_))));
         drop(keeps_open);
     }
 }

@@ -231,12 +231,12 @@ pub(crate) struct Calculation {
 
 impl Workload for Calculation {
     fn run(&mut self) -> Result<(), HarnessError> {
-        self.worker.call(|link| link.time(self.id, 1, false)).map(|_| ())
+        self.worker.call(|link| link.time(self.id, 0, 1)).map(|_| ())
     }
 
     /// By the worker's clock, around its loop of calls: nothing of the conversation is in it.
-    fn time(&mut self, _: &dyn Clock, calls: usize) -> Result<f64, HarnessError> {
-        self.worker.call(|link| link.time(self.id, calls, true))
+    fn time(&mut self, _: &dyn Clock, untimed: usize, timed: usize) -> Result<f64, HarnessError> {
+        self.worker.call(|link| link.time(self.id, untimed, timed))
     }
 
     fn outputs(&mut self) -> Result<Vec<Cow<'_, [f32]>>, HarnessError> {

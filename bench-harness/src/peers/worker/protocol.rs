@@ -3,12 +3,12 @@
 //! A message is one line of JSON, an object whose only key is the message's name; `prepare` and `outputs` are
 //! followed by the elements of their tensors, one tensor after the other, little-endian, four bytes each.
 //! ```text
-//! harness                                      worker
-//!                                              {"hello": {"python": …, "packages": …, "engine": …}}
-//! {"prepare": {"id", "family", …}} elements    {"prepared": {"crc32", "kernel"}}  or {"declined": {"reason"}}
-//! {"time": {"id", "calls", "settle"}}          {"timed": {"ns"}}
-//! {"outputs": {"id"}}                          {"outputs": {"lengths"}} elements
-//!                                              {"failed": {"message"}}  instead of any of these
+//! harness                                       worker
+//!                                               {"hello": {"python": …, "packages": …, "engine": …}}
+//! {"prepare": {"id", "family", …}} elements     {"prepared": {"crc32", "kernel"}}  or {"declined": {"reason"}}
+//! {"time": {"id", "untimed", "timed"}}          {"timed": {"ns"}}
+//! {"outputs": {"id"}}                           {"outputs": {"lengths"}} elements
+//!                                               {"failed": {"message"}}  instead of any of these
 //! ```
 //! The worker ends when its input does.
 
@@ -115,14 +115,14 @@ pub(super) struct Task<'a> {
 pub(super) enum Request<'a> {
     /// Make ready to compute this case, in the place of the one before.
     Prepare(&'a Task<'a>),
-    /// Compute and say how long it took.
+    /// Compute, say how long it took, and do so only when the threads sleep and disturb no other peer.
     Time {
         /// The case.
         id: u64,
-        /// How often.
-        calls: usize,
-        /// Whether to wait afterwards until the threads sleep, so that they do not disturb the next peer.
-        settle: bool,
+        /// How often before the clock runs.
+        untimed: usize,
+        /// How often by the clock.
+        timed: usize,
     },
     /// Give what the last call wrote.
     Outputs {
