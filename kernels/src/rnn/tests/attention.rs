@@ -4,7 +4,7 @@ use std::num::NonZeroUsize;
 
 use proptest::prelude::*;
 
-use super::assert_near;
+use super::{assert_near_scaled, scale_of};
 use crate::Context;
 use crate::reference::{
     AdditiveAttention, AdditiveAttentionGrads, Real, additive_attention_backward, additive_attention_forward,
@@ -133,10 +133,14 @@ fn tensors<T>((alpha, context, grads): &Outputs<T>) -> [(&'static str, &[T]); 6]
 #[track_caller]
 fn check_against_reference(ctx: &Context, case: &Case) {
     let (fast, naive, exact) = (case.run(ctx), case.naive::<f32>(), case.naive::<f64>());
+    let gradients = scale_of(tensors(&exact).into_iter().filter(|(name, _)| name.starts_with("d_")));
+    // A context is a mean of values, a weight a part of one.
+    let outputs = case.values.iter().fold(1.0, |top: f64, &x| top.max(f64::from(x).abs()));
     let all = tensors(&fast).into_iter().zip(tensors(&naive)).zip(tensors(&exact));
     for (((name, fast), (_, naive)), (_, exact)) in all {
-        let factor = if name.starts_with("d_") { 3.0 } else { 2.0 };
-        assert_near(&format!("{name} on {} of {case:?}", ctx.isa()), factor, fast, naive, exact);
+        let (factor, scale) = if name.starts_with("d_") { (3.0, gradients) } else { (2.0, outputs) };
+        let what = format!("{name} on {} of {case:?}", ctx.isa());
+        assert_near_scaled(&what, factor, (fast, naive, exact), scale);
     }
     for (row, alpha) in fast.0.chunks(case.keys_len.max(1)).enumerate() {
         let length = case.lengths[row / case.queries.max(1)];

@@ -199,8 +199,14 @@ fn largest(x: &[f64]) -> f64 {
     x.iter().fold(0.0, |m, x| m.max(x.abs()))
 }
 
+/// The largest magnitude in several tensors.
+fn scale_of<'a>(tensors: impl Iterator<Item = (&'a str, &'a [f64])>) -> f64 {
+    tensors.map(|(_, x)| largest(x)).fold(0.0, f64::max)
+}
+
 /// As [`assert_near`], with roundings of `largest`. A gradient may be a sum of large terms that cancel (think of a
-/// state of width 1); its roundings are those of the terms, which the other gradients of the layer show.
+/// state of width 1); its roundings are those of the terms, which the other gradients of the layer show. So may a new
+/// state be: its terms are of the size of 1.
 #[track_caller]
 fn assert_near_scaled(what: &str, factor: f64, (fast, naive, exact): (&[f32], &[f32], &[f64]), largest: f64) {
     assert!(fast.len() == exact.len() && naive.len() == exact.len(), "{what}: lengths");

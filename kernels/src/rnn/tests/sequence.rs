@@ -18,16 +18,13 @@ fn check_against_reference(ctx: &Context, case: &Case) {
     let (exact_out, exact_grads) = case.naive::<f64>();
     let exact = tensors(&exact_out, &exact_grads);
     let is_gradient = |name: &str| name.starts_with("d_");
-    let gradients = exact.iter().filter(|(name, _)| is_gradient(name));
-    let scale = gradients.map(|(_, exact)| largest(exact)).fold(0.0, f64::max);
+    let gradients = scale_of(exact.iter().copied().filter(|(name, _)| is_gradient(name)));
+    let states = scale_of(exact.iter().copied().filter(|(name, _)| !is_gradient(name))).max(1.0);
     let all = tensors(&out, &grads).into_iter().zip(tensors(&naive_out, &naive_grads));
     for (((name, fast), (_, naive)), (_, exact)) in all.zip(exact) {
         let what = format!("{name} on {} of {case:?}", ctx.isa());
-        if is_gradient(name) {
-            assert_near_scaled(&what, 3.0, (fast, naive, exact), scale);
-        } else {
-            assert_near(&what, 2.0, fast, naive, exact);
-        }
+        let (factor, scale) = if is_gradient(name) { (3.0, gradients) } else { (2.0, states) };
+        assert_near_scaled(&what, factor, (fast, naive, exact), scale);
     }
 }
 
