@@ -1,11 +1,13 @@
 //! `kavanam import` and `score` as a person meets them: exit status, message, files.
 
+mod support;
+
 use std::fs;
 use std::io::Write;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::path::Path;
 
 use rawzip::{CompressionMethod, ZipArchiveWriter};
+use support::{TestFolder, fails, output, stderr};
 
 const EMBEDDING: usize = 3;
 const HIDDEN: usize = 4;
@@ -13,46 +15,11 @@ const HIDDEN: usize = 4;
 const TINY: &str =
     r#"{"embedding": 6, "hidden": 8, "encoder_hidden": 4, "attention_width": 4, "readout": 8}"#;
 
-/// A folder of its own for one test, removed at the end.
-struct TestFolder(PathBuf);
-
-impl TestFolder {
-    fn new(name: &str) -> TestFolder {
-        let path = std::env::temp_dir().join(format!("kavanam-import-{name}-{}", std::process::id()));
-        let _ = fs::remove_dir_all(&path);
-        fs::create_dir_all(&path).unwrap();
-        TestFolder(path)
-    }
-
-    fn path(&self, name: &str) -> String {
-        self.0.join(name).display().to_string()
-    }
-}
-
-impl Drop for TestFolder {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
-
-fn output(arguments: &[&str]) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_kavanam"));
-    command.args(arguments).stdin(Stdio::null()).output().unwrap()
-}
-
 /// Runs, expects success, gives what was written to stdout.
 fn succeeds(arguments: &[&str]) -> String {
     let output = output(arguments);
-    assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{arguments:?}: {}", stderr(&output));
     String::from_utf8(output.stdout).unwrap()
-}
-
-/// Runs, expects that exit status, gives what was written to stderr.
-fn fails(status: i32, arguments: &[&str]) -> String {
-    let output = output(arguments);
-    let message = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(output.status.code(), Some(status), "{arguments:?}: {message}");
-    message
 }
 
 type Array = (&'static str, Vec<usize>);

@@ -46,8 +46,8 @@ pub fn gemm_batched(
             expected: "none: a batch has no single residual",
         });
     }
-    let inside = if lc.count >= ctx.thread_count() { ctx.single_threaded() } else { *ctx };
-    let across = if lc.count >= ctx.thread_count() { *ctx } else { ctx.single_threaded() };
+    let alone = ctx.single_threaded();
+    let (across, inside) = if lc.count >= ctx.thread_count() { (*ctx, alone) } else { (alone, *ctx) };
     let products: Vec<_> = c.into_matrices().into_iter().enumerate().collect();
     across.for_each_owned(products, |(i, c)| {
         let done = gemm(&inside, a.matrix(i), b.matrix(i), c, accum, epilogue);

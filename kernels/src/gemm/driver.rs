@@ -10,7 +10,8 @@ use crate::isa::Isa;
 
 /// Multiply-adds below which a task is not worth handing to another thread (about 20 µs).
 const MIN_TASK_WORK: usize = 1 << 20;
-/// A product of fewer rows takes as long as one of this many: it waits for memory.
+/// A product of fewer rows takes as long as one of this many: it waits for memory. With it a second thread gains
+/// from 768×768 on and is not called for 512×512 (docs/decisions/002-gemm.md).
 const MEMORY_BOUND_ROWS: usize = 4;
 
 /// Computes all of C.

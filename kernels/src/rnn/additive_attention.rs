@@ -27,6 +27,7 @@ use crate::rowwise::reduce;
 use crate::scratch::ScratchBuf;
 use crate::view::{HeadsLayout, HeadsMut, HeadsRef, MatMut, MatRef};
 
+use super::check_lengths;
 use super::plan::{matrix, matrix_mut};
 
 /// What attention is computed from: tensors with one head, in any memory order
@@ -87,12 +88,7 @@ impl Inputs<'_> {
         expect_shape("query", self.query.layout(), [batch, queries, width])?;
         expect_shape("keys", self.keys.layout(), [batch, keys, width])?;
         expect_shape("values", self.values.layout(), [batch, keys, self.values.layout().dim])?;
-        match self.lengths.iter().enumerate().find(|&(_, &length)| length > keys) {
-            Some((position, &index)) => {
-                Err(ShapeError::Index { argument: "lengths", position, index, len: keys })
-            }
-            None => Ok(()),
-        }
+        check_lengths(self.lengths, keys)
     }
 
     /// The threads that this much work is worth.

@@ -15,6 +15,9 @@
 //!   a machine with thousands of lanes and needs ten times the work; here the direct form is exact enough
 //!   (`h` is a convex combination) and the channels fill the lanes.
 //!
+//! A NaN stays in its row and channel. A minLSTM whose sums a_f and a_i are both so low that their sigmoids are 0 (below
+//! about −88) divides 0 by 0, as the naive form in f32 does.
+//!
 //! # Layout
 //! Time-major without gaps: gates `[seq, batch, G·hidden]` with columns `[z n]` (minGRU) or `[f i n]` (minLSTM).
 //!
@@ -32,7 +35,7 @@ use crate::scratch::ScratchBuf;
 use crate::view::{HeadsLayout, HeadsMut, HeadsRef, MatMut, MatRef};
 use crate::{lanes, math};
 
-use super::Direction;
+use super::{Direction, check_lengths};
 
 /// Channels of one task: with its gates, a step of them is a few kilobytes.
 const CHANNELS: usize = 256;
@@ -127,13 +130,7 @@ impl Scan<'_> {
         expect_dim("gates", "elements", self.elements(columns)?, gates)?;
         let len = self.elements(self.hidden)?;
         outputs.iter().try_for_each(|&(name, actual)| expect_dim(name, "elements", len, actual))?;
-        let too_long = |&(_, &length): &(usize, &usize)| length > self.seq;
-        match self.lengths.iter().enumerate().find(too_long) {
-            None => Ok(()),
-            Some((position, &index)) => {
-                Err(ShapeError::Index { argument: "lengths", position, index, len: self.seq })
-            }
-        }
+        check_lengths(self.lengths, self.seq)
     }
 
     fn check_state(&self, name: &'static str, state: Option<usize>) -> Result<(), ShapeError> {

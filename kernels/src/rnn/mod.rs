@@ -151,6 +151,17 @@ pub enum Direction {
     Reverse,
 }
 
+/// No row is longer than the `steps` of its padded sequence.
+fn check_lengths(lengths: &[usize], steps: usize) -> Result<(), ShapeError> {
+    match lengths.iter().position(|&length| length > steps) {
+        None => Ok(()),
+        Some(position) => {
+            let index = lengths[position];
+            Err(ShapeError::Index { argument: "lengths", position, index, len: steps })
+        }
+    }
+}
+
 /// The weights of one layer and direction, as PyTorch stores them.
 ///
 /// # Shapes

@@ -12,7 +12,7 @@ use crate::error::{ShapeError, expect_dim};
 use crate::scratch::ScratchBuf;
 use crate::view::{MatMut, MatRef};
 
-use super::{Direction, Sequence};
+use super::{Direction, Sequence, check_lengths};
 
 #[derive(Debug, Clone)]
 pub(super) struct Plan {
@@ -31,9 +31,7 @@ impl Plan {
         let batch = lengths.len();
         let seq = sequence.x.rows().checked_div(batch).unwrap_or(0);
         expect_dim("x", "rows (a multiple of the batch)", seq * batch, sequence.x.rows())?;
-        if let Some((position, &index)) = lengths.iter().enumerate().find(|&(_, &length)| length > seq) {
-            return Err(ShapeError::Index { argument: "lengths", position, index, len: seq });
-        }
+        check_lengths(lengths, seq)?;
         let mut order: Vec<usize> = (0..batch).collect();
         order.sort_by_key(|&b| Reverse(lengths[b]));
         let mut active = Vec::with_capacity(seq);
