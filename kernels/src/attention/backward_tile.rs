@@ -10,11 +10,11 @@ use pulp::Simd;
 use super::flash::{groups, vectors};
 use super::flash_backward::{Backward, clear};
 use super::mask::Sight;
-use super::online::{Row, covers, score, seen, shift};
+use super::online::{Row, score, seen, shift};
 use super::problem::Shape;
-use super::tile::{Dest, Extent, Left, Right, dest, left, product, right};
+use super::tile::{Dest, Extent, Left, Onto, Right, dest, left, product, right};
 use crate::lanes;
-use crate::math::exp;
+use crate::math::exp_flushed;
 use crate::view::{MatMut, MatRef};
 
 /// The operands of one query head.
@@ -38,6 +38,7 @@ pub(super) struct Block<'a> {
     pub(super) kt: &'a [f32],
     /// Vᵀ [v_dim, stride].
     pub(super) vt: &'a [f32],
+    /// scale·K.
     pub(super) k: MatRef<'a>,
     pub(super) d_k: Option<MatMut<'a>>,
     pub(super) d_v: Option<MatMut<'a>>,
@@ -83,7 +84,7 @@ pub(super) struct Tile<'t, 'a> {
     pub(super) rows: Range<usize>,
     /// What the rows see of the block; not empty.
     pub(super) seen: Range<usize>,
-    /// The rows of Q.
+    /// The rows of scale·Q.
     pub(super) q: MatRef<'t>,
     /// The rows of dO.
     pub(super) d_out: MatRef<'t>,
@@ -135,10 +136,10 @@ impl Tile<'_, '_> {
         unsafe {
             let k = Right { ptr: self.block.kt.as_ptr().wrapping_add(columns.start), stride };
             let s = Dest { ptr: p.as_mut_ptr().wrapping_add(columns.start), stride };
-            product(simd, of_q, left(self.q, local), k, s, false);
+            product(simd, of_q, left(self.q, local), k, s, Onto::Zero);
             let v = Right { ptr: self.block.vt.as_ptr().wrapping_add(columns.start), stride };
             let d_p = Dest { ptr: d_s.as_mut_ptr().wrapping_add(columns.start), stride };
-            product(simd, of_d_out, left(self.d_out, local), v, d_p, false);
+            product(simd, of_d_out, left(self.d_out, local), v, d_p, Onto::Zero);
         }
     }
 
@@ -164,31 +165,26 @@ impl Tile<'_, '_> {
         let from = keys.start + columns.start;
         let visible = self.block.sight.row(i, keys);
         let visible = visible.start.max(from) - from..visible.end.max(from) - from;
-        let spec = &self.problem.spec;
-        let bias_row = spec.mask.bias.map(|b| &b.row(self.head.index, i, seq_q, seq_k)[from..keys.end]);
-        let row = Row { scale: spec.scale, bias: bias_row };
+        let mask = &self.problem.spec.mask;
+        let bias_row = mask.bias.map(|b| &b.row(self.head.index, i, seq_q, seq_k)[from..keys.end]);
         let lse = simd.splat_f32s(shift(self.head.lse[i]));
-        let scale = simd.splat_f32s(spec.scale);
         let p = S::as_mut_simd_f32s(&mut p[columns.clone()]).0;
         let d_s = S::as_mut_simd_f32s(&mut d_s[columns]).0;
-        if !bias && bias_row.is_none() && covers::<S>(&visible, p.len()) {
+        if !bias && bias_row.is_none() && visible == (0..p.len() * S::F32_LANES) {
             for (p, d_s) in p.iter_mut().zip(d_s) {
-                *p = exp(simd, simd.sub_f32s(simd.mul_f32s(*p, scale), lse));
-                let unscaled = simd.mul_f32s(*p, simd.sub_f32s(*d_s, delta));
-                *d_s = simd.mul_f32s(unscaled, scale);
+                *p = exp_flushed(simd, simd.sub_f32s(*p, lse));
+                *d_s = simd.mul_f32s(*p, simd.sub_f32s(*d_s, delta));
             }
             return;
         }
+        let row = Row { bias: bias_row, visible };
         for (v, (p, d_s)) in p.iter_mut().zip(d_s.iter_mut()).enumerate() {
-            *p = exp(simd, simd.sub_f32s(score(simd, *p, v, &row, &visible), lse));
-            *d_s = simd.mul_f32s(*p, simd.sub_f32s(seen(simd, *d_s, v, &visible), delta));
+            *p = exp_flushed(simd, simd.sub_f32s(score(simd, *p, v, &row), lse));
+            *d_s = simd.mul_f32s(*p, simd.sub_f32s(seen(simd, *d_s, v, &row.visible), delta));
         }
         if bias {
             let d_s: &[f32] = pulp::bytemuck::cast_slice(d_s);
-            self.problem.add_to_bias(self.head.index, i, from + visible.start, &d_s[visible]);
-        }
-        for d_s in d_s {
-            *d_s = simd.mul_f32s(*d_s, scale);
+            self.problem.add_to_bias(self.head.index, i, from + row.visible.start, &d_s[row.visible]);
         }
     }
 
@@ -197,7 +193,7 @@ impl Tile<'_, '_> {
     fn keys_and_values<S: Simd>(&mut self, simd: S) {
         let Shape { dim, v_dim, .. } = self.problem.shape;
         let (stride, start) = (self.block.stride, self.block.keys.start);
-        let add = !self.block.fresh;
+        let onto = Onto::sum_if(!self.block.fresh);
         if self.block.fresh {
             self.block.fresh = false;
             self.block.clear(0..self.seen.start - start);
@@ -213,10 +209,10 @@ impl Tile<'_, '_> {
             // SAFETY: P and dS hold these rows in all columns that the tile sees; q and dO have these rows; dK and
             // dV are views of the block's keys, of which these are some.
             unsafe {
-                let p = Left { ptr: self.scores.p.as_ptr().wrapping_add(place), row: 1, depth: stride };
-                product(simd, of_v, p, right(self.d_out, first), dest(d_v, keys.start - start), add);
+                let p = Left { ptr: self.scores.p.as_ptr().wrapping_add(place), stride, across: true };
+                product(simd, of_v, p, right(self.d_out, first), dest(d_v, keys.start - start), onto);
                 let d_s = Left { ptr: self.scores.d_s.as_ptr().wrapping_add(place), ..p };
-                product(simd, of_k, d_s, right(self.q, first), dest(d_k, keys.start - start), add);
+                product(simd, of_k, d_s, right(self.q, first), dest(d_k, keys.start - start), onto);
             }
         }
     }
@@ -237,9 +233,9 @@ impl Tile<'_, '_> {
             // SAFETY: dS holds these rows in all columns that they see; the block's K has these keys; dQ is a view
             // of the region's rows, of which these are some.
             unsafe {
-                let d_s = Left { ptr: self.scores.d_s.as_ptr().wrapping_add(place), row: stride, depth: 1 };
+                let d_s = Left { ptr: self.scores.d_s.as_ptr().wrapping_add(place), stride, across: false };
                 let k = right(self.block.k, keys.start - start);
-                product(simd, extent, d_s, k, dest(d_q, rows.start - self.head.first_row), add);
+                product(simd, extent, d_s, k, dest(d_q, rows.start - self.head.first_row), Onto::sum_if(add));
             }
         }
     }

@@ -8,7 +8,7 @@
 //! That is the naive form: a matrix of scores, three passes over it. Here:
 //! - Keys go by fixed blocks of [`KEY_BLOCK`] and a row carries (m, l, o) from block to block
 //!   ([`online`]), so scores never leave the first-level cache.
-//! - A block of keys is transposed once for up to [`ROW_CHUNK`] rows: then both products (Q·Kᵀ and P·V) are
+//! - A block of keys is transposed once for the rows of a chunk ([`Shape::row_chunk`]): then both products (Q·Kᵀ and P·V) are
 //!   [`super::tile::product`] with vectors along the contiguous axis, and no score needs a horizontal sum.
 //! - [`ROW_TILE`] rows are taken through one product before the next one starts, so that the block's Kᵀ
 //!   and then its V stay in the first-level cache while the rows stream past.
@@ -20,9 +20,9 @@ use std::ops::Range;
 use pulp::{Simd, WithSimd};
 
 use super::mask::{Coverage, Sight};
-use super::online::{self, Row};
-use super::problem::{KEY_BLOCK, ROW_CHUNK, ROW_TILE, Shape, Shared, cut, deal, piece};
-use super::tile::{Dest, Extent, GROUP, Left, Right, left, product, right};
+use super::online::{self, Carried, Row};
+use super::problem::{KEY_BLOCK, ROW_TILE, Shape, Shared, cut, deal, piece};
+use super::tile::{Dest, Extent, GROUP, Left, Onto, Right, product, right};
 use super::{AttentionSpec, stage};
 use crate::context::Context;
 use crate::lanes;
@@ -45,14 +45,17 @@ impl Forward<'_> {
     /// Runs all of it.
     pub(super) fn run(&self, ctx: &Context) {
         let Shape { batch, heads, seq_q, seq_k, dim, v_dim, .. } = self.shape;
-        let units = batch * heads * seq_q.div_ceil(ROW_CHUNK);
-        let work = seq_q.min(ROW_CHUNK).saturating_mul(seq_k.saturating_mul(dim + v_dim));
-        deal(ctx, units, work, |units| Units { problem: *self, units });
+        let chunk = self.shape.row_chunk(ctx.thread_count());
+        let units = batch * heads * seq_q.div_ceil(chunk);
+        let work = seq_q.min(chunk).saturating_mul(seq_k.saturating_mul(dim + v_dim));
+        deal(ctx, units, work, |units| Units { problem: *self, chunk, units });
     }
 }
 
 struct Units<'a> {
     problem: Forward<'a>,
+    /// Rows of a unit.
+    chunk: usize,
     units: Range<usize>,
 }
 
@@ -62,38 +65,40 @@ impl WithSimd for Units<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let Shape { heads, seq_q, dim, v_dim, .. } = self.problem.shape;
-        let chunks = seq_q.div_ceil(ROW_CHUNK);
-        let rows = seq_q.min(ROW_CHUNK);
+        let chunks = seq_q.div_ceil(self.chunk);
+        let rows = seq_q.min(self.chunk);
         let stride = KEY_BLOCK.next_multiple_of(S::F32_LANES);
         let rows_of_tile = rows.min(ROW_TILE);
-        let lens =
-            [dim * stride, KEY_BLOCK * v_dim, rows_of_tile * stride, rows * v_dim, rows * S::F32_LANES, rows];
+        let [keys, values, scores] = [dim * stride, KEY_BLOCK * v_dim, rows_of_tile * stride];
+        let l = rows * S::F32_LANES;
+        let lens = [keys, values, scores, rows_of_tile, l, rows * v_dim, rows * dim, rows];
         let mut scratch = ScratchBuf::take(lens.iter().sum());
-        let [keys, values, scores, acc, l, m] = cut(&mut scratch, lens);
-        let mut state = State { keys, values, scores, acc, l, m };
+        let [keys, values, scores, alpha, l, acc, q, m] = cut(&mut scratch, lens);
+        let mut state = State { keys, values, q, rows: Rows { first: 0, scores, alpha, acc, l, m } };
         for unit in self.units {
             let (batch, head) = (unit / chunks / heads, unit / chunks % heads);
-            let rows = piece(unit % chunks, ROW_CHUNK, seq_q);
+            let rows = piece(unit % chunks, self.chunk, seq_q);
             Chunk::new(&self.problem, batch, head, rows).run(simd, &mut state);
         }
     }
 }
 
-/// Scratch of one task: Kᵀ of a block [dim, stride], its V [KEY_BLOCK, v_dim], scores of a tile
-/// [ROW_TILE, stride], and the rows' o, l (one vector each) and m.
+/// Scratch of one task: Kᵀ of a block [dim, stride], its V [KEY_BLOCK, v_dim], and what belongs to rows.
 struct State<'a> {
     keys: &'a mut [f32],
     values: &'a mut [f32],
-    scores: &'a mut [f32],
-    acc: &'a mut [f32],
-    l: &'a mut [f32],
-    m: &'a mut [f32],
+    /// scale·Q of the chunk [rows, dim].
+    q: &'a mut [f32],
+    rows: Rows<'a>,
 }
 
-/// The scores of one tile and the state of the chunk's rows.
+/// The scores of one tile [ROW_TILE, stride] and its rows' α; o, l (one vector each) and m of
+/// the chunk's rows.
 struct Rows<'a> {
-    tile: Range<usize>,
+    /// The tile's first row.
+    first: usize,
     scores: &'a mut [f32],
+    alpha: &'a mut [f32],
     acc: &'a mut [f32],
     l: &'a mut [f32],
     m: &'a mut [f32],
@@ -148,15 +153,16 @@ impl<'a> Chunk<'a> {
     #[inline(always)]
     fn run<S: Simd>(mut self, simd: S, state: &mut State<'_>) {
         let n = self.rows.len();
-        state.m[..n].fill(f32::NEG_INFINITY);
-        state.l[..n * S::F32_LANES].fill(0.0);
+        state.rows.m[..n].fill(f32::NEG_INFINITY);
+        state.rows.l[..n * S::F32_LANES].fill(0.0);
+        stage::scaled(simd, self.problem.spec.scale, self.q, self.rows.clone(), state.q);
         let seen = self.sight.rows(&self.rows, &(0..self.problem.shape.seq_k));
         if !seen.is_empty() {
             for block in seen.start / KEY_BLOCK..seen.end.div_ceil(KEY_BLOCK) {
                 self.block(simd, state, piece(block, KEY_BLOCK, seen.end));
             }
         }
-        self.finish(simd, state);
+        self.finish(simd, &state.rows);
     }
 
     /// Takes all rows through one block of keys.
@@ -166,7 +172,7 @@ impl<'a> Chunk<'a> {
         stage::transpose(self.k.sub(keys.clone(), 0..self.k.cols()), state.keys, stride);
         let v = self.v.sub(keys.clone(), 0..self.v.cols());
         // One group of rows reads V once: a copy would read it once too.
-        let v = if self.rows.len() > GROUP { stage::gather(v, state.values) } else { v };
+        let v = if self.rows.len() > GROUP { stage::gather(simd, v, state.values) } else { v };
         let block = Block { keys, stride, kt: state.keys, v };
         let keys = &block.keys;
         for first in self.rows.clone().step_by(ROW_TILE) {
@@ -174,25 +180,31 @@ impl<'a> Chunk<'a> {
             if self.sight.classify(&tile, keys) == Coverage::Skip {
                 continue;
             }
-            let mut rows =
-                Rows { tile: tile.clone(), scores: state.scores, acc: state.acc, l: state.l, m: state.m };
+            state.rows.first = first;
             for group in groups(&tile) {
-                self.scores(simd, &mut rows, &block, group);
+                self.scores(simd, state.q, &mut state.rows, &block, group);
             }
             // The first block that the tile sees writes o, the others add to it.
             let add = self.sight.rows(&tile, &(0..keys.end)).start < keys.start;
             for group in groups(&tile) {
-                self.values(simd, &mut rows, &block, group, add);
+                self.values(simd, &mut state.rows, &block, group, add);
             }
         }
     }
 
     /// `P` of at most six rows, and their new m and l.
     #[inline(always)]
-    fn scores<S: Simd>(&self, simd: S, state: &mut Rows<'_>, block: &Block<'_>, rows: Range<usize>) {
+    fn scores<S: Simd>(
+        &self,
+        simd: S,
+        q: &[f32],
+        state: &mut Rows<'_>,
+        block: &Block<'_>,
+        rows: Range<usize>,
+    ) {
         let Block { keys, stride, kt, .. } = block;
         let stride = *stride;
-        let Shape { seq_q, seq_k, dim, v_dim, .. } = self.problem.shape;
+        let Shape { seq_q, seq_k, dim, .. } = self.problem.shape;
         let seen = self.sight.rows(&rows, keys);
         if seen.is_empty() {
             return;
@@ -200,37 +212,48 @@ impl<'a> Chunk<'a> {
         let vectors = vectors::<S>(&seen, keys);
         let columns = vectors.start * S::F32_LANES..vectors.end * S::F32_LANES;
         let extent = Extent { rows: rows.len(), cols: columns.len(), depth: dim };
-        let scores = &mut state.scores[(rows.start - state.tile.start) * stride..][..rows.len() * stride];
+        let in_tile = rows.start - state.first;
+        let scores = &mut state.scores[in_tile * stride..][..rows.len() * stride];
+        let q = &q[(rows.start - self.rows.start) * dim..][..rows.len() * dim];
         // SAFETY: `q` has these rows of `dim` elements; Kᵀ and the scores have `stride` columns, a multiple of
         // the lanes, which holds all columns; Kᵀ has `dim` rows and the scores have been cut for these rows.
         unsafe {
+            let q = Left { ptr: q.as_ptr(), stride: dim, across: false };
             let k = Right { ptr: kt.as_ptr().add(columns.start), stride };
             let s = Dest { ptr: scores.as_mut_ptr().add(columns.start), stride };
-            product(simd, extent, left(self.q, rows.start), k, s, false);
+            product(simd, extent, q, k, s, Onto::Zero);
         }
         let from = keys.start + columns.start;
         let bias = self.problem.spec.mask.bias;
-        for (scores, i) in scores.chunks_exact_mut(stride).zip(rows) {
-            let visible = self.sight.row(i, keys);
-            let visible = visible.start.max(from) - from..visible.end.max(from) - from;
-            let bias = bias.map(|bias| &bias.row(self.head, i, seq_q, seq_k)[from..keys.end]);
-            let scores = S::as_mut_simd_f32s(&mut scores[columns.clone()]).0;
-            let local = i - self.rows.start;
-            let l = &mut S::as_mut_simd_f32s(&mut state.l[local * S::F32_LANES..][..S::F32_LANES]).0[0];
-            let row = Row { scale: self.problem.spec.scale, bias };
-            if let Some(alpha) = online::absorb(simd, scores, &row, &visible, &mut state.m[local], l) {
-                let acc = &mut state.acc[local * v_dim..][..v_dim];
-                lanes::map_in_place(
-                    simd,
-                    acc,
-                    #[inline(always)]
-                    |x| simd.mul_f32s(x, alpha),
-                );
-            }
-        }
+        let plain =
+            bias.is_none() && self.sight.classify(&rows, &(from..from + columns.len())) == Coverage::Full;
+        let n = rows.len();
+        let local = rows.start - self.rows.start;
+        let carried = Carried {
+            m: &mut state.m[local..][..n],
+            l: &mut state.l[local * S::F32_LANES..][..n * S::F32_LANES],
+            alpha: &mut state.alpha[in_tile..][..n],
+        };
+        online::absorb(
+            simd,
+            scores,
+            (stride, &columns),
+            #[inline(always)]
+            |r| {
+                if plain {
+                    return None;
+                }
+                let visible = self.sight.row(rows.start + r, keys);
+                let visible = visible.start.max(from) - from..visible.end.max(from) - from;
+                let bias =
+                    bias.map(|bias| &bias.row(self.head, rows.start + r, seq_q, seq_k)[from..keys.end]);
+                Some(Row { bias, visible })
+            },
+            carried,
+        );
     }
 
-    /// `o = P·V`, or `o += P·V` when `add`, of at most six rows; `v` is the block's values.
+    /// `o = P·V`, or `o = α·o + P·V` when `add`, of at most six rows; `v` is the block's values.
     #[inline(always)]
     fn values<S: Simd>(
         &self,
@@ -248,20 +271,23 @@ impl<'a> Chunk<'a> {
             return;
         }
         let extent = Extent { rows: rows.len(), cols: v_dim, depth: seen.len() };
-        let scores = &state.scores[(rows.start - state.tile.start) * stride..][..rows.len() * stride];
+        let in_tile = rows.start - state.first;
+        let scores = &state.scores[in_tile * stride..][..rows.len() * stride];
+        let alpha = &state.alpha[in_tile..][..rows.len()];
+        let onto = if add { Onto::Scaled(alpha.as_ptr()) } else { Onto::Zero };
         let acc = &mut state.acc[(rows.start - self.rows.start) * v_dim..][..rows.len() * v_dim];
         let first = seen.start - keys.start;
         // SAFETY: the scores of these rows hold the columns of all keys of the block; V has these keys, each
-        // `v_dim` elements; `acc` has been cut for these rows.
+        // `v_dim` elements; `acc` and α have been cut for these rows.
         unsafe {
-            let p = Left { ptr: scores.as_ptr().wrapping_add(first), row: stride, depth: 1 };
-            product(simd, extent, p, right(*v, first), Dest { ptr: acc.as_mut_ptr(), stride: v_dim }, add);
+            let p = Left { ptr: scores.as_ptr().wrapping_add(first), stride, across: false };
+            product(simd, extent, p, right(*v, first), Dest { ptr: acc.as_mut_ptr(), stride: v_dim }, onto);
         }
     }
 
     /// Divides by l and writes the output and lse.
     #[inline(always)]
-    fn finish<S: Simd>(&mut self, simd: S, state: &State<'_>) {
+    fn finish<S: Simd>(&mut self, simd: S, state: &Rows<'_>) {
         let v_dim = self.problem.shape.v_dim;
         for r in 0..self.rows.len() {
             let l = S::as_simd_f32s(&state.l[r * S::F32_LANES..][..S::F32_LANES]).0[0];

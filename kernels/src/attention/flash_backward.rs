@@ -220,7 +220,8 @@ impl Backward<'_> {
             let v = self.saved.v.head(batch, kv).sub(keys.clone(), 0..self.shape.v_dim);
             stage::transpose(k, state.keys, stride);
             stage::transpose(v, state.values, stride);
-            let k = if parts.q { stage::gather(k, state.k_rows) } else { k };
+            let scale = self.spec.scale;
+            let k = if parts.q { stage::scaled(simd, scale, k, 0..k.rows(), state.k_rows) } else { k };
             let (kt, vt) = (&*state.keys, &*state.values);
             // SAFETY: a unit that owns dK and dV owns these keys of this key head alone, and blocks are disjoint.
             let (d_k, d_v) = unsafe {
@@ -238,9 +239,9 @@ impl Backward<'_> {
                     if seen.is_empty() {
                         continue;
                     }
-                    let q = stage::gather(head.q.sub(rows.clone(), 0..self.shape.dim), state.q_rows);
-                    let d_out =
-                        stage::gather(head.d_out.sub(rows.clone(), 0..self.shape.v_dim), state.d_out_rows);
+                    let q = stage::scaled(simd, scale, head.q, rows.clone(), state.q_rows);
+                    let d_out = head.d_out.sub(rows.clone(), 0..self.shape.v_dim);
+                    let d_out = stage::gather(simd, d_out, state.d_out_rows);
                     let scores = Scores { p: state.p, d_s: state.d_s, delta: state.delta };
                     let (head, block) = (&mut head, &mut block);
                     Tile { problem: self, head, block, rows, seen, q, d_out, scores }.run(simd, parts.bias);

@@ -14,21 +14,17 @@ use std::ops::Range;
 
 use pulp::Simd;
 
-use crate::math::exp;
+use super::tile::GROUP;
+use crate::lanes;
+use crate::math::exp_flushed;
 
-/// What the scores of one row of a block become before the exponential.
-#[derive(Clone, Copy)]
+/// What hides or shifts the scores of one row of a block.
+#[derive(Clone)]
 pub(super) struct Row<'a> {
-    /// Multiplies the raw products.
-    pub(super) scale: f32,
-    /// Added after scaling, one for each real key of the block's columns; may be shorter than the scores.
+    /// Added to the scores, one for each real key of the block's columns; may be shorter than the scores.
     pub(super) bias: Option<&'a [f32]>,
-}
-
-/// All of `vectors` vectors is visible.
-#[inline(always)]
-pub(super) fn covers<S: Simd>(visible: &Range<usize>, vectors: usize) -> bool {
-    visible.start == 0 && visible.end == vectors * S::F32_LANES
+    /// The keys that the row sees, counted from the first column.
+    pub(super) visible: Range<usize>,
 }
 
 /// The visible part of vector `v`: `None` when all of it is visible.
@@ -43,22 +39,15 @@ fn hidden<S: Simd>(simd: S, visible: &Range<usize>, v: usize) -> Option<S::m32s>
     Some(simd.mask_between_m32s(start as u32, end.max(start) as u32).mask())
 }
 
-/// `scale·x + bias`, and −∞ where nothing is visible.
+/// `x + bias`, and −∞ where nothing is visible.
 #[inline(always)]
-pub(super) fn score<S: Simd>(
-    simd: S,
-    x: S::f32s,
-    v: usize,
-    row: &Row<'_>,
-    visible: &Range<usize>,
-) -> S::f32s {
-    let mut x = simd.mul_f32s(x, simd.splat_f32s(row.scale));
+pub(super) fn score<S: Simd>(simd: S, mut x: S::f32s, v: usize, row: &Row<'_>) -> S::f32s {
     if let Some(bias) = row.bias {
         let start = (v * S::F32_LANES).min(bias.len());
         let end = (start + S::F32_LANES).min(bias.len());
         x = simd.add_f32s(x, simd.partial_load_f32s(&bias[start..end]));
     }
-    match hidden(simd, visible, v) {
+    match hidden(simd, &row.visible, v) {
         None => x,
         Some(mask) => simd.select_f32s(mask, x, simd.splat_f32s(f32::NEG_INFINITY)),
     }
@@ -80,50 +69,75 @@ pub(super) fn shift(m: f32) -> f32 {
     if m == f32::NEG_INFINITY { 0.0 } else { m }
 }
 
-/// Turns the raw products of one row into `p`, updates (m, l), and returns α, or `None` when o needs no scaling.
+/// What rows carry from block to block, and the factors that their o are due.
+pub(super) struct Carried<'a> {
+    pub(super) m: &'a mut [f32],
+    /// One vector for each row.
+    pub(super) l: &'a mut [f32],
+    pub(super) alpha: &'a mut [f32],
+}
+
+/// Turns the scores of at most [`GROUP`] rows into `p`, and updates m, l and α. Row `r` has `scores` of whole
+/// vectors from a vector boundary of the key block on; `row(r)` is `None` when nothing of it is hidden and nothing
+/// is added.
 ///
-/// `scores` are whole vectors from a vector boundary of the key block on; `visible` counts from their first.
+/// - The maxima of all rows come first, then one vector of α for all rows, then all exponentials: a row at a
+///   time, its exponentials would wait for the reduction of its maximum.
+/// - There is no branch on the maximum: α is 1 where it stands.
 #[inline(always)]
-pub(super) fn absorb<S: Simd>(
+pub(super) fn absorb<'a, S: Simd>(
     simd: S,
-    scores: &mut [S::f32s],
-    row: &Row<'_>,
-    visible: &Range<usize>,
-    m: &mut f32,
-    l: &mut S::f32s,
-) -> Option<S::f32s> {
-    let mut top = simd.splat_f32s(f32::NEG_INFINITY);
-    if row.bias.is_none() && covers::<S>(visible, scores.len()) {
-        let scale = simd.splat_f32s(row.scale);
-        for x in scores.iter_mut() {
-            *x = simd.mul_f32s(*x, scale);
-            top = simd.max_f32s(top, *x);
+    scores: &mut [f32],
+    (stride, columns): (usize, &Range<usize>),
+    row: impl Fn(usize) -> Option<Row<'a>>,
+    carried: Carried<'_>,
+) {
+    let Carried { m, l, alpha } = carried;
+    let (mut top, mut shifts) = ([0.0; GROUP], [0.0; GROUP]);
+    for ((r, scores), top) in scores.chunks_exact_mut(stride).enumerate().zip(&mut top) {
+        let scores = S::as_mut_simd_f32s(&mut scores[columns.clone()]).0;
+        let mut max = simd.splat_f32s(f32::NEG_INFINITY);
+        match row(r) {
+            None => {
+                for x in scores.iter() {
+                    max = simd.max_f32s(max, *x);
+                }
+            }
+            Some(row) => {
+                for (v, x) in scores.iter_mut().enumerate() {
+                    *x = score(simd, *x, v, &row);
+                    max = simd.max_f32s(max, *x);
+                }
+            }
         }
-    } else {
-        for (v, x) in scores.iter_mut().enumerate() {
-            *x = score(simd, *x, v, row, visible);
-            top = simd.max_f32s(top, *x);
+        *top = simd.reduce_max_f32s(max);
+    }
+    let rows = m.len();
+    let (none, zero) = (simd.splat_f32s(f32::NEG_INFINITY), simd.splat_f32s(0.0));
+    lanes::visit(
+        simd,
+        [&top[..rows]],
+        [&mut m[..], &mut *alpha, &mut shifts[..rows]],
+        #[inline(always)]
+        |[top], [before, ..]| {
+            let now = simd.max_f32s(top, before);
+            let shift = simd.select_f32s(simd.equal_f32s(now, none), zero, now);
+            // 0 for a row that had seen nothing: its l and o are 0 or not yet written.
+            [now, exp_flushed(simd, simd.sub_f32s(before, shift)), shift]
+        },
+    );
+    let rows =
+        scores.chunks_exact_mut(stride).zip(l.chunks_exact_mut(S::F32_LANES)).zip(alpha.iter().zip(shifts));
+    for ((scores, l), (alpha, shift)) in rows {
+        let shift = simd.splat_f32s(shift);
+        let mut sum = zero;
+        for x in S::as_mut_simd_f32s(&mut scores[columns.clone()]).0 {
+            *x = exp_flushed(simd, simd.sub_f32s(*x, shift));
+            sum = simd.add_f32s(sum, *x);
         }
+        let l = &mut S::as_mut_simd_f32s(l).0[0];
+        *l = simd.mul_add_e_f32s(*l, simd.splat_f32s(*alpha), sum);
     }
-    let top = simd.reduce_max_f32s(top);
-    let before = *m;
-    if top > before {
-        *m = top;
-    }
-    let shift = simd.splat_f32s(shift(*m));
-    let mut sum = simd.splat_f32s(0.0);
-    for x in scores {
-        *x = exp(simd, simd.sub_f32s(*x, shift));
-        sum = simd.add_f32s(sum, *x);
-    }
-    if *m == before || before == f32::NEG_INFINITY {
-        // Nothing to rescale: l and o are still 0, or the maximum stands.
-        *l = simd.add_f32s(*l, sum);
-        return None;
-    }
-    let alpha = exp(simd, simd.sub_f32s(simd.splat_f32s(before), shift));
-    *l = simd.mul_add_e_f32s(*l, alpha, sum);
-    Some(alpha)
 }
 
 /// The end of a row: `(1 / l, lse)`; `(0, −∞)` when no key was visible.

@@ -9,7 +9,7 @@ use pulp::{Simd, WithSimd};
 
 use super::online;
 use super::problem::{KEY_BLOCK, Shape, piece};
-use super::tile::{Dest, Extent, GROUP, Left, Right, product};
+use super::tile::{Dest, Extent, GROUP, Onto, Right, left, product};
 use super::{AttentionSpec, stage};
 use crate::lanes;
 use crate::scratch::ScratchBuf;
@@ -45,13 +45,9 @@ impl WithSimd for Probabilities<'_> {
                 // SAFETY: q has these rows of `dim` elements; Kᵀ [dim, stride] and the scores [GROUP, stride]
                 // fit their parts of the scratch.
                 unsafe {
-                    let q = Left {
-                        ptr: self.q.as_ptr().add(first * self.q.row_stride()),
-                        row: self.q.row_stride(),
-                        depth: 1,
-                    };
+                    let q = left(self.q, first);
                     let s = Dest { ptr: scores.as_mut_ptr(), stride };
-                    product(simd, extent, q, Right { ptr: keys.as_ptr(), stride }, s, false);
+                    product(simd, extent, q, Right { ptr: keys.as_ptr(), stride }, s, Onto::Zero);
                 }
                 for r in 0..rows {
                     self.out.row_mut(first + r)[block.clone()]

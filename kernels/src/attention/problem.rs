@@ -15,8 +15,12 @@ pub(super) const KEY_BLOCK: usize = 64;
 /// Query rows whose scores against one key block are held at a time; a multiple of the tile's height.
 pub(super) const ROW_TILE: usize = 48;
 
-/// Query rows that share one staging of a key block.
+/// Query rows of one task of a split head.
 pub(super) const ROW_CHUNK: usize = 192;
+
+/// Elements of Q and O together that the rows of a forward pass hold while keys stream past: 288 KiB, a little
+/// more than half of the second-level cache here. Rows that share the staging of a key block pay it once.
+const HELD: usize = 72 * 1024;
 
 /// A task should hold at least this many multiplications, about 20 µs.
 const TASK_WORK: usize = 1 << 20;
@@ -93,6 +97,13 @@ impl Shape {
     pub(super) fn rows(&self) -> Result<usize, ShapeError> {
         let rows = self.batch.checked_mul(self.heads).and_then(|n| n.checked_mul(self.seq_q));
         rows.ok_or(ShapeError::Overflow { argument: "q" })
+    }
+
+    /// Query rows that share one staging of a key block in the forward pass. No bit depends on it.
+    pub(super) fn row_chunk(&self, threads: usize) -> usize {
+        let held = HELD / (self.dim + self.v_dim).max(1) / ROW_TILE * ROW_TILE;
+        let few = threads > 1 && self.batch * self.heads * self.seq_q.div_ceil(held.max(1)) < 4 * threads;
+        if few { ROW_CHUNK } else { held.max(ROW_CHUNK) }
     }
 
     /// Query heads that share one key head.

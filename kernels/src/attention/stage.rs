@@ -1,11 +1,19 @@
 //! Keys and values copied into the order in which tiles read them.
 
+use std::ops::Range;
+
+use pulp::Simd;
+
+use crate::lanes;
 use crate::view::MatRef;
 
-/// Side of the square that is transposed in registers: four loads, eight shuffles, four stores.
-const SIDE: usize = 4;
+/// Keys that are transposed at a time: half a cache line of each row of the result.
+const KEYS: usize = 8;
 
 /// Writes the transpose of `src` [keys, dim] to `dst` [dim, stride]: `dst[d·stride + j] = src[j][d]`.
+///
+/// Two elements of two keys at a time, as halves of 64-bit words: half the loads and stores of moving single
+/// elements, without a shuffle instruction, which the vectors of this crate do not have.
 ///
 /// Columns from the number of keys on hold anything afterwards.
 ///
@@ -16,29 +24,28 @@ pub(super) fn transpose(src: MatRef<'_>, dst: &mut [f32], stride: usize) {
     let (keys, dim) = (src.rows(), src.cols());
     assert!(keys <= stride && dim * stride <= dst.len(), "{keys} keys of {dim} in {stride}");
     let mut first = 0;
-    while first + SIDE <= stride && first < keys {
+    while first + KEYS <= stride && first < keys {
         // Where keys run out the last one stands in: its columns lie below `stride` and nobody reads them.
-        let rows: [&[f32]; SIDE] = std::array::from_fn(|i| src.row((first + i).min(keys - 1)));
-        let whole = dim / SIDE * SIDE;
-        for d in (0..whole).step_by(SIDE) {
-            // SAFETY: `d + SIDE` is at most `dim`, the length of each row.
-            let square: [[f32; SIDE]; SIDE] = std::array::from_fn(|i| unsafe {
-                rows[i].as_ptr().add(d).cast::<[f32; SIDE]>().read_unaligned()
-            });
-            let columns: [[f32; SIDE]; SIDE] = std::array::from_fn(|i| square.map(|row| row[i]));
-            for (i, column) in columns.into_iter().enumerate() {
-                // SAFETY: row `d + i` is below `dim` and columns `first..first + SIDE` below `stride`, so these are
-                // elements of `dst`.
+        let rows: [&[f32]; KEYS] = std::array::from_fn(|i| src.row((first + i).min(keys - 1)));
+        for d in (0..dim / 2 * 2).step_by(2) {
+            for i in (0..KEYS).step_by(2) {
+                // SAFETY: `d + 1` is below `dim`, the length of each row; rows `d` and `d + 1` of `dst` and their
+                // columns `first + i` and the next, below `stride`, are elements of `dst`.
                 unsafe {
-                    let to = dst.as_mut_ptr().add((d + i) * stride + first);
-                    to.cast::<[f32; SIDE]>().write_unaligned(column);
+                    let [a, b] = [rows[i], rows[i + 1]]
+                        .map(|row| u64::from_le(row.as_ptr().add(d).cast::<u64>().read_unaligned()));
+                    let to = dst.as_mut_ptr().add(d * stride + first + i);
+                    let low = (a & 0xFFFF_FFFF) | (b << 32);
+                    let high = (a >> 32) | (b & !0xFFFF_FFFF);
+                    to.cast::<u64>().write_unaligned(low.to_le());
+                    to.add(stride).cast::<u64>().write_unaligned(high.to_le());
                 }
             }
         }
-        for d in whole..dim {
-            dst[d * stride + first..][..SIDE].copy_from_slice(&rows.map(|row| row[d]));
+        if !dim.is_multiple_of(2) {
+            dst[(dim - 1) * stride + first..][..KEYS].copy_from_slice(&rows.map(|row| row[dim - 1]));
         }
-        first += SIDE;
+        first += KEYS;
     }
     for j in first..keys {
         for (d, &x) in src.row(j).iter().enumerate() {
@@ -53,16 +60,36 @@ const SPREAD: usize = 2048;
 
 /// `src` itself when its rows lie close together, else a gapless copy of it in `dst`.
 #[inline(always)]
-pub(super) fn gather<'a>(src: MatRef<'a>, dst: &'a mut [f32]) -> MatRef<'a> {
+pub(super) fn gather<'a, S: Simd>(simd: S, src: MatRef<'a>, dst: &'a mut [f32]) -> MatRef<'a> {
     let (rows, cols) = (src.rows(), src.cols());
     if src.row_stride() == cols || rows * src.row_stride() <= SPREAD || cols == 0 {
         return src;
     }
-    let dst = &mut dst[..rows * cols];
-    for (i, to) in dst.chunks_exact_mut(cols).enumerate() {
-        to.copy_from_slice(src.row(i));
+    scaled(simd, 1.0, src, 0..rows, dst)
+}
+
+/// `scale·src` of some rows, gapless in `dst`.
+#[inline(always)]
+pub(super) fn scaled<'a, S: Simd>(
+    simd: S,
+    scale: f32,
+    src: MatRef<'_>,
+    rows: Range<usize>,
+    dst: &'a mut [f32],
+) -> MatRef<'a> {
+    let cols = src.cols();
+    let dst = &mut dst[..rows.len() * cols];
+    let scale = simd.splat_f32s(scale);
+    for (i, to) in rows.clone().zip(dst.chunks_exact_mut(cols.max(1))) {
+        lanes::map(
+            simd,
+            src.row(i),
+            to,
+            #[inline(always)]
+            |x| simd.mul_f32s(x, scale),
+        );
     }
-    MatRef::new(dst, rows, cols).expect("cut to rows × cols")
+    MatRef::new(dst, rows.len(), cols).expect("cut to rows × cols")
 }
 
 #[cfg(test)]

@@ -18,12 +18,24 @@ use crate::view::{MatMut, MatRef};
 /// 16 registers of AVX2.
 pub(super) const GROUP: usize = 6;
 
-/// A: element (r, k) at `ptr + r·row + k·depth`.
+/// Steps of the depth that one turn of the innermost loop takes.
+const UNROLL: usize = 4;
+
+/// A: element (r, k) at `ptr + r·stride + k`, or at `ptr + r + k·stride` when it is read `across`.
 #[derive(Clone, Copy)]
 pub(super) struct Left {
     pub(super) ptr: *const f32,
-    pub(super) row: usize,
-    pub(super) depth: usize,
+    pub(super) stride: usize,
+    pub(super) across: bool,
+}
+
+impl Left {
+    /// The same from row `first` on.
+    #[inline(always)]
+    fn rows_from(self, first: usize) -> Left {
+        let step = if self.across { 1 } else { self.stride };
+        Left { ptr: self.ptr.wrapping_add(first * step), ..self }
+    }
 }
 
 /// B: element (k, c) at `ptr + k·stride + c`.
@@ -43,7 +55,8 @@ pub(super) struct Dest {
 /// `view` from row `first` on, to be read along its rows.
 #[inline(always)]
 pub(super) fn left(view: MatRef<'_>, first: usize) -> Left {
-    Left { ptr: view.as_ptr().wrapping_add(first * view.row_stride()), row: view.row_stride(), depth: 1 }
+    let stride = view.row_stride();
+    Left { ptr: view.as_ptr().wrapping_add(first * stride), stride, across: false }
 }
 
 /// `view` from row `first` on, as the right factor.
@@ -58,6 +71,25 @@ pub(super) fn dest(view: &mut MatMut<'_>, first: usize) -> Dest {
     Dest { stride: view.row_stride(), ptr: view.as_mut_ptr().wrapping_add(first * view.row_stride()) }
 }
 
+/// What the sums begin with.
+#[derive(Clone, Copy)]
+pub(super) enum Onto {
+    /// 0: C is only written.
+    Zero,
+    /// C.
+    Sum,
+    /// α·C, α being one number for each row.
+    Scaled(*const f32),
+}
+
+impl Onto {
+    /// C when `add`, else 0.
+    #[inline(always)]
+    pub(super) fn sum_if(add: bool) -> Onto {
+        if add { Onto::Sum } else { Onto::Zero }
+    }
+}
+
 /// `rows × cols` outputs, each a sum over `depth`.
 #[derive(Clone, Copy)]
 pub(super) struct Extent {
@@ -66,68 +98,88 @@ pub(super) struct Extent {
     pub(super) depth: usize,
 }
 
-/// `C = A·B`, or `C += A·B` when `add`.
+/// `C = A·B` onto what `onto` says.
 ///
 /// # Safety
 /// Every element that the extent names lies in memory that may be read (A, B) or written (C); C overlaps
 /// neither A nor B.
 #[inline(always)]
-pub(super) unsafe fn product<S: Simd>(simd: S, extent: Extent, a: Left, b: Right, c: Dest, add: bool) {
+pub(super) unsafe fn product<S: Simd>(simd: S, extent: Extent, a: Left, b: Right, c: Dest, onto: Onto) {
     let Extent { rows, cols, depth } = extent;
     let mut first = 0;
     while first < rows {
         let height = (rows - first).min(GROUP);
-        // SAFETY: row `first` is one of the rows that the caller vouches for.
-        let (a, c) = unsafe {
-            (Left { ptr: a.ptr.add(first * a.row), ..a }, Dest { ptr: c.ptr.add(first * c.stride), ..c })
+        let a = a.rows_from(first);
+        let c = Dest { ptr: c.ptr.wrapping_add(first * c.stride), ..c };
+        let onto = match onto {
+            Onto::Scaled(alpha) => Onto::Scaled(alpha.wrapping_add(first)),
+            other => other,
         };
-        // A call boundary: one compiled body for each height, shared by all products of the room.
-        match height {
-            1 => simd.vectorize(Group::<1> { cols, depth, a, b, c, add }),
-            2 => simd.vectorize(Group::<2> { cols, depth, a, b, c, add }),
-            3 => simd.vectorize(Group::<3> { cols, depth, a, b, c, add }),
-            4 => simd.vectorize(Group::<4> { cols, depth, a, b, c, add }),
-            5 => simd.vectorize(Group::<5> { cols, depth, a, b, c, add }),
-            _ => simd.vectorize(Group::<GROUP> { cols, depth, a, b, c, add }),
+        let call = Call { cols, depth, a, b, c, onto };
+        // A call boundary: one compiled body for each height and order of A, shared by all products of the room.
+        match (height, a.across) {
+            (1, false) => simd.vectorize(Group::<1, false>(call)),
+            (2, false) => simd.vectorize(Group::<2, false>(call)),
+            (3, false) => simd.vectorize(Group::<3, false>(call)),
+            (4, false) => simd.vectorize(Group::<4, false>(call)),
+            (5, false) => simd.vectorize(Group::<5, false>(call)),
+            (_, false) => simd.vectorize(Group::<GROUP, false>(call)),
+            (1, true) => simd.vectorize(Group::<1, true>(call)),
+            (2, true) => simd.vectorize(Group::<2, true>(call)),
+            (3, true) => simd.vectorize(Group::<3, true>(call)),
+            (4, true) => simd.vectorize(Group::<4, true>(call)),
+            (5, true) => simd.vectorize(Group::<5, true>(call)),
+            (_, true) => simd.vectorize(Group::<GROUP, true>(call)),
         }
         first += height;
     }
 }
 
-/// One call of [`product`] with `MR` rows; made there only, under its safety contract.
-struct Group<const MR: usize> {
+/// Some rows of [`product`]; made there only, under its safety contract.
+#[derive(Clone, Copy)]
+struct Call {
     cols: usize,
     depth: usize,
     a: Left,
     b: Right,
     c: Dest,
-    add: bool,
+    onto: Onto,
 }
 
-impl<const MR: usize> WithSimd for Group<MR> {
+/// Where the innermost loop stands: the element of each row of A, and the row of B.
+struct Place<const MR: usize> {
+    a: [*const f32; MR],
+    b: *const f32,
+}
+
+/// A call with `MR` rows, whose A is read `ACROSS` or along its rows.
+struct Group<const MR: usize, const ACROSS: bool>(Call);
+
+impl<const MR: usize, const ACROSS: bool> WithSimd for Group<MR, ACROSS> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
+        let cols = self.0.cols;
         let mut col = 0;
         // One or two rows of two vectors are too few chains to hide the latency of the multiply-add.
         if const { MR == 1 } {
-            while col + 8 * S::F32_LANES <= self.cols {
+            while col + 8 * S::F32_LANES <= cols {
                 self.strip::<S, 8, false>(simd, col);
                 col += 8 * S::F32_LANES;
             }
         }
         if const { MR <= 2 } {
-            while col + 4 * S::F32_LANES <= self.cols {
+            while col + 4 * S::F32_LANES <= cols {
                 self.strip::<S, 4, false>(simd, col);
                 col += 4 * S::F32_LANES;
             }
         }
-        while col + 2 * S::F32_LANES <= self.cols {
+        while col + 2 * S::F32_LANES <= cols {
             self.strip::<S, 2, false>(simd, col);
             col += 2 * S::F32_LANES;
         }
-        let rest = self.cols - col;
+        let rest = cols - col;
         if rest > S::F32_LANES {
             self.strip::<S, 2, true>(simd, col);
         } else if rest == S::F32_LANES {
@@ -138,53 +190,49 @@ impl<const MR: usize> WithSimd for Group<MR> {
     }
 }
 
-impl<const MR: usize> Group<MR> {
+impl<const MR: usize, const ACROSS: bool> Group<MR, ACROSS> {
     /// The columns of `NV` vectors from `col` on; the last vector ends at `cols` when `TAIL`.
     #[inline(always)]
     fn strip<S: Simd, const NV: usize, const TAIL: bool>(&self, simd: S, col: usize) {
-        let last = (self.cols - col).saturating_sub((NV - 1) * S::F32_LANES).min(S::F32_LANES);
+        let Call { cols, depth, a, b, c, onto } = self.0;
+        let last = (cols - col).saturating_sub((NV - 1) * S::F32_LANES).min(S::F32_LANES);
         let mask = MemMask::new(simd.mask_between_m32s(0, last as u32).mask());
         let partial = |v: usize| TAIL && v + 1 == NV;
         let mut acc = [[simd.splat_f32s(0.0); NV]; MR];
         // SAFETY (all blocks): rows below MR, columns below `cols` and depths below `depth` are elements that
         // the caller of `product` vouches for; a vector that would pass `cols` is accessed under the mask.
-        if self.add {
+        if !matches!(onto, Onto::Zero) {
             for (r, acc) in acc.iter_mut().enumerate() {
                 for (v, acc) in acc.iter_mut().enumerate() {
                     // SAFETY: see above.
                     *acc = unsafe {
-                        let at = self.c.ptr.add(r * self.c.stride + col + v * S::F32_LANES);
+                        let at = c.ptr.add(r * c.stride + col + v * S::F32_LANES);
                         if partial(v) { simd.mask_load_ptr_f32s(mask, at) } else { load::<S>(at) }
                     };
                 }
             }
         }
-        let mut b_row = self.b.ptr.wrapping_add(col);
-        let mut a_col = self.a.ptr;
-        for _ in 0..self.depth {
-            let mut b = [simd.splat_f32s(0.0); NV];
-            for (v, b) in b.iter_mut().enumerate() {
-                // SAFETY: see above.
-                *b = unsafe {
-                    let at = b_row.add(v * S::F32_LANES);
-                    if partial(v) { simd.mask_load_ptr_f32s(mask, at) } else { load::<S>(at) }
-                };
-            }
+        if let Onto::Scaled(alpha) = onto {
             for (r, acc) in acc.iter_mut().enumerate() {
-                // SAFETY: see above.
-                let a = simd.splat_f32s(unsafe { *a_col.add(r * self.a.row) });
-                for (acc, b) in acc.iter_mut().zip(b) {
-                    *acc = simd.mul_add_e_f32s(a, b, *acc);
+                // SAFETY: α has a number for each row.
+                let alpha = simd.splat_f32s(unsafe { *alpha.add(r) });
+                for acc in acc {
+                    *acc = simd.mul_f32s(*acc, alpha);
                 }
             }
-            b_row = b_row.wrapping_add(self.b.stride);
-            a_col = a_col.wrapping_add(self.a.depth);
+        }
+        let mut at = Place { a: std::array::from_fn(|r| a.rows_from(r).ptr), b: b.ptr.wrapping_add(col) };
+        for _ in 0..depth / UNROLL {
+            self.steps::<S, NV, UNROLL>(simd, &mut at, &mut acc, TAIL.then_some(mask));
+        }
+        for _ in 0..depth % UNROLL {
+            self.steps::<S, NV, 1>(simd, &mut at, &mut acc, TAIL.then_some(mask));
         }
         for (r, acc) in acc.into_iter().enumerate() {
             for (v, acc) in acc.into_iter().enumerate() {
                 // SAFETY: see above.
                 unsafe {
-                    let at = self.c.ptr.add(r * self.c.stride + col + v * S::F32_LANES);
+                    let at = c.ptr.add(r * c.stride + col + v * S::F32_LANES);
                     if partial(v) {
                         simd.mask_store_ptr_f32s(mask, at, acc);
                     } else {
@@ -193,6 +241,43 @@ impl<const MR: usize> Group<MR> {
                 }
             }
         }
+    }
+
+    /// `STEPS` steps of the depth: `acc[r][v] += A[r][k]·B[k][v]`.
+    #[inline(always)]
+    fn steps<S: Simd, const NV: usize, const STEPS: usize>(
+        &self,
+        simd: S,
+        at: &mut Place<MR>,
+        acc: &mut [[S::f32s; NV]; MR],
+        tail: Option<MemMask<S::m32s>>,
+    ) {
+        let Call { a: Left { stride: a_stride, .. }, b: Right { stride: b_stride, .. }, .. } = self.0;
+        for k in 0..STEPS {
+            let mut b = [simd.splat_f32s(0.0); NV];
+            for (v, b) in b.iter_mut().enumerate() {
+                // SAFETY: as in `strip`.
+                *b = unsafe {
+                    let at = at.b.add(k * b_stride + v * S::F32_LANES);
+                    match tail {
+                        Some(mask) if v + 1 == NV => simd.mask_load_ptr_f32s(mask, at),
+                        _ => load::<S>(at),
+                    }
+                };
+            }
+            for (r, acc) in acc.iter_mut().enumerate() {
+                // SAFETY: as in `strip`.
+                let a = simd.splat_f32s(unsafe {
+                    if ACROSS { *at.a[0].add(k * a_stride + r) } else { *at.a[r].add(k) }
+                });
+                for (acc, b) in acc.iter_mut().zip(b) {
+                    *acc = simd.mul_add_e_f32s(a, b, *acc);
+                }
+            }
+        }
+        at.b = at.b.wrapping_add(STEPS * b_stride);
+        let a_step = if ACROSS { STEPS * a_stride } else { STEPS };
+        at.a = at.a.map(|a| a.wrapping_add(a_step));
     }
 }
 
@@ -228,15 +313,14 @@ mod tests {
             let n = self.extent.cols;
             let mut done = 0;
             for depth in [self.cut, self.extent.depth - self.cut] {
-                let a = Left {
-                    ptr: self.a.as_ptr().wrapping_add(done * self.a.col_stride()),
-                    row: self.a.row_stride(),
-                    depth: self.a.col_stride(),
-                };
+                let across = self.a.row_stride() == 1 && self.a.col_stride() > 1;
+                let stride = if across { self.a.col_stride() } else { self.a.row_stride() };
+                let ptr = self.a.as_ptr().wrapping_add(done * self.a.col_stride());
+                let a = Left { ptr, stride, across };
                 let b = Right { ptr: self.b.as_ptr().wrapping_add(done * n), stride: n };
                 let c = Dest { ptr: self.c.as_mut_ptr(), stride: n };
                 // SAFETY: the buffers below have exactly the extent's shape.
-                unsafe { product(simd, Extent { depth, ..self.extent }, a, b, c, done > 0) };
+                unsafe { product(simd, Extent { depth, ..self.extent }, a, b, c, Onto::sum_if(done > 0)) };
                 done += depth;
             }
         }

@@ -172,6 +172,29 @@ fn argument(x: f64) -> f64 {
 const HALF_LN_2: f32 = std::f32::consts::LN_2 / 2.0;
 
 function!(exp, [88.722_84, 87.336_54, 103.972_08, 104.0, 89.0, HALF_LN_2, 3.0 * HALF_LN_2], |x| x.exp(), 1.5);
+
+/// On the negative half, which is what it is for.
+#[test]
+fn exp_flushed() {
+    #[derive(Clone, Copy)]
+    struct F;
+    impl Function for F {
+        fn fast<S: Simd>(self, simd: S, x: S::f32s) -> S::f32s {
+            super::exp_flushed(simd, simd.neg_f32s(simd.abs_f32s(x)))
+        }
+        fn exact(self, x: f64) -> f64 {
+            (-x.abs()).exp()
+        }
+        fn bound(self, x: f64) -> f64 {
+            1.5 + x.abs() / 20.0
+        }
+        fn underflow(self, x: f64) -> f64 {
+            if x.abs() > 87.3 { 8_388_608.0 } else { 0.0 }
+        }
+    }
+    check("exp_flushed", F, &[87.336_54, 87.683_11, 88.0, HALF_LN_2, 3.0 * HALF_LN_2]);
+}
+
 function!(log, [1.0, 0.5, 2.0, std::f32::consts::SQRT_2, 0.707_106_77, f32::MIN_POSITIVE], |x| x.ln(), 1.5);
 function!(tanh, [0.5 * HALF_LN_2, 1.5 * HALF_LN_2, 9.01, 9.25], |x| x.tanh(), 3.0);
 function!(sigmoid, [88.722_84, 87.336_54, 103.972_08, 16.6, 17.4], |x| reference::sigmoid(x), 2.5);

@@ -8,6 +8,7 @@
 //! | function | error bound |
 //! |---|---|
 //! | [`exp()`] | 1.5 ULP |
+//! | [`exp_flushed`] | 1.5 + \|x\|/20 ULP for x ≤ 0, 0 instead of denormals |
 //! | [`log()`] | 1.5 ULP |
 //! | [`tanh`] | 3 ULP |
 //! | [`sigmoid()`] | 2.5 ULP |
@@ -32,7 +33,7 @@ mod sigmoid;
 mod accuracy;
 
 pub use erf::{erf, normal_cdf};
-pub use exp::exp;
+pub use exp::{exp, exp_flushed};
 pub use gelu::{gelu, gelu_derivative, gelu_tanh, gelu_tanh_derivative};
 pub use log::log;
 pub use sigmoid::{sigmoid, sigmoid_derivative, silu, silu_derivative, tanh, tanh_derivative};
