@@ -98,6 +98,12 @@ pub(crate) struct Problem {
     pub(crate) targets: Vec<u32>,
 }
 
+/// Positive numbers whose sum is 1.
+fn normalise(row: &mut [f32]) {
+    let sum: f32 = row.iter().map(|x| x.abs()).sum();
+    row.iter_mut().for_each(|x| *x = x.abs() / sum);
+}
+
 /// Rows that are compared with the reference.
 const CHECKED_ROWS: usize = 48;
 /// The largest difference, relative to the largest element of the row.
@@ -111,9 +117,14 @@ impl Problem {
         let mut fill = |len: usize, factor: f32, shift: f32| -> Vec<f32> {
             (0..len).map(|_| factor * random.signed_unit() + shift).collect()
         };
+        let mut x = fill(rows * cols, 4.0, 0.0);
+        if shape.op == RowOp::SoftmaxBackward {
+            // Its x is the y of a forward pass.
+            x.chunks_exact_mut(cols).for_each(normalise);
+        }
         Problem {
             shape,
-            x: fill(rows * cols, 4.0, 0.0),
+            x,
             d_y: fill(rows * cols, 1.0, 0.0),
             gamma: fill(cols, 0.5, 1.0),
             beta: fill(cols, 0.5, 0.0),

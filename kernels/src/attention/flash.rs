@@ -237,7 +237,7 @@ impl<'a> Chunk<'a> {
         online::absorb(
             simd,
             scores,
-            (stride, &columns),
+            (stride / S::F32_LANES, &vectors),
             #[inline(always)]
             |r| {
                 if plain {

@@ -28,7 +28,7 @@ use crate::scratch::ScratchBuf;
 use crate::view::{HeadsMut, HeadsRef, MatMut};
 
 /// Keys that one task of a split head owns.
-const KEY_CHUNK: usize = 4 * KEY_BLOCK;
+const KEY_CHUNK: usize = 2 * KEY_BLOCK;
 
 /// A checked problem.
 #[derive(Clone, Copy)]

@@ -23,6 +23,8 @@
 //! (tests `attention::tests`).
 
 mod backward_tile;
+pub mod cache;
+mod decode;
 mod flash;
 mod flash_backward;
 mod mask;
@@ -34,6 +36,7 @@ mod stage;
 mod tests;
 mod tile;
 
+pub use decode::{Part, decode};
 pub use mask::{Bias, Causal, Mask, Window};
 
 use flash::Forward;

@@ -77,8 +77,8 @@ pub(super) struct Carried<'a> {
     pub(super) alpha: &'a mut [f32],
 }
 
-/// Turns the scores of at most [`GROUP`] rows into `p`, and updates m, l and α. Row `r` has `scores` of whole
-/// vectors from a vector boundary of the key block on; `row(r)` is `None` when nothing of it is hidden and nothing
+/// Turns the scores of at most [`GROUP`] rows into `p`, and updates m, l and α. A row has `stride` vectors of scores, of
+/// which those of `vectors` are meant; `row(r)` is `None` when nothing of it is hidden and nothing
 /// is added.
 ///
 /// - The maxima of all rows come first, then one vector of α for all rows, then all exponentials: a row at a
@@ -88,14 +88,15 @@ pub(super) struct Carried<'a> {
 pub(super) fn absorb<'a, S: Simd>(
     simd: S,
     scores: &mut [f32],
-    (stride, columns): (usize, &Range<usize>),
+    (stride, vectors): (usize, &Range<usize>),
     row: impl Fn(usize) -> Option<Row<'a>>,
     carried: Carried<'_>,
 ) {
     let Carried { m, l, alpha } = carried;
     let (mut top, mut shifts) = ([0.0; GROUP], [0.0; GROUP]);
+    let scores = S::as_mut_simd_f32s(scores).0;
     for ((r, scores), top) in scores.chunks_exact_mut(stride).enumerate().zip(&mut top) {
-        let scores = S::as_mut_simd_f32s(&mut scores[columns.clone()]).0;
+        let scores = &mut scores[vectors.clone()];
         let mut max = simd.splat_f32s(f32::NEG_INFINITY);
         match row(r) {
             None => {
@@ -131,7 +132,7 @@ pub(super) fn absorb<'a, S: Simd>(
     for ((scores, l), (alpha, shift)) in rows {
         let shift = simd.splat_f32s(shift);
         let mut sum = zero;
-        for x in S::as_mut_simd_f32s(&mut scores[columns.clone()]).0 {
+        for x in &mut scores[vectors.clone()] {
             *x = exp_flushed(simd, simd.sub_f32s(*x, shift));
             sum = simd.add_f32s(sum, *x);
         }

@@ -206,13 +206,19 @@ function!(
     underflow x.abs().min(120.0)
 );
 function!(erf, [1.0, 3.9, 4.0], |x| reference::erf(x), 2.0);
-function!(normal_cdf, [1.0, 5.4, 13.0, 14.2, 14.5], |x| reference::normal_cdf(x), 6.0);
+function!(
+    normal_cdf,
+    [1.0, 5.4, 13.0, 13.27, 14.2, 14.5],
+    |x| reference::normal_cdf(x),
+    7.0,
+    underflow if x < -13.0 { 8_388_608.0 } else { 0.0 }
+);
 function!(
     gelu,
     [1.0, 13.2, 14.3, 14.5, 15.0],
     |x| reference::gelu(x),
-    6.5,
-    underflow x.abs().min(15.0)
+    7.5,
+    underflow if x < -13.0 { 15.0 * 8_388_608.0 } else { x.abs().min(15.0) }
 );
 function!(
     gelu_tanh,
@@ -234,7 +240,7 @@ function!(
     [1.0, 0.751_791_5, 13.2, 14.3, 14.5, 15.0],
     |x| sum(reference::gelu_derivative(x)),
     7.0,
-    underflow x.abs().min(15.0),
+    underflow if x < -13.0 { 15.0 * 8_388_608.0 } else { x.abs().min(15.0) },
     scale larger(reference::gelu_derivative(x))
 );
 function!(

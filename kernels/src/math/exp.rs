@@ -85,14 +85,27 @@ pub fn exp<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
 #[inline(always)]
 pub fn exp_flushed<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     let x = max_keep_nan(simd, x, FLUSHED);
-    let shifted = simd.mul_add_e_f32s(x, simd.splat_f32s(std::f32::consts::LOG2_E), simd.splat_f32s(ROUND));
-    let n = simd.sub_f32s(shifted, simd.splat_f32s(ROUND));
+    flushed(simd, x, identity)
+}
+
+#[inline(always)]
+fn identity<T>(x: T) -> T {
+    x
+}
+
+/// exp of x in −88.3 … 88, whose reduced argument `correct` may move a little.
+#[inline(always)]
+pub(super) fn flushed<S: Simd>(simd: S, x: S::f32s, correct: impl Fn(S::f32s) -> S::f32s) -> S::f32s {
+    let round = simd.splat_f32s(ROUND);
+    let shifted = simd.mul_add_e_f32s(x, simd.splat_f32s(std::f32::consts::LOG2_E), round);
+    let n = simd.sub_f32s(shifted, round);
     let r = if S::IS_SCALAR {
         let r = simd.negate_mul_add_e_f32s(n, simd.splat_f32s(LN_2_HI), x);
         simd.negate_mul_add_e_f32s(n, simd.splat_f32s(LN_2_LO), r)
     } else {
         simd.negate_mul_add_e_f32s(n, simd.splat_f32s(std::f32::consts::LN_2), x)
     };
+    let r = correct(r);
     let square = simd.mul_f32s(r, r);
     let low = simd.mul_add_e_f32s(r, simd.splat_f32s(Q[1]), simd.splat_f32s(Q[0]));
     let high = simd.mul_add_e_f32s(r, simd.splat_f32s(Q[3]), simd.splat_f32s(Q[2]));

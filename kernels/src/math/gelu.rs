@@ -17,7 +17,7 @@ const CUBIC: f32 = 0.071_354_82;
 
 /// GELU: x·Φ(x) = x·(1 + erf(x/√2))/2; −0 for −∞, NaN for NaN.
 ///
-/// Error at most 6.5 ULP over all of f32: Φ is accurate relative to itself in the lower tail, where the
+/// Error at most 7.5 ULP, or 2⁻¹²² where |x·Φ(x)| is below that: Φ is accurate relative to itself in the lower tail, where the
 /// form with `1 + erf` has no correct digit (`math::accuracy::gelu`).
 ///
 /// # Source

@@ -14,8 +14,8 @@
 //! | [`sigmoid()`] | 2.5 ULP |
 //! | [`silu`] | 3.5 ULP |
 //! | [`erf()`] | 2 ULP |
-//! | [`normal_cdf`] | 6 ULP |
-//! | [`gelu()`] | 6.5 ULP |
+//! | [`normal_cdf`] | 7 ULP |
+//! | [`gelu()`] | 7.5 ULP |
 //! | [`gelu_tanh`] | 4 + 3·\|z\| ULP, where z is the argument of its sigmoid |
 //!
 //! Derivatives that cross zero have no bound in ULP of the result; theirs is stated in ULP of the

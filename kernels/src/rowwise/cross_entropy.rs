@@ -64,55 +64,86 @@ struct Forward<'a> {
     losses: &'a mut [f32],
 }
 
+/// At most this many rows go through each step of the forward pass together.
+const BATCH: usize = 64;
+
+/// Elements of such rows: they stay in the first-level cache between two steps.
+const BATCH_ELEMENTS: usize = 4096;
+
 impl WithSimd for Forward<'_> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let epsilon = self.spec.label_smoothing;
-        let n = self.logits.cols() as f32;
-        for (i, (loss, &target)) in self.losses.iter_mut().zip(self.targets).enumerate() {
-            if Some(target) == self.spec.ignore_index {
-                *loss = 0.0;
-                continue;
-            }
-            let x = self.logits.row(i);
-            let Some(max) = row_max(simd, x) else {
-                *loss = f32::INFINITY;
-                continue;
-            };
-            let m = simd.splat_f32s(max);
-            let (sum, uniform) = if epsilon == 0.0 {
-                let [sum] = lanes::sums(
-                    simd,
-                    x,
-                    #[inline(always)]
-                    |x| [math::exp(simd, simd.sub_f32s(x, m))],
-                );
-                (sum, 0.0)
-            } else {
-                let [sum, shifted] = lanes::sums(
-                    simd,
-                    x,
-                    #[inline(always)]
-                    |x| {
-                        let shifted = simd.sub_f32s(x, m);
-                        [math::exp(simd, shifted), shifted]
-                    },
-                );
-                (sum, epsilon * (shifted / n))
-            };
-            let log_sum = first_lane(simd, math::log(simd, simd.splat_f32s(sum)));
-            let hit = if epsilon == 1.0 { 0.0 } else { (1.0 - epsilon) * (x[target as usize] - max) };
-            *loss = log_sum - hit - uniform;
+        let batch = (BATCH_ELEMENTS / self.logits.cols().max(1)).clamp(1, BATCH);
+        for first in (0..self.losses.len()).step_by(batch) {
+            let rows = first..(first + batch).min(self.losses.len());
+            let logits = self.logits.sub(rows.clone(), 0..self.logits.cols());
+            let (targets, losses) = (&self.targets[rows.clone()], &mut self.losses[rows]);
+            Forward { logits, targets, spec: self.spec, losses }.batch(simd);
         }
     }
 }
 
+impl Forward<'_> {
+    /// All maxima, then all sums, then all logarithms: a row at a time, each step would wait for the one before,
+    /// which for rows of some dozens of classes takes longer than the arithmetic.
+    #[inline(always)]
+    fn batch<S: Simd>(self, simd: S) {
+        let Forward { logits, targets, spec, losses } = self;
+        let epsilon = spec.label_smoothing;
+        let mut tops = [None; BATCH];
+        let mut sums = [0.0; BATCH];
+        for (i, (top, &target)) in tops.iter_mut().zip(targets).enumerate() {
+            *top = if Some(target) == spec.ignore_index { None } else { row_max(simd, logits.row(i)) };
+        }
+        for (i, (((loss, sum), top), &target)) in
+            losses.iter_mut().zip(&mut sums).zip(&tops).zip(targets).enumerate()
+        {
+            // log 1 − 0 of a row that is ignored, log ∞ − 0 of a row of −∞ alone.
+            (*sum, *loss) = match *top {
+                None if Some(target) == spec.ignore_index => (1.0, 0.0),
+                None => (f32::INFINITY, 0.0),
+                Some(max) => {
+                    let (sum, uniform) = sums_of_row(simd, logits.row(i), max, epsilon);
+                    let away = logits.at(i, target as usize) - max;
+                    (sum, if epsilon == 1.0 { 0.0 } else { (1.0 - epsilon) * away } + uniform)
+                }
+            };
+        }
+        lanes::update(
+            simd,
+            &sums[..losses.len()],
+            losses,
+            #[inline(always)]
+            |sum, rest| simd.sub_f32s(math::log(simd, sum), rest),
+        );
+    }
+}
+
+/// `Σ exp(x − max)` and `ε·Σ (x − max)/n`.
 #[inline(always)]
-fn first_lane<S: Simd>(simd: S, x: S::f32s) -> f32 {
-    // All lanes are equal.
-    simd.reduce_max_f32s(x)
+fn sums_of_row<S: Simd>(simd: S, x: &[f32], max: f32, epsilon: f32) -> (f32, f32) {
+    let m = simd.splat_f32s(max);
+    if epsilon == 0.0 {
+        let [sum] = lanes::sums(
+            simd,
+            x,
+            #[inline(always)]
+            |x| [math::exp_flushed(simd, simd.sub_f32s(x, m))],
+        );
+        return (sum, 0.0);
+    }
+    let [sum, shifted] = lanes::sums(
+        simd,
+        x,
+        #[inline(always)]
+        |x| {
+            let shifted = simd.sub_f32s(x, m);
+            [math::exp_flushed(simd, shifted), shifted]
+        },
+    );
+    (sum, epsilon * (shifted / x.len() as f32))
 }
 
 struct Backward<'a> {
@@ -143,7 +174,7 @@ impl WithSimd for Backward<'_> {
                 x,
                 d_x,
                 #[inline(always)]
-                |x| math::exp(simd, simd.sub_f32s(x, m)),
+                |x| math::exp_flushed(simd, simd.sub_f32s(x, m)),
             );
             let scale = simd.splat_f32s(1.0 / sum);
             let uniform = simd.splat_f32s(epsilon / n);

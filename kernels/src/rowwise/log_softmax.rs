@@ -39,7 +39,7 @@ impl WithSimd for Forward<'_> {
                 simd,
                 x,
                 #[inline(always)]
-                |x| [math::exp(simd, simd.sub_f32s(x, max))],
+                |x| [math::exp_flushed(simd, simd.sub_f32s(x, max))],
             );
             let log_sum = math::log(simd, simd.splat_f32s(sum));
             lanes::map(
@@ -77,7 +77,7 @@ impl WithSimd for Backward<'_> {
                 d_y,
                 d_x,
                 #[inline(always)]
-                |y, d_y| simd.negate_mul_add_e_f32s(math::exp(simd, y), sum, d_y),
+                |y, d_y| simd.negate_mul_add_e_f32s(math::exp_flushed(simd, y), sum, d_y),
             );
         }
     }

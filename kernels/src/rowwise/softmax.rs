@@ -50,7 +50,7 @@ impl WithSimd for Forward<'_> {
                 x,
                 y,
                 #[inline(always)]
-                |x| math::exp(simd, simd.sub_f32s(x, max)),
+                |x| math::exp_flushed(simd, simd.sub_f32s(x, max)),
             );
             let scale = simd.splat_f32s(1.0 / sum);
             lanes::map_in_place(

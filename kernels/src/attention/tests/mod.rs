@@ -1,6 +1,7 @@
 //! The contract of the module, on every instruction set of the machine: accuracy here, bits in [`bits`].
 
 mod bits;
+mod decode;
 
 use super::*;
 use crate::Context;
@@ -233,7 +234,7 @@ fn plain_shapes() {
 
 #[test]
 fn lengths_straddle_blocks() {
-    for seq in [63, 64, 65, 129, 200] {
+    for seq in [63, 127, 128, 129, 200, 257] {
         let mut case = Case::new(shape(1, 1, seq, seq, 8));
         case.check();
         case.causal = Some(0);
