@@ -134,6 +134,8 @@ def attention(task, tensors):
     """Scaled dot-product attention on [batch, heads, seq, dim] views of [batch, seq, heads, dim]."""
     shape, dtype = task["shape"], operand_type(task)
     backward = task["operation"] == "backward"
+    if task["operation"] == "bigbird":
+        raise Declined("it has no attention over a list of blocks on a CPU")
 
     def heads_first(tensor):
         return tensor.to(dtype).transpose(1, 2)
@@ -141,7 +143,11 @@ def attention(task, tensors):
     def in_memory_order(tensors):
         return [tensor.transpose(1, 2) for tensor in tensors]
 
-    q, k, v = (heads_first(tensors[name]).requires_grad_(backward) for name in "qkv")
+    q, k, v = (heads_first(tensors[name]) for name in "qkv")
+    if task["operation"] == "decode":
+        # A cache lies head by head.
+        k, v = k.contiguous(), v.contiguous()
+    q, k, v = (tensor.requires_grad_(backward) for tensor in (q, k, v))
 
     def forward():
         scaled = torch.nn.functional.scaled_dot_product_attention

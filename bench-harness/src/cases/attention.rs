@@ -1,12 +1,30 @@
-//! Scaled dot-product attention, forward and backward: the shapes of BERT base, of long inputs, of pronunciation.
+//! Scaled dot-product attention, forward, backward, decoding and BigBird's pattern: the shapes of BERT base, of long
+//! inputs, of pronunciation, of a step with a cache.
 
 use std::borrow::Cow;
 
+use kavanam_kernels::attention::{BigBird, BlockList};
 use kavanam_kernels::{Precision, reference};
 
 use crate::cases::{Case, Op, Work, check_close, tolerance};
 use crate::error::HarnessError;
 use crate::measure::statistics::SplitMix64;
+
+/// What is computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Pass {
+    /// The output.
+    Forward,
+    /// The gradients.
+    Backward,
+    /// The output of one query over cached keys and values.
+    Decode,
+    /// The output under BigBird's pattern: blocks of [`BIGBIRD_BLOCK`], three of them drawn for each row.
+    BigBird,
+}
+
+/// Positions of one of BigBird's blocks.
+pub(crate) const BIGBIRD_BLOCK: usize = 64;
 
 /// The shape of one attention; queries, keys and values have the same.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,8 +39,8 @@ pub(crate) struct Shape {
     pub(crate) dim: usize,
     /// Whether a position sees only itself and what is before it.
     pub(crate) causal: bool,
-    /// Whether the gradients are computed instead of the output.
-    pub(crate) backward: bool,
+    /// What is computed.
+    pub(crate) pass: Pass,
 }
 
 /// batch, heads, positions, elements of a head; whether causal; whether `--quick` measures it.
@@ -43,16 +61,63 @@ const SHAPES: [([usize; 4], bool, bool); 14] = [
     ([4, 8, 512, 32], true, false),
 ];
 
+/// The same of decoding: positions are those of the cache.
+const CACHES: [([usize; 4], bool); 4] = [
+    ([1, 8, 2048, 64], true),
+    ([1, 32, 4096, 128], false),
+    ([8, 8, 512, 64], false),
+    ([1, 1, 32768, 64], false),
+];
+
+/// The same of BigBird's pattern, from the length where it begins to pay to long documents.
+const PATTERNS: [([usize; 4], bool); 4] = [
+    ([1, 8, 1024, 64], true),
+    ([1, 8, 4096, 64], false),
+    ([1, 8, 16384, 64], false),
+    ([1, 8, 65536, 64], false),
+];
+
 impl Shape {
     /// Two products forward, five backward; half of them under a causal mask.
     pub(crate) fn work(&self) -> Work {
-        let pairs = (self.batch * self.heads * self.seq * self.seq) as f64;
-        let seen = if self.causal { 0.5 } else { 1.0 };
-        let (products, tensors) = if self.backward { (5.0, 8.0) } else { (2.0, 4.0) };
+        let pairs = (self.batch * self.heads * self.queries() * self.seq) as f64;
+        let seen = match self.list() {
+            Some(list) => {
+                let blocks = self.seq.div_ceil(BIGBIRD_BLOCK);
+                let listed: usize = (0..blocks).map(|row| list.keys(row).len()).sum();
+                listed as f64 / (blocks * blocks) as f64
+            }
+            None if self.causal => 0.5,
+            None => 1.0,
+        };
+        let (products, tensors) = match self.pass {
+            Pass::Forward | Pass::BigBird => (2.0, 4.0),
+            Pass::Backward => (5.0, 8.0),
+            // Keys and values; one query and one output are nothing.
+            Pass::Decode => (2.0, 2.0),
+        };
         Work {
             flops: Some(2.0 * products * seen * pairs * self.dim as f64),
             bytes: 4.0 * tensors * self.elements() as f64,
         }
+    }
+
+    /// The blocks that are seen, under a pattern.
+    pub(crate) fn list(&self) -> Option<BlockList> {
+        let rule = BigBird::Paper { random: 3, seed: 1 };
+        let blocks = self.seq.div_ceil(BIGBIRD_BLOCK);
+        let list = || BlockList::bigbird(BIGBIRD_BLOCK, blocks, rule).expect("the block is not empty");
+        (self.pass == Pass::BigBird).then(list)
+    }
+
+    /// Queries of a sequence.
+    pub(crate) fn queries(&self) -> usize {
+        if self.pass == Pass::Decode { 1 } else { self.seq }
+    }
+
+    /// Elements of the queries and of the output, [batch, queries, heads, dim].
+    pub(crate) fn query_elements(&self) -> usize {
+        self.batch * self.queries() * self.heads * self.dim
     }
 
     /// Elements of one tensor, [batch, seq, heads, dim].
@@ -69,12 +134,21 @@ impl Shape {
 /// Every case.
 pub(crate) fn cases() -> Vec<Case> {
     let mut all = Vec::new();
-    for (backward, group) in [(false, "forward"), (true, "backward")] {
+    for (pass, group) in [(Pass::Forward, "forward"), (Pass::Backward, "backward")] {
         for ([batch, heads, seq, dim], causal, quick) in SHAPES {
             let suffix = if causal { "-causal" } else { "" };
             all.push(Case {
                 name: format!("{group}{suffix}/{batch}x{heads}x{seq}x{dim}"),
-                op: Op::Attention(Shape { batch, heads, seq, dim, causal, backward }),
+                op: Op::Attention(Shape { batch, heads, seq, dim, causal, pass }),
+                quick,
+            });
+        }
+    }
+    for (pass, group, shapes) in [(Pass::Decode, "decode", CACHES), (Pass::BigBird, "bigbird", PATTERNS)] {
+        for ([batch, heads, seq, dim], quick) in shapes {
+            all.push(Case {
+                name: format!("{group}/{batch}x{heads}x{seq}x{dim}"),
+                op: Op::Attention(Shape { batch, heads, seq, dim, causal: false, pass }),
                 quick,
             });
         }
@@ -82,7 +156,7 @@ pub(crate) fn cases() -> Vec<Case> {
     all
 }
 
-/// The operands of one case, each [batch, seq, heads, dim].
+/// The operands of one case, each [batch, seq, heads, dim], the queries of decoding [batch, 1, heads, dim].
 #[derive(Debug)]
 pub(crate) struct Problem {
     /// The shape.
@@ -107,8 +181,9 @@ impl Problem {
     /// Random operands in [−1, 1).
     pub(crate) fn new(shape: Shape) -> Problem {
         let mut random = SplitMix64(((shape.seq as u64) << 32) ^ shape.elements() as u64);
-        let mut fill = || (0..shape.elements()).map(|_| random.signed_unit()).collect::<Vec<f32>>();
-        Problem { shape, q: fill(), k: fill(), v: fill(), d_out: fill() }
+        let mut fill = |len: usize| (0..len).map(|_| random.signed_unit()).collect::<Vec<f32>>();
+        let (queries, keys) = (shape.query_elements(), shape.elements());
+        Problem { shape, q: fill(queries), k: fill(keys), v: fill(keys), d_out: fill(queries) }
     }
 
     /// Compares the last head of the last sequence with attention in f64. The outputs are `out`, or
@@ -118,13 +193,18 @@ impl Problem {
     /// Names the tensor that differs.
     pub(crate) fn check(&self, outputs: &[Cow<'_, [f32]>], precision: Precision) -> Result<(), HarnessError> {
         let bound = tolerance(TOLERANCE, precision);
-        let Shape { seq, dim, causal, backward, .. } = self.shape;
+        let Shape { seq, dim, causal, pass, .. } = self.shape;
         let step = if seq <= WHOLE_HEAD { 1 } else { seq / FEW_QUERIES };
-        let queries: Vec<usize> = (0..seq).step_by(step).collect();
+        let queries: Vec<usize> = (0..self.shape.queries()).step_by(step).collect();
         let every: Vec<usize> = (0..seq).collect();
         let (q, k, v) =
             (self.rows(&self.q, &queries), self.rows(&self.k, &every), self.rows(&self.v, &every));
-        let sees = |_: usize, i: usize, j: usize| !causal || j <= queries[i];
+        let list = self.shape.list();
+        let sees = |_: usize, i: usize, j: usize| {
+            let listed =
+                |list: &BlockList| list.keys(queries[i] / BIGBIRD_BLOCK).contains(&(j / BIGBIRD_BLOCK));
+            (!causal || j <= queries[i]) && list.as_ref().is_none_or(listed)
+        };
         let problem = reference::Attention {
             batch: 1,
             heads: 1,
@@ -143,7 +223,7 @@ impl Problem {
         let ours = |tensor: &[f32], positions: &[usize]| -> Vec<f32> {
             self.rows(tensor, positions).into_iter().map(|x| x as f32).collect()
         };
-        if !backward {
+        if pass != Pass::Backward {
             let (out, _) = reference::attention_forward(&problem);
             return check_close("out", &ours(&outputs[0], &queries), &out, bound);
         }
@@ -158,7 +238,8 @@ impl Problem {
 
     /// The given positions of the last head of the last sequence, one after the other.
     fn rows(&self, tensor: &[f32], positions: &[usize]) -> Vec<f64> {
-        let Shape { batch, heads, seq, dim, .. } = self.shape;
+        let Shape { batch, heads, dim, .. } = self.shape;
+        let seq = tensor.len() / (batch * heads * dim);
         let at = |i: usize| (((batch - 1) * seq + i) * heads + heads - 1) * dim;
         positions.iter().flat_map(|&i| tensor[at(i)..][..dim].iter().map(|&x| f64::from(x))).collect()
     }

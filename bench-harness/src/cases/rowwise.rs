@@ -43,8 +43,8 @@ pub(crate) const EPS: f32 = 1e-5;
 
 const OPS: [(RowOp, &str, &[[usize; 2]]); 7] = {
     const PROBABILITIES: &[[usize; 2]] = &[[1024, 64], [4096, 1024], [64, 32000]];
-    const FEATURES: &[[usize; 2]] = &[[1024, 128], [4096, 768]];
-    const CLASSES: &[[usize; 2]] = &[[2048, 44], [512, 32000]];
+    const FEATURES: &[[usize; 2]] = &[[1024, 128], [4096, 768], [4096, 1024]];
+    const CLASSES: &[[usize; 2]] = &[[2048, 44], [64, 32000], [512, 32000]];
     [
         (RowOp::Softmax, "softmax", PROBABILITIES),
         (RowOp::SoftmaxBackward, "softmax-backward", PROBABILITIES),

@@ -221,7 +221,8 @@ impl Tile<'_, '_> {
     #[inline(always)]
     fn queries<S: Simd>(&mut self, simd: S) {
         let (stride, start) = (self.block.stride, self.block.keys.start);
-        let add = self.block.sight.rows(&self.rows, &(0..self.block.keys.end)).start < start;
+        let add = self.problem.spec.mask.blocks.is_some()
+            || self.block.sight.rows(&self.rows, &(0..self.block.keys.end)).start < start;
         let Some(d_q) = &mut self.head.d_q else { return };
         for rows in groups(&self.rows) {
             let keys = self.block.sight.rows(&rows, &self.block.keys);

@@ -19,6 +19,7 @@ use std::ops::Range;
 
 use pulp::{Simd, WithSimd};
 
+use super::blocks::BlockList;
 use super::mask::{Coverage, Sight};
 use super::online::{self, Carried, Row};
 use super::problem::{KEY_BLOCK, ROW_TILE, Shape, Shared, cut, deal, piece};
@@ -45,7 +46,9 @@ impl Forward<'_> {
     /// Runs all of it.
     pub(super) fn run(&self, ctx: &Context) {
         let Shape { batch, heads, seq_q, seq_k, dim, v_dim, .. } = self.shape;
-        let chunk = self.shape.row_chunk(ctx.thread_count());
+        // Under a list, the rows that share its entry.
+        let list = self.spec.mask.blocks.and_then(<[_]>::first);
+        let chunk = list.map_or_else(|| self.shape.row_chunk(ctx.thread_count()), BlockList::block);
         let units = batch * heads * seq_q.div_ceil(chunk);
         let work = seq_q.min(chunk).saturating_mul(seq_k.saturating_mul(dim + v_dim));
         deal(ctx, units, work, |units| Units { problem: *self, chunk, units });
@@ -157,7 +160,16 @@ impl<'a> Chunk<'a> {
         state.rows.l[..n * S::F32_LANES].fill(0.0);
         stage::scaled(simd, self.problem.spec.scale, self.q, self.rows.clone(), state.q);
         let seen = self.sight.rows(&self.rows, &(0..self.problem.shape.seq_k));
-        if !seen.is_empty() {
+        let list = self.problem.spec.mask.list(self.head);
+        if let (Some(list), false) = (list, seen.is_empty()) {
+            state.rows.acc[..n * self.problem.shape.v_dim].fill(0.0);
+            for keys in list.pieces(self.rows.start / list.block(), KEY_BLOCK) {
+                let keys = keys.start..keys.end.min(seen.end);
+                if !keys.is_empty() {
+                    self.block(simd, state, keys);
+                }
+            }
+        } else if !seen.is_empty() {
             for block in seen.start / KEY_BLOCK..seen.end.div_ceil(KEY_BLOCK) {
                 self.block(simd, state, piece(block, KEY_BLOCK, seen.end));
             }
@@ -184,8 +196,9 @@ impl<'a> Chunk<'a> {
             for group in groups(&tile) {
                 self.scores(simd, state.q, &mut state.rows, &block, group);
             }
-            // The first block that the tile sees writes o, the others add to it.
-            let add = self.sight.rows(&tile, &(0..keys.end)).start < keys.start;
+            // The first block that the tile sees writes o, the others add to it; under a list, to zeros.
+            let add = self.problem.spec.mask.blocks.is_some()
+                || self.sight.rows(&tile, &(0..keys.end)).start < keys.start;
             for group in groups(&tile) {
                 self.values(simd, &mut state.rows, &block, group, add);
             }
@@ -225,8 +238,9 @@ impl<'a> Chunk<'a> {
         }
         let from = keys.start + columns.start;
         let bias = self.problem.spec.mask.bias;
-        let plain =
-            bias.is_none() && self.sight.classify(&rows, &(from..from + columns.len())) == Coverage::Full;
+        let plain = bias.is_none()
+            && columns.end <= keys.len()
+            && self.sight.classify(&rows, &(from..keys.start + columns.end)) == Coverage::Full;
         let n = rows.len();
         let local = rows.start - self.rows.start;
         let carried = Carried {

@@ -21,6 +21,7 @@ use std::ops::Range;
 use pulp::{Simd, WithSimd};
 
 use super::backward_tile::{Block, Head, Scores, Tile};
+use super::blocks::BlockList;
 use super::problem::{KEY_BLOCK, ROW_CHUNK, ROW_TILE, Shape, Shared, cut, deal, piece};
 use super::{AttentionSpec, Saved, stage};
 use crate::context::Context;
@@ -201,9 +202,9 @@ impl Backward<'_> {
         let Region { batch, kv, ref rows, ref keys, parts, .. } = region;
         let sight = self.spec.mask.sight(batch, self.shape.seq_k);
         let seen = if rows.is_empty() { keys.end..keys.end } else { sight.rows(rows, keys) };
-        let blocks = seen.start / KEY_BLOCK..seen.end.div_ceil(KEY_BLOCK);
+        let before = if seen.is_empty() { keys.end } else { seen.start / KEY_BLOCK * KEY_BLOCK };
+        let before = before.max(keys.start);
         if parts.kv {
-            let before = if seen.is_empty() { keys.end } else { keys.start.max(blocks.start * KEY_BLOCK) };
             self.clear_keys(&region, keys.start..before);
             self.clear_keys(&region, seen.end.max(before)..keys.end);
         }
@@ -213,8 +214,12 @@ impl Backward<'_> {
         if seen.is_empty() {
             return;
         }
-        for index in blocks {
-            let keys = piece(index, KEY_BLOCK, seen.end);
+        let size = self.spec.mask.blocks.and_then(<[_]>::first).map_or(KEY_BLOCK, BlockList::block);
+        let mut from = before;
+        while from < seen.end {
+            // Up to the end of a block of the list, where there is one.
+            let keys = from..((from / size + 1) * size).min(from + KEY_BLOCK).min(seen.end);
+            from = keys.end;
             let stride = keys.len().next_multiple_of(S::F32_LANES);
             let k = self.saved.k.head(batch, kv).sub(keys.clone(), 0..self.shape.dim);
             let v = self.saved.v.head(batch, kv).sub(keys.clone(), 0..self.shape.v_dim);
@@ -233,8 +238,8 @@ impl Backward<'_> {
             let mut block = Block { keys, stride, kt, vt, k, d_k, d_v, sight, fresh: true };
             for head in region.heads.clone() {
                 let mut head = self.head(&region, head);
-                for first in rows.clone().step_by(ROW_TILE) {
-                    let rows = first..(first + ROW_TILE).min(rows.end);
+                let list = self.spec.mask.list(head.index);
+                for rows in row_tiles(list, block.keys.start, rows.clone()) {
                     let seen = sight.rows(&rows, &block.keys);
                     if seen.is_empty() {
                         continue;
@@ -280,13 +285,14 @@ impl Backward<'_> {
         }
     }
 
-    /// Zeros in dQ of tiles that see no key; every other tile is written by the first block that it sees.
+    /// Zeros in dQ of tiles that see no key; every other tile is written by the first block that it sees, except
+    /// that under a list all tiles begin with zeros.
     #[inline(always)]
     fn clear_blind_rows(&self, region: &Region) {
         let sight = self.spec.mask.sight(region.batch, self.shape.seq_k);
         for first in region.rows.clone().step_by(ROW_TILE) {
             let tile = first..(first + ROW_TILE).min(region.rows.end);
-            if sight.rows(&tile, &region.keys).is_empty() {
+            if self.spec.mask.blocks.is_some() || sight.rows(&tile, &region.keys).is_empty() {
                 for head in region.heads.clone() {
                     // SAFETY: the unit owns these rows of dQ; no other view of them is alive in it.
                     clear(&mut unsafe { self.d_q.rows_unsync(region.batch, head, tile.clone()) });
@@ -299,6 +305,22 @@ impl Backward<'_> {
     pub(super) fn bias_heads(&self) -> usize {
         self.spec.mask.bias.map_or(0, |bias| bias.heads)
     }
+}
+
+/// The tiles of `rows` that may see the keys from `key` on: all of them, or those that a list names.
+#[inline(always)]
+fn row_tiles<'a>(
+    list: Option<&'a BlockList>,
+    key: usize,
+    rows: Range<usize>,
+) -> impl Iterator<Item = Range<usize>> + 'a {
+    let seers = list.map(|list| list.seers(key / list.block(), rows.clone()));
+    let all = list.is_none().then_some(rows);
+    let tiles = |rows: Range<usize>| {
+        let end = rows.end;
+        rows.step_by(ROW_TILE).map(move |first| first..(first + ROW_TILE).min(end))
+    };
+    all.into_iter().chain(seers.into_iter().flatten()).flat_map(tiles)
 }
 
 /// Zeros in all of `view`.

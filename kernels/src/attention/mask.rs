@@ -6,6 +6,7 @@
 
 use std::ops::Range;
 
+use super::blocks::BlockList;
 use crate::error::{ShapeError, expect_dim};
 
 /// Query row `i` sees the keys `j ≤ i + offset`.
@@ -45,6 +46,8 @@ pub struct Mask<'a> {
     pub window: Option<Window>,
     /// Hide the keys from this index on, one length for each sequence of the batch (padding).
     pub key_lengths: Option<&'a [usize]>,
+    /// Hide all but the listed blocks: one list for each query head, or one for all heads.
+    pub blocks: Option<&'a [BlockList]>,
     /// Add to the scores.
     pub bias: Option<Bias<'a>>,
 }
@@ -72,6 +75,12 @@ impl<'a> Mask<'a> {
         Mask { window: Some(window), ..self }
     }
 
+    /// The same with all but the listed blocks hidden.
+    #[must_use]
+    pub fn with_blocks(self, lists: &'a [BlockList]) -> Mask<'a> {
+        Mask { blocks: Some(lists), ..self }
+    }
+
     /// The same with an additive bias.
     #[must_use]
     pub fn with_bias(self, bias: Bias<'a>) -> Mask<'a> {
@@ -96,6 +105,15 @@ impl<'a> Mask<'a> {
                 });
             }
         }
+        if let Some(lists) = self.blocks {
+            if lists.len() != 1 {
+                expect_dim("mask.blocks", "lists", heads, lists.len())?;
+            }
+            for list in lists {
+                list.check(seq_q, seq_k)?;
+                expect_dim("mask.blocks", "block", lists[0].block(), list.block())?;
+            }
+        }
         if let Some(bias) = self.bias {
             if bias.heads != 1 {
                 expect_dim("mask.bias", "heads", heads, bias.heads)?;
@@ -105,6 +123,12 @@ impl<'a> Mask<'a> {
             expect_dim("mask.bias", "elements", len, bias.values.len())?;
         }
         Ok(())
+    }
+
+    /// The block list of one query head.
+    #[inline]
+    pub(super) fn list(&self, head: usize) -> Option<&'a BlockList> {
+        self.blocks.map(|lists| if lists.len() == 1 { &lists[0] } else { &lists[head] })
     }
 
     /// What the rows of sequence `batch` see of `seq_k` keys.

@@ -23,6 +23,7 @@
 //! (tests `attention::tests`).
 
 mod backward_tile;
+mod blocks;
 pub mod cache;
 mod decode;
 mod flash;
@@ -36,6 +37,7 @@ mod stage;
 mod tests;
 mod tile;
 
+pub use blocks::{BigBird, BlockList};
 pub use decode::{Part, decode};
 pub use mask::{Bias, Causal, Mask, Window};
 

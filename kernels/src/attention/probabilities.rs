@@ -7,6 +7,7 @@
 
 use pulp::{Simd, WithSimd};
 
+use super::blocks::BlockList;
 use super::online;
 use super::problem::{KEY_BLOCK, Shape, piece};
 use super::tile::{Dest, Extent, GROUP, Onto, Right, left, product};
@@ -71,6 +72,7 @@ impl Probabilities<'_> {
         let row = self.out.row_mut(i);
         row[..visible.start].fill(0.0);
         row[visible.end..].fill(0.0);
+        let first_key = visible.start;
         let row = &mut row[visible];
         let scale = simd.splat_f32s(self.spec.scale);
         match bias {
@@ -88,6 +90,9 @@ impl Probabilities<'_> {
                 |b, x| simd.add_f32s(simd.mul_f32s(x, scale), b),
             ),
         }
+        if let Some(list) = self.spec.mask.list(self.head) {
+            weigh(list, i, first_key, row);
+        }
         let shift = simd.splat_f32s(online::shift(lanes::max(simd, row)));
         lanes::map_in_place(
             simd,
@@ -103,5 +108,16 @@ impl Probabilities<'_> {
             #[inline(always)]
             |x| simd.mul_f32s(x, inverse),
         );
+    }
+}
+
+/// Hides the keys of row `i` that the list does not name, and counts twice those that it names twice; `scores` begin
+/// at `first_key`.
+fn weigh(list: &BlockList, i: usize, first_key: usize, scores: &mut [f32]) {
+    let keys = list.keys(i / list.block());
+    for (score, key) in scores.iter_mut().zip(first_key..) {
+        let block = key / list.block();
+        let count = keys.partition_point(|&j| j <= block) - keys.partition_point(|&j| j < block);
+        *score += (count as f32).ln();
     }
 }

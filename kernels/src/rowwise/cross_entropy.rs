@@ -35,7 +35,17 @@ pub struct CrossEntropy {
 impl CrossEntropy {
     fn check(&self, logits: MatRef, targets: &[u32]) -> Result<(), ShapeError> {
         logits.expect_contiguous_rows("logits")?;
-        expect_dim("targets", "length", logits.rows(), targets.len())?;
+        self.check_targets(logits.rows(), logits.cols(), targets)
+    }
+
+    /// ε is one, and `targets` are those of `rows` rows.
+    pub(super) fn check_targets(
+        &self,
+        rows: usize,
+        classes: usize,
+        targets: &[u32],
+    ) -> Result<(), ShapeError> {
+        expect_dim("targets", "length", rows, targets.len())?;
         if !(0.0..=1.0).contains(&self.label_smoothing) {
             return Err(ShapeError::Value {
                 argument: "label_smoothing",
@@ -43,7 +53,6 @@ impl CrossEntropy {
                 expected: "a number in 0..=1",
             });
         }
-        let classes = logits.cols();
         let wrong = targets.iter().position(|&t| Some(t) != self.ignore_index && t as usize >= classes);
         match wrong {
             Some(position) => Err(ShapeError::Index {

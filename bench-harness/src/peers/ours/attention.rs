@@ -2,27 +2,30 @@
 
 use std::borrow::Cow;
 
-use kavanam_kernels::attention::{self, AttentionSpec, Grads, Inputs, Mask, Saved};
+use kavanam_kernels::attention::cache::{Cache, CacheLayout, CacheMut, PANEL};
+use kavanam_kernels::attention::{self, AttentionSpec, BlockList, Grads, Inputs, Mask, Part, Saved};
 use kavanam_kernels::{Context, HeadsLayout, HeadsMut, HeadsRef, ShapeError};
 
-use crate::cases::attention::Problem;
+use crate::cases::attention::{Pass, Problem, Shape};
 use crate::error::HarnessError;
 use crate::measure::workload::Workload;
 
 /// Allocates the outputs; for the backward pass runs the forward pass once.
 pub(super) fn prepare(problem: &Problem, context: Context) -> Result<Box<dyn Workload + '_>, ShapeError> {
     let shape = problem.shape;
+    if shape.pass == Pass::Decode {
+        return Ok(Box::new(Decode::new(problem, context)?));
+    }
     let layout = HeadsLayout::batch_seq_heads(shape.batch, shape.seq, shape.heads, shape.dim);
     let zeros = || vec![0.0; shape.elements()];
-    let mask = if shape.causal { Mask::causal(0) } else { Mask::none() };
     let mut attention = Attention {
         context,
         layout,
-        spec: AttentionSpec { scale: shape.scale(), mask },
+        lists: shape.list().map(|list| vec![list]),
         problem,
         out: vec![f32::NAN; shape.elements()],
         lse: vec![0.0; shape.batch * shape.heads * shape.seq],
-        grads: shape.backward.then(|| [zeros(), zeros(), zeros()]),
+        grads: (shape.pass == Pass::Backward).then(|| [zeros(), zeros(), zeros()]),
     };
     attention.forward()?;
     Ok(Box::new(attention))
@@ -31,12 +34,19 @@ pub(super) fn prepare(problem: &Problem, context: Context) -> Result<Box<dyn Wor
 struct Attention<'a> {
     context: Context,
     layout: HeadsLayout,
-    spec: AttentionSpec<'static>,
+    /// The blocks that are seen, under a pattern.
+    lists: Option<Vec<BlockList>>,
     problem: &'a Problem,
     out: Vec<f32>,
     lse: Vec<f32>,
     /// d_q, d_k, d_v when they are what is measured.
     grads: Option<[Vec<f32>; 3]>,
+}
+
+/// Scale and mask of the case.
+fn spec(shape: Shape, lists: Option<&[BlockList]>) -> AttentionSpec<'_> {
+    let mask = if shape.causal { Mask::causal(0) } else { Mask::none() };
+    AttentionSpec { scale: shape.scale(), mask: Mask { blocks: lists, ..mask } }
 }
 
 impl Attention<'_> {
@@ -45,7 +55,8 @@ impl Attention<'_> {
         let Problem { q, k, v, .. } = self.problem;
         let inputs = Inputs { q: view(q)?, k: view(k)?, v: view(v)? };
         let out = HeadsMut::new(&mut self.out, self.layout)?;
-        attention::forward(&self.context, &inputs, &self.spec, out, &mut self.lse)
+        let spec = spec(self.problem.shape, self.lists.as_deref());
+        attention::forward(&self.context, &inputs, &spec, out, &mut self.lse)
     }
 
     fn backward(&mut self) -> Result<(), ShapeError> {
@@ -60,13 +71,14 @@ impl Attention<'_> {
             d_v: HeadsMut::new(d_v, self.layout)?,
             d_bias: None,
         };
-        attention::backward(&self.context, &saved, view(d_out)?, &self.spec, grads)
+        let spec = spec(self.problem.shape, self.lists.as_deref());
+        attention::backward(&self.context, &saved, view(d_out)?, &spec, grads)
     }
 }
 
 impl Workload for Attention<'_> {
     fn run(&mut self) -> Result<(), HarnessError> {
-        Ok(if self.problem.shape.backward { self.backward() } else { self.forward() }?)
+        Ok(if self.grads.is_some() { self.backward() } else { self.forward() }?)
     }
 
     fn outputs(&mut self) -> Result<Vec<Cow<'_, [f32]>>, HarnessError> {
@@ -78,5 +90,66 @@ impl Workload for Attention<'_> {
 
     fn kernel(&self) -> String {
         format!("flash_{}", kavanam_kernels::gemm::kernel_name(&self.context))
+    }
+}
+
+/// One query over a cache that was filled beforehand.
+struct Decode<'a> {
+    context: Context,
+    problem: &'a Problem,
+    cache: CacheLayout,
+    keys: Vec<f32>,
+    values: Vec<f32>,
+    sequences: Vec<usize>,
+    lengths: Vec<usize>,
+    out: Vec<f32>,
+    lse: Vec<f32>,
+}
+
+impl<'a> Decode<'a> {
+    fn new(problem: &'a Problem, context: Context) -> Result<Decode<'a>, ShapeError> {
+        let shape = problem.shape;
+        let cache = CacheLayout {
+            sequences: shape.batch,
+            kv_heads: shape.heads,
+            capacity: shape.seq.next_multiple_of(PANEL),
+            dim: shape.dim,
+            v_dim: shape.dim,
+        };
+        let [mut keys, mut values] = cache.sizes()?.map(|len| vec![0.0; len]);
+        let layout = HeadsLayout::batch_seq_heads(shape.batch, shape.seq, shape.heads, shape.dim);
+        let (k, v) = (HeadsRef::new(&problem.k, layout)?, HeadsRef::new(&problem.v, layout)?);
+        let mut writer = CacheMut::new(cache, &mut keys, &mut values)?;
+        (0..shape.batch).try_for_each(|sequence| writer.append(sequence, 0, (k, v), sequence))?;
+        Ok(Decode {
+            context,
+            problem,
+            cache,
+            keys,
+            values,
+            sequences: (0..shape.batch).collect(),
+            lengths: vec![shape.seq; shape.batch],
+            out: vec![f32::NAN; shape.query_elements()],
+            lse: vec![0.0; shape.batch * shape.heads],
+        })
+    }
+}
+
+impl Workload for Decode<'_> {
+    fn run(&mut self) -> Result<(), HarnessError> {
+        let shape = self.problem.shape;
+        let layout = HeadsLayout::batch_seq_heads(shape.batch, 1, shape.heads, shape.dim);
+        let cache = Cache::new(self.cache, &self.keys, &self.values)?;
+        let part = Part { cache, sequences: &self.sequences, lengths: &self.lengths };
+        let (q, out) = (HeadsRef::new(&self.problem.q, layout)?, HeadsMut::new(&mut self.out, layout)?);
+        Ok(attention::decode(&self.context, q, &[part], shape.scale(), out, &mut self.lse)?)
+    }
+
+    fn outputs(&mut self) -> Result<Vec<Cow<'_, [f32]>>, HarnessError> {
+        Ok(vec![Cow::Borrowed(&self.out)])
+    }
+
+    fn kernel(&self) -> String {
+        format!("decode_{}", kavanam_kernels::gemm::kernel_name(&self.context))
     }
 }

@@ -50,15 +50,20 @@ fn gemm_task(problem: &gemm::Problem) -> Task<'_> {
 
 fn attention_task(problem: &attention::Problem) -> Task<'_> {
     let shape = problem.shape;
-    let attention::Shape { batch, heads, seq, dim, causal, backward } = shape;
+    let attention::Shape { batch, heads, seq, dim, causal, pass } = shape;
     let dims = [batch, seq, heads, dim];
+    let query_dims = [batch, shape.queries(), heads, dim];
     let mut tensors =
-        vec![f32s("q", &dims, &problem.q), f32s("k", &dims, &problem.k), f32s("v", &dims, &problem.v)];
-    if backward {
+        vec![f32s("q", &query_dims, &problem.q), f32s("k", &dims, &problem.k), f32s("v", &dims, &problem.v)];
+    if pass == attention::Pass::Backward {
         tensors.push(f32s("d_out", &dims, &problem.d_out));
     }
-    let outputs = vec![shape.elements(); if backward { 3 } else { 1 }];
-    let operation = if backward { "backward" } else { "forward" };
+    let (operation, outputs) = match pass {
+        attention::Pass::Forward => ("forward", vec![shape.elements()]),
+        attention::Pass::Backward => ("backward", vec![shape.elements(); 3]),
+        attention::Pass::Decode => ("decode", vec![shape.query_elements()]),
+        attention::Pass::BigBird => ("bigbird", vec![shape.elements()]),
+    };
     task(["attention", operation], json!({"causal": causal, "scale": shape.scale()}), tensors, outputs)
 }
 

@@ -8,6 +8,7 @@ use crate::testing::assert_same_bits;
 #[test]
 fn any_number_of_threads_gives_the_same_bits() {
     let mut cases = varied();
+    cases.extend(blocks::cases());
     cases.push(Case::new(shape(1, 1, 400, 600, 8)));
     cases.push(Case { causal: Some(0), bias_heads: 1, ..Case::new(shape(1, 1, 500, 500, 8)) }.filled());
     cases.push(Case::new(shape(40, 4, 20, 20, 16)));

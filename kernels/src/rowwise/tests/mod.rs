@@ -2,7 +2,9 @@
 //! instruction set; same bits for any number of threads and any batch.
 
 mod elements;
+mod gated;
 mod norms;
+mod projected;
 mod softmax;
 
 use std::num::NonZeroUsize;
