@@ -5,7 +5,7 @@
 //! backward:  d_logits = cross_entropy′(logits);   d_x = d_logits·W;   d_W += d_logitsᵀ·x;   d_b += Σ rows
 //! ```
 //! That is the naive form. With 32,000 classes the logits of 4,096 tokens take 500 MB, and their gradient as much.
-//! Here the rows go by chunks whose logits hold at most [`HELD`] elements; the
+//! Here the rows go by chunks whose logits hold at most 2²³ elements; the
 //! next chunk takes their place.
 //! - Backward makes the logits again: one product of four more, but forward and backward stay two calls.
 //! - A chunk is not smaller because each chunk packs all of W, for which 256 rows pay with a tenth of their products.
@@ -29,22 +29,22 @@ const ROWS: [usize; 2] = [64, 4096];
 /// The linear map before the softmax.
 #[derive(Debug, Clone, Copy)]
 pub struct Projection<'a> {
-    /// What is projected, [rows, dim].
+    /// What is projected, `[rows, dim]`.
     pub x: MatRef<'a>,
-    /// [classes, dim].
+    /// `[classes, dim]`.
     pub weight: MatRef<'a>,
-    /// [classes].
+    /// `[classes]`.
     pub bias: Option<&'a [f32]>,
 }
 
 /// Where the gradients go.
 #[derive(Debug)]
 pub struct Grads<'a> {
-    /// [rows, dim]; overwritten.
+    /// `[rows, dim]`; overwritten.
     pub d_x: MatMut<'a>,
-    /// [classes, dim]; added to.
+    /// `[classes, dim]`; added to.
     pub d_weight: MatMut<'a>,
-    /// [classes]; added to.
+    /// `[classes]`; added to.
     pub d_bias: Option<&'a mut [f32]>,
 }
 
