@@ -90,6 +90,7 @@ impl KernelVisitor for Part<'_> {
     #[inline(always)]
     fn visit<K: Microkernel<Lhs = f32, Out = f32>>(self, kernel: K) {
         let Part { problem, ref rows, ref cols } = self;
+        debug_assert_eq!(K::NAME, problem.kernel.name);
         let Blocking { mc, kc, nc } = problem.blocking;
         let k = problem.a.cols();
         let left = placement::left::<K>(&problem.a, cols.len());
