@@ -88,6 +88,52 @@ impl Drop for ScratchBuf {
     }
 }
 
+/// 64-byte aligned 32-bit words that stay with their owner: no load of a vector crosses a cache line.
+#[derive(Clone, Default)]
+pub(crate) struct Words {
+    lines: Vec<Line>,
+    len: usize,
+}
+
+impl Words {
+    /// Makes it `len` words; those it had keep their values, new ones are 0 or what they were before.
+    pub(crate) fn resize(&mut self, len: usize) {
+        self.lines.resize(len.div_ceil(Line::LEN), Line([0.0; Line::LEN]));
+        self.len = len;
+    }
+
+    /// The words as f32.
+    pub(crate) fn as_f32_mut(&mut self) -> &mut [f32] {
+        // SAFETY: `resize` made sure that `lines` holds at least `len` initialised f32; `&mut self` makes
+        // the access unique.
+        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast::<f32>(), self.len) }
+    }
+}
+
+impl Deref for Words {
+    type Target = [u32];
+
+    #[inline]
+    fn deref(&self) -> &[u32] {
+        // SAFETY: `resize` made sure that `lines` holds at least `len` words; every bit pattern is a u32.
+        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast::<u32>(), self.len) }
+    }
+}
+
+impl DerefMut for Words {
+    #[inline]
+    fn deref_mut(&mut self) -> &mut [u32] {
+        // SAFETY: as in `deref`, and every bit pattern is an f32; `&mut self` makes the access unique.
+        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast::<u32>(), self.len) }
+    }
+}
+
+impl std::fmt::Debug for Words {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Words({})", self.len)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

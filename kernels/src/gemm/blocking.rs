@@ -2,7 +2,7 @@
 
 use crate::context::{Blocking, Context};
 
-use super::microkernel::kernel_of;
+use super::microkernel::KernelInfo;
 use crate::isa::IsaName;
 
 /// The tuned sizes of each instruction set's kernel, in whole tiles.
@@ -27,9 +27,8 @@ const fn tuned(isa: IsaName) -> Blocking {
 }
 
 /// The block sizes of one product: those of the context or the table, in whole tiles.
-pub(super) fn blocking(ctx: &Context) -> Blocking {
-    let Some(Blocking { mc, kc, nc }) = ctx.forced_blocking() else { return tuned(ctx.isa().name()) };
-    let kernel = kernel_of(ctx.isa().name());
+pub(super) fn blocking(ctx: &Context, kernel: &KernelInfo) -> Blocking {
+    let Some(Blocking { mc, kc, nc }) = ctx.forced_blocking() else { return tuned(kernel.isa) };
     Blocking {
         mc: mc.clamp(1, 1 << 20).next_multiple_of(kernel.mr),
         kc: kc.max(1),
@@ -51,13 +50,10 @@ mod tests {
 
     #[test]
     fn blocks_are_whole_tiles_and_cover_k() {
-        for isa in Isa::available() {
-            let ctx = Context::with_isa(isa).blocking(Blocking { mc: 1, kc: 0, nc: 5 });
-            let kernel = kernel_of(isa.name());
-            let forced = blocking(&ctx);
-            assert_eq!((forced.mc, forced.kc, forced.nc), (kernel.mr, 1, 5usize.next_multiple_of(kernel.nr)));
-        }
+        let ctx = Context::with_isa(Isa::scalar()).blocking(Blocking { mc: 1, kc: 0, nc: 5 });
         for kernel in kernels() {
+            let forced = blocking(&ctx, kernel);
+            assert_eq!((forced.mc, forced.kc, forced.nc), (kernel.mr, 1, 5usize.next_multiple_of(kernel.nr)));
             let Blocking { mc, nc, .. } = tuned(kernel.isa);
             assert!(mc.is_multiple_of(kernel.mr) && nc.is_multiple_of(kernel.nr), "{}", kernel.name);
         }

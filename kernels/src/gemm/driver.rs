@@ -4,7 +4,7 @@
 //! all of K: there is no barrier, and no bit depends on where the cuts lie.
 
 use super::macrokernel::{Part, Problem, RightOperand};
-use super::microkernel::{kernel_of, with_kernel};
+use super::microkernel::with_kernel;
 use crate::context::Context;
 use crate::isa::Isa;
 
@@ -22,8 +22,8 @@ pub(super) fn run(ctx: &Context, problem: &Problem<'_>) {
     }
     let work = m.max(MEMORY_BOUND_ROWS).saturating_mul(n).saturating_mul(k.max(1));
     let threads = ctx.thread_count().min((work / MIN_TASK_WORK).max(1));
-    let (row_parts, col_parts) = grid(ctx, problem, threads);
-    let (mr, nr) = (kernel_of(ctx.isa().name()).mr, kernel_of(ctx.isa().name()).nr);
+    let (row_parts, col_parts) = grid(problem, threads);
+    let (mr, nr) = (problem.kernel.mr, problem.kernel.nr);
     ctx.for_each_task(row_parts * col_parts, |task| {
         let rows = slab(m, mr, row_parts, task / col_parts);
         let cols = slab(n, nr, col_parts, task % col_parts);
@@ -34,14 +34,13 @@ pub(super) fn run(ctx: &Context, problem: &Problem<'_>) {
 /// Out of line, so that the kernels are compiled once and not once for each way to run a task.
 #[inline(never)]
 fn run_part(isa: Isa, part: Part<'_>) {
-    with_kernel(isa, part);
+    with_kernel(isa, part.problem.kernel.storage, part);
 }
 
 /// How many slabs of rows and of columns: as many parts as threads, cut along the longer side.
-fn grid(ctx: &Context, problem: &Problem<'_>, threads: usize) -> (usize, usize) {
-    let kernel = kernel_of(ctx.isa().name());
-    let row_tiles = problem.a.rows().div_ceil(kernel.mr);
-    let col_tiles = problem.n.div_ceil(kernel.nr);
+fn grid(problem: &Problem<'_>, threads: usize) -> (usize, usize) {
+    let row_tiles = problem.a.rows().div_ceil(problem.kernel.mr);
+    let col_tiles = problem.n.div_ceil(problem.kernel.nr);
     let by_rows = match problem.b {
         RightOperand::Packed(_) => row_tiles >= threads,
         RightOperand::Plain(_) => problem.a.rows() >= problem.n,

@@ -16,8 +16,9 @@ use std::ops::Range;
 use pulp::Simd;
 
 use super::epilogue::{Accum, Epilogue};
-use super::microkernel::{Finish, KernelVisitor, Lhs, Microkernel, Out, Rhs, Strip};
+use super::microkernel::{Finish, KernelInfo, KernelVisitor, Lhs, Microkernel, Out, Rhs, Storage, Strip};
 use super::pack::{GROUP, Source, pack_panel, pack_panels};
+use super::packed::PackedWeights;
 use super::placement::{self, Left};
 use crate::context::Blocking;
 use crate::scratch::ScratchBuf;
@@ -27,12 +28,37 @@ use crate::view::MatRef;
 #[derive(Clone, Copy)]
 pub(super) enum RightOperand<'a> {
     Plain(MatRef<'a>),
-    Packed(&'a [f32]),
+    Packed(&'a PackedWeights),
+}
+
+impl RightOperand<'_> {
+    pub(super) fn rows(&self) -> usize {
+        match self {
+            RightOperand::Plain(b) => b.rows(),
+            RightOperand::Packed(b) => b.rows(),
+        }
+    }
+
+    pub(super) fn cols(&self) -> usize {
+        match self {
+            RightOperand::Plain(b) => b.cols(),
+            RightOperand::Packed(b) => b.cols(),
+        }
+    }
+
+    pub(super) fn storage(&self) -> Storage {
+        match self {
+            RightOperand::Plain(_) => Storage::F32,
+            RightOperand::Packed(b) => b.format().storage(),
+        }
+    }
 }
 
 /// One product with checked shapes; every task sees the whole of it.
 #[derive(Clone, Copy)]
 pub(super) struct Problem<'a> {
+    /// The kernel of the context's ISA for a B that is stored so.
+    pub(super) kernel: &'static KernelInfo,
     pub(super) a: MatRef<'a>,
     pub(super) b: RightOperand<'a>,
     pub(super) n: usize,
@@ -62,11 +88,11 @@ impl KernelVisitor for Part<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn visit<K: Microkernel<Lhs = f32, Rhs = f32, Out = f32>>(self, kernel: K) {
+    fn visit<K: Microkernel<Lhs = f32, Out = f32>>(self, kernel: K) {
         let Part { problem, ref rows, ref cols } = self;
+        debug_assert_eq!(K::NAME, problem.kernel.name);
         let Blocking { mc, kc, nc } = problem.blocking;
         let k = problem.a.cols();
-        debug_assert!(kc >= k || kc.is_multiple_of(K::K_STEP));
         let left = placement::left::<K>(&problem.a, cols.len());
         let depth = kc.min(k);
         let (right_in_place, b_cols) = self.right::<K>();
@@ -124,6 +150,13 @@ fn left_block<K: Microkernel<Lhs = f32>>(a: MatRef<'_>, left: Left, scratch: &mu
             row_stride: a.row_stride(),
             depth_stride: a.col_stride(),
         },
+        Left::Rows => {
+            let source =
+                Source { ptr: a.as_ptr(), depth_stride: a.row_stride(), lane_stride: a.col_stride() };
+            // SAFETY: the source is the view `a`, its rows as the depth.
+            unsafe { pack_panel(source, rows, depth, &mut scratch[..rows * depth], depth) };
+            Lhs { ptr: scratch.as_ptr(), tile_stride: K::MR * depth, row_stride: depth, depth_stride: 1 }
+        }
         Left::Tiles => {
             for first in (0..rows).step_by(K::MR) {
                 let tile = a.sub(first..(first + K::MR).min(rows), 0..depth);
@@ -152,7 +185,7 @@ struct Block<'a> {
 
 impl Block<'_> {
     #[inline(always)]
-    fn run<K: Microkernel<Lhs = f32, Rhs = f32, Out = f32>>(
+    fn run<K: Microkernel<Lhs = f32, Out = f32>>(
         &self,
         kernel: K,
         lhs: Lhs<f32>,
@@ -185,25 +218,17 @@ impl Block<'_> {
 
     /// The panel (or panels) of B with these columns: where they are, or from `b_block`, packed now if `pack` says so.
     #[inline(always)]
-    fn panel<K: Microkernel<Rhs = f32>>(
-        &self,
-        cols: Range<usize>,
-        b_block: &mut [f32],
-        pack: bool,
-    ) -> Rhs<f32> {
+    fn panel<K: Microkernel>(&self, cols: Range<usize>, b_block: &mut [f32], pack: bool) -> Rhs {
         let (depth, lanes) = (self.depth.len(), <K::Simd as Simd>::F32_LANES);
         let width = packed_cols(cols.len(), lanes);
-        let packed_panels = |ptr| Rhs { ptr, depth_stride: width.min(K::NR), panel_stride: K::NR * depth };
         let b = match self.problem.b {
             RightOperand::Plain(b) => b,
-            RightOperand::Packed(packed) => {
-                let at = self.depth.start * packed_cols(self.problem.n, lanes) + cols.start * depth;
-                return packed_panels(packed[at..at + width * depth].as_ptr());
-            }
+            RightOperand::Packed(packed) => return packed.panels(self.depth.clone(), cols),
         };
         if self.right_in_place && width == cols.len() {
             let panel = b.sub(self.depth.clone(), cols);
-            return Rhs { ptr: panel.as_ptr(), depth_stride: panel.row_stride(), panel_stride: K::NR };
+            let (ptr, depth_stride) = (panel.as_ptr().cast(), panel.row_stride());
+            return Rhs { ptr, depth_stride, panel_stride: K::NR, group: depth };
         }
         // Read in place, only the last panel of all can have a partial vector: it has the buffer alone.
         let offset = if self.right_in_place { 0 } else { cols.start - self.cols.start };
@@ -216,15 +241,16 @@ impl Block<'_> {
             // SAFETY: the source is the view `b`.
             unsafe { pack_panels(source, depth, group.len(), packed, (K::NR, lanes)) };
         }
-        packed_panels(b_block[offset * depth..(offset + width) * depth].as_ptr())
+        let ptr = b_block[offset * depth..(offset + width) * depth].as_ptr().cast();
+        Rhs { ptr, depth_stride: width.min(K::NR), panel_stride: K::NR * depth, group: depth }
     }
 
     #[inline(always)]
-    fn strip<K: Microkernel<Lhs = f32, Rhs = f32, Out = f32>>(
+    fn strip<K: Microkernel<Lhs = f32, Out = f32>>(
         &self,
         cols: Range<usize>,
         lhs: Lhs<f32>,
-        rhs: Rhs<f32>,
+        rhs: Rhs,
     ) -> Strip<'_, K> {
         let Problem { a, c, accum, epilogue, .. } = self.problem;
         let last = self.depth.end == a.cols();

@@ -23,19 +23,22 @@ mod microkernel;
 mod pack;
 mod packed;
 mod placement;
+mod quantise;
 #[cfg(test)]
 mod tests;
 
 pub use crate::rowwise::Activation;
 pub use batched::gemm_batched;
 pub use epilogue::{Accum, Epilogue};
-pub use microkernel::KernelInfo;
+pub use microkernel::{KernelInfo, Storage};
 pub use packed::PackedWeights;
+pub use quantise::WeightFormat;
 
 use crate::context::{Blocking, Context};
 use crate::error::{ShapeError, expect_dim};
 use crate::view::{MatMut, MatRef};
 use macrokernel::{Problem, RightOperand};
+use microkernel::kernel_of;
 
 /// `C = activation(scale·A·B [+ C] + bias) + residual`, any strides.
 ///
@@ -55,15 +58,19 @@ pub fn gemm(
     accum: Accum,
     epilogue: &Epilogue<'_>,
 ) -> Result<(), ShapeError> {
-    expect_dim("b", "rows", a.cols(), b.rows())?;
-    let right = RightOperand::Plain(b);
-    product(ctx, a, (right, b.cols()), c, accum, epilogue)
+    product(ctx, a, RightOperand::Plain(b), c, accum, epilogue)
 }
 
-/// As [`gemm`] with weights that were packed beforehand, and with the same bits.
+/// As [`gemm`] with weights that were packed beforehand: with the same bits where they are stored as f32 or their
+/// elements are bf16.
 ///
 /// # Errors
 /// As [`gemm`], and [`ShapeError::PackedForAnotherKernel`].
+///
+/// # Accuracy
+/// That of the [module](self) for the elements that the weights hold ([`PackedWeights::unpack`]), whatever their
+/// format; what storing them rounded stands at [`WeightFormat`]. Asserted by
+/// `gemm::tests::stored::the_error_is_within_gamma_k_of_the_stored_weights`.
 pub fn gemm_packed(
     ctx: &Context,
     a: MatRef<'_>,
@@ -72,7 +79,7 @@ pub fn gemm_packed(
     accum: Accum,
     epilogue: &Epilogue<'_>,
 ) -> Result<(), ShapeError> {
-    let kernel = kernel_name(ctx);
+    let kernel = kernel_of(ctx.isa().name(), b.format().storage()).name;
     if b.kernel_name() != kernel {
         return Err(ShapeError::PackedForAnotherKernel {
             argument: "b",
@@ -80,15 +87,12 @@ pub fn gemm_packed(
             kernel,
         });
     }
-    expect_dim("b", "rows", a.cols(), b.rows())?;
-    let blocking = Blocking { kc: b.depth(), ..blocking::blocking(ctx) };
-    let ctx = ctx.blocking(blocking);
-    product(&ctx, a, (RightOperand::Packed(b.data()), b.cols()), c, accum, epilogue)
+    product(ctx, a, RightOperand::Packed(b), c, accum, epilogue)
 }
 
-/// The name of the kernel that `ctx` selects, for example `f32_6x16_avx2`.
+/// The name of the kernel that `ctx` selects for operands in f32, for example `f32_6x16_avx2`.
 pub fn kernel_name(ctx: &Context) -> &'static str {
-    microkernel::kernel_of(ctx.isa().name()).name
+    kernel_of(ctx.isa().name(), Storage::F32).name
 }
 
 /// Every kernel of this crate, whether or not this CPU can run it: the support matrix.
@@ -99,18 +103,25 @@ pub fn kernels() -> &'static [KernelInfo] {
 fn product(
     ctx: &Context,
     a: MatRef<'_>,
-    (b, n): (RightOperand<'_>, usize),
+    b: RightOperand<'_>,
     mut c: MatMut<'_>,
     accum: Accum,
     epilogue: &Epilogue<'_>,
 ) -> Result<(), ShapeError> {
+    let (k, n) = (b.rows(), b.cols());
+    expect_dim("b", "rows", a.cols(), k)?;
     expect_dim("c", "rows", a.rows(), c.rows())?;
     expect_dim("c", "cols", n, c.cols())?;
     epilogue.check(a.rows(), n)?;
-    let sizes = blocking::blocking(ctx);
-    let blocking = Blocking { kc: blocking::block_depth(a.cols(), sizes.kc), ..sizes };
+    let kernel = kernel_of(ctx.isa().name(), b.storage());
+    let sizes = blocking::blocking(ctx, kernel);
+    let kc = match b {
+        RightOperand::Plain(_) => blocking::block_depth(k, sizes.kc),
+        RightOperand::Packed(packed) => packed.depth(),
+    };
+    let blocking = Blocking { kc, ..sizes };
     let (row_stride, col_stride) = (c.row_stride(), c.col_stride());
     let c = microkernel::Out { ptr: c.as_mut_ptr(), row_stride, col_stride };
-    driver::run(ctx, &Problem { a, b, n, c, accum, epilogue: *epilogue, blocking });
+    driver::run(ctx, &Problem { kernel, a, b, n, c, accum, epilogue: *epilogue, blocking });
     Ok(())
 }

@@ -5,7 +5,7 @@
 //! The limits were measured on a Zen 3 core (32 KiB L1, 512 KiB L2, AVX2), m and n from 4 to 1024;
 //! GFLOP/s with and without packing stand in docs/decisions/002-gemm.md.
 
-use super::microkernel::Microkernel;
+use super::microkernel::{Microkernel, Stored};
 use crate::view::MatRef;
 
 /// f32 of one cache line.
@@ -26,6 +26,8 @@ pub(super) enum Left {
     InPlace,
     /// Packed tiles.
     Tiles,
+    /// A copy, row-major.
+    Rows,
 }
 
 /// How to read `a` for a product with `cols` columns.
@@ -34,7 +36,12 @@ pub(super) fn left<K: Microkernel>(a: &MatRef<'_>, cols: usize) -> Left {
     let short_transpose = a.row_stride() == 1
         && a.col_stride() <= TRANSPOSED_MAX_STRIDE
         && cols <= TRANSPOSED_MAX_PANELS * K::NR;
-    if row_major || short_transpose { Left::InPlace } else { Left::Tiles }
+    match K::Rhs::PER_WORD {
+        _ if row_major => Left::InPlace,
+        1 if short_transpose => Left::InPlace,
+        1 => Left::Tiles,
+        _ => Left::Rows,
+    }
 }
 
 /// Whether to read `b` where it is, `depth` rows of it at a time, for a product with `rows` rows.

@@ -10,10 +10,15 @@
 //! - Any number of rows with 1 to NR columns, few rows with any number of panels, any depth (0 included) work.
 
 mod outer_product;
+mod stored;
+
+use std::marker::PhantomData;
 
 use pulp::{Simd, WithSimd};
 
-pub(crate) use outer_product::OuterProduct;
+use outer_product::OuterProduct;
+pub use stored::Storage;
+pub(crate) use stored::{Bf16, F32, Int4, Int8, Stored};
 
 use crate::context::Precision;
 use crate::isa::{Isa, IsaName};
@@ -23,10 +28,12 @@ use crate::view::MatRef;
 /// One row of the table of kernels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KernelInfo {
-    /// `{type}_{MR}x{NR}_{isa}`, as in logs, JSON and tests.
+    /// `{type}_{MR}x{NR}_{isa}`, as in logs, JSON and tests; `w` after a type says that only B is stored so.
     pub name: &'static str,
     /// The instruction set that it needs.
     pub isa: IsaName,
+    /// How it reads B.
+    pub storage: Storage,
     /// The most exact precision that it serves. It serves the others too: precision is a floor.
     pub precision: Precision,
     /// Rows of C in one tile.
@@ -37,32 +44,51 @@ pub struct KernelInfo {
     pub lanes: usize,
 }
 
-const fn f32_kernel(name: &'static str, isa: IsaName, mr: usize, nr: usize, lanes: usize) -> KernelInfo {
-    KernelInfo { name, isa, precision: Precision::Strict, mr, nr, lanes }
+/// The tile of an ISA: rows, columns, lanes.
+const SCALAR: (IsaName, [usize; 3]) = (IsaName::Scalar, [4, 4, 1]);
+const NEON: (IsaName, [usize; 3]) = (IsaName::Neon, [8, 12, 4]);
+const AVX2: (IsaName, [usize; 3]) = (IsaName::Avx2, [6, 16, 8]);
+const AVX512: (IsaName, [usize; 3]) = (IsaName::Avx512, [8, 48, 16]);
+
+/// A kernel with f32 sums and a f32 left operand.
+const fn f32_sums(
+    name: &'static str,
+    storage: Storage,
+    (isa, [mr, nr, lanes]): (IsaName, [usize; 3]),
+) -> KernelInfo {
+    KernelInfo { name, isa, storage, precision: Precision::Strict, mr, nr, lanes }
 }
 
 /// Every kernel of this crate, whether or not this CPU can run it.
-pub(crate) const KERNELS: [KernelInfo; 4] = [
-    f32_kernel("f32_4x4_scalar", IsaName::Scalar, 4, 4, 1),
-    f32_kernel("f32_8x12_neon", IsaName::Neon, 8, 12, 4),
-    f32_kernel("f32_6x16_avx2", IsaName::Avx2, 6, 16, 8),
-    f32_kernel("f32_8x48_avx512", IsaName::Avx512, 8, 48, 16),
+pub(crate) const KERNELS: [KernelInfo; 16] = [
+    f32_sums("f32_4x4_scalar", Storage::F32, SCALAR),
+    f32_sums("f32_8x12_neon", Storage::F32, NEON),
+    f32_sums("f32_6x16_avx2", Storage::F32, AVX2),
+    f32_sums("f32_8x48_avx512", Storage::F32, AVX512),
+    f32_sums("bf16w_4x4_scalar", Storage::Bf16, SCALAR),
+    f32_sums("bf16w_8x12_neon", Storage::Bf16, NEON),
+    f32_sums("bf16w_6x16_avx2", Storage::Bf16, AVX2),
+    f32_sums("bf16w_8x48_avx512", Storage::Bf16, AVX512),
+    f32_sums("int8w_4x4_scalar", Storage::Int8, SCALAR),
+    f32_sums("int8w_8x12_neon", Storage::Int8, NEON),
+    f32_sums("int8w_6x16_avx2", Storage::Int8, AVX2),
+    f32_sums("int8w_8x48_avx512", Storage::Int8, AVX512),
+    f32_sums("int4w_4x4_scalar", Storage::Int4, SCALAR),
+    f32_sums("int4w_8x12_neon", Storage::Int4, NEON),
+    f32_sums("int4w_6x16_avx2", Storage::Int4, AVX2),
+    f32_sums("int4w_8x48_avx512", Storage::Int4, AVX512),
 ];
 
-/// The kernel of that instruction set.
-pub(crate) const fn kernel_of(isa: IsaName) -> &'static KernelInfo {
-    match isa {
-        IsaName::Scalar => &KERNELS[0],
-        IsaName::Neon => &KERNELS[1],
-        IsaName::Avx2 => &KERNELS[2],
-        IsaName::Avx512 => &KERNELS[3],
-    }
+/// The kernel of that instruction set for a right operand that is stored so.
+pub(crate) fn kernel_of(isa: IsaName, storage: Storage) -> &'static KernelInfo {
+    let found = KERNELS.iter().find(|kernel| kernel.isa == isa && kernel.storage == storage);
+    found.expect("the table has every pair")
 }
 
-/// The kernel whose vectors have that many lanes.
-const fn kernel_with_lanes(lanes: usize) -> &'static KernelInfo {
+/// The kernel whose vectors have that many lanes, for a right operand that is stored so.
+const fn kernel_with_lanes(lanes: usize, storage: Storage) -> &'static KernelInfo {
     let mut i = 0;
-    while KERNELS[i].lanes != lanes {
+    while KERNELS[i].lanes != lanes || KERNELS[i].storage as u8 != storage as u8 {
         i += 1;
     }
     &KERNELS[i]
@@ -81,12 +107,15 @@ pub(crate) struct Lhs<T> {
     pub(crate) depth_stride: usize,
 }
 
-/// Panels of the right operand: element (p, j) of panel `q` lies at `q · panel_stride + p · depth_stride + j`.
+/// Panels of the right operand: word (q, j) of panel `r` lies at `r · panel_stride + q · depth_stride + j`, and
+/// holds elements of column `j` as [`Stored`] says. Where the form is scaled, `group` is the depth of its groups, each
+/// of which begins with a row of scales.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Rhs<T> {
-    pub(crate) ptr: *const T,
+pub(crate) struct Rhs {
+    pub(crate) ptr: *const u32,
     pub(crate) depth_stride: usize,
     pub(crate) panel_stride: usize,
+    pub(crate) group: usize,
 }
 
 /// The part of C that a strip writes.
@@ -126,7 +155,7 @@ pub(crate) struct Strip<'a, K: Microkernel> {
     pub(crate) cols: usize,
     pub(crate) depth: usize,
     pub(crate) lhs: Lhs<K::Lhs>,
-    pub(crate) rhs: Rhs<K::Rhs>,
+    pub(crate) rhs: Rhs,
     pub(crate) out: Out<K::Out>,
     pub(crate) finish: Finish<'a>,
 }
@@ -135,8 +164,8 @@ pub(crate) struct Strip<'a, K: Microkernel> {
 pub(crate) trait Microkernel: Copy {
     /// Element of the left operand as the kernel reads it.
     type Lhs: Copy;
-    /// Element of the right operand as the kernel reads it.
-    type Rhs: Copy;
+    /// How the right operand is stored.
+    type Rhs: Stored;
     /// Element of C.
     type Out: Copy;
     /// The vectors that it is made of; packing uses them too.
@@ -147,8 +176,6 @@ pub(crate) trait Microkernel: Copy {
     const NR: usize;
     /// Up to so many rows, a strip may span several panels.
     const THIN_ROWS: usize;
-    /// Depth is packed in multiples of this.
-    const K_STEP: usize;
     /// As in the table.
     const NAME: &'static str;
 
@@ -156,8 +183,9 @@ pub(crate) trait Microkernel: Copy {
     ///
     /// # Safety
     /// - `lhs` reaches `rows × depth` readable elements, the last tile being `rows % MR` high, and
-    ///   has a row stride or a depth stride of 1;
-    /// - `rhs` reaches `depth` rows of `cols` readable elements, rounded up to whole vectors, in panels of NR;
+    ///   has a depth stride of 1 or, where `rhs` is stored as f32, a row stride of 1;
+    /// - `rhs` reaches `depth` rows of `cols` readable elements in panels of NR, rounded up to whole vectors where
+    ///   it is stored as f32, else to whole panels;
     /// - `out` reaches `rows × cols` elements that no one else uses meanwhile, readable if
     ///   `finish.add` is set;
     /// - bias and residual, if any, have `cols` elements and `rows × cols`.
@@ -169,25 +197,34 @@ pub(crate) trait KernelVisitor {
     /// What comes of it.
     type Output;
     /// Does it. Must be `#[inline(always)]`, or it is compiled outside of the shell.
-    fn visit<K: Microkernel<Lhs = f32, Rhs = f32, Out = f32>>(self, kernel: K) -> Self::Output;
+    fn visit<K: Microkernel<Lhs = f32, Out = f32>>(self, kernel: K) -> Self::Output;
 }
 
-/// Runs `visitor` with the kernel of `isa`.
+/// Runs `visitor` with the kernel of `isa` for a right operand that is stored so.
 #[inline]
-pub(crate) fn with_kernel<V: KernelVisitor>(isa: Isa, visitor: V) -> V::Output {
-    struct Select<V>(V);
-    impl<V: KernelVisitor> WithSimd for Select<V> {
-        type Output = V::Output;
-        #[inline(always)]
-        fn with_simd<S: Simd>(self, simd: S) -> V::Output {
-            match S::F32_LANES {
-                1 => self.0.visit(OuterProduct::<S, 4, 4>(simd)),
-                8 => self.0.visit(OuterProduct::<S, 6, 2>(simd)),
-                _ => self.0.visit(OuterProduct::<S, 8, 3>(simd)),
-            }
+pub(crate) fn with_kernel<V: KernelVisitor>(isa: Isa, storage: Storage, visitor: V) -> V::Output {
+    match storage {
+        Storage::F32 => isa.dispatch(Select::<V, F32>(visitor, PhantomData)),
+        Storage::Bf16 => isa.dispatch(Select::<V, Bf16>(visitor, PhantomData)),
+        Storage::Int8 => isa.dispatch(Select::<V, Int8>(visitor, PhantomData)),
+        Storage::Int4 => isa.dispatch(Select::<V, Int4>(visitor, PhantomData)),
+    }
+}
+
+/// Picks the tile by the width of the vectors.
+struct Select<V, T>(V, PhantomData<T>);
+
+impl<V: KernelVisitor, T: Stored> WithSimd for Select<V, T> {
+    type Output = V::Output;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> V::Output {
+        match S::F32_LANES {
+            1 => self.0.visit(OuterProduct::<S, T, 4, 4>(simd, PhantomData)),
+            8 => self.0.visit(OuterProduct::<S, T, 6, 2>(simd, PhantomData)),
+            _ => self.0.visit(OuterProduct::<S, T, 8, 3>(simd, PhantomData)),
         }
     }
-    isa.dispatch(Select(visitor))
 }
 
 #[cfg(test)]
@@ -198,7 +235,7 @@ mod tests {
     impl KernelVisitor for Shape {
         type Output = (&'static str, usize, usize, usize);
         #[inline(always)]
-        fn visit<K: Microkernel<Lhs = f32, Rhs = f32, Out = f32>>(self, _: K) -> Self::Output {
+        fn visit<K: Microkernel<Lhs = f32, Out = f32>>(self, _: K) -> Self::Output {
             (K::NAME, K::MR, K::NR, <K::Simd as Simd>::F32_LANES)
         }
     }
@@ -206,10 +243,14 @@ mod tests {
     #[test]
     fn the_kernel_that_runs_is_the_one_in_the_table() {
         for isa in Isa::available() {
-            let info = kernel_of(isa.name());
-            assert_eq!(with_kernel(isa, Shape), (info.name, info.mr, info.nr, info.lanes));
-            assert_eq!(info.name, format!("f32_{}x{}_{isa}", info.mr, info.nr));
-            assert_eq!(info.isa, isa.name());
+            let of_isa: Vec<_> = KERNELS.iter().filter(|info| info.isa == isa.name()).collect();
+            assert_eq!(of_isa.len(), 4);
+            for info in of_isa {
+                assert_eq!(kernel_of(isa.name(), info.storage), info);
+                let shape = (info.name, info.mr, info.nr, info.lanes);
+                assert_eq!(with_kernel(isa, info.storage, Shape), shape);
+                assert!(info.name.ends_with(&format!("_{}x{}_{isa}", info.mr, info.nr)));
+            }
         }
     }
 }

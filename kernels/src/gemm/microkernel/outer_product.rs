@@ -1,4 +1,4 @@
-//! The f32 kernel: one generic body over [`pulp::Simd`], for every ISA.
+//! The kernel of f32 sums: one generic body over [`pulp::Simd`], for every ISA and every [`Stored`] form of rhs.
 //!
 //! # Naive form
 //! ```text
@@ -16,25 +16,32 @@
 //!   the chains of more columns, each as it was.
 //! - A row-major left operand is read in place (depth stride 1): where few panels of rhs follow, packing
 //!   it costs more than it saves.
+//! - A stored form that is narrower than f32 is widened where it is loaded: MR rows share the widening, and memory
+//!   is read once in the small form. Such kernels exist for decoding, so they have fewer instances: panels
+//!   are always NR wide, the left operand has depth stride 1, and the epilogue is the one of ragged tiles.
+
+use std::marker::PhantomData;
 
 use pulp::{Simd, WithSimd};
 
-use super::{Activation, Finish, Microkernel, Out, Rhs, Strip, kernel_with_lanes};
+use super::{Activation, Finish, Microkernel, Out, Rhs, Stored, Strip, kernel_with_lanes};
 
-/// The kernel with tiles of MR rows and VECS vectors.
+/// The kernel with tiles of MR rows and VECS vectors, rhs stored as T.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct OuterProduct<S, const MR: usize, const VECS: usize>(pub(crate) S);
+pub(crate) struct OuterProduct<S, T, const MR: usize, const VECS: usize>(
+    pub(crate) S,
+    pub(crate) PhantomData<T>,
+);
 
-impl<S: Simd, const MR: usize, const VECS: usize> Microkernel for OuterProduct<S, MR, VECS> {
+impl<S: Simd, T: Stored, const MR: usize, const VECS: usize> Microkernel for OuterProduct<S, T, MR, VECS> {
     type Lhs = f32;
-    type Rhs = f32;
+    type Rhs = T;
     type Out = f32;
     type Simd = S;
     const MR: usize = MR;
     const NR: usize = VECS * S::F32_LANES;
     const THIN_ROWS: usize = 2;
-    const K_STEP: usize = 1;
-    const NAME: &'static str = kernel_with_lanes(S::F32_LANES).name;
+    const NAME: &'static str = kernel_with_lanes(S::F32_LANES, T::STORAGE).name;
 
     #[inline(always)]
     unsafe fn run(self, strip: &Strip<'_, Self>) {
@@ -43,26 +50,31 @@ impl<S: Simd, const MR: usize, const VECS: usize> Microkernel for OuterProduct<S
             debug_assert!(strip.rows <= Self::THIN_ROWS && strip.cols.is_multiple_of(Self::NR));
             return self.0.vectorize(Thin { kernel: self, strip });
         }
+        if const { T::PER_WORD > 1 } {
+            return self.0.vectorize(Tiles::<_, T, MR, VECS, VECS> { kernel: self, strip });
+        }
         match strip.cols.div_ceil(S::F32_LANES) {
-            1 => self.0.vectorize(Tiles::<_, MR, VECS, 1> { kernel: self, strip }),
-            2 => self.0.vectorize(Tiles::<_, MR, VECS, 2> { kernel: self, strip }),
-            3 => self.0.vectorize(Tiles::<_, MR, VECS, 3> { kernel: self, strip }),
-            _ => self.0.vectorize(Tiles::<_, MR, VECS, 4> { kernel: self, strip }),
+            1 => self.0.vectorize(Tiles::<_, T, MR, VECS, 1> { kernel: self, strip }),
+            2 => self.0.vectorize(Tiles::<_, T, MR, VECS, 2> { kernel: self, strip }),
+            3 => self.0.vectorize(Tiles::<_, T, MR, VECS, 3> { kernel: self, strip }),
+            _ => self.0.vectorize(Tiles::<_, T, MR, VECS, 4> { kernel: self, strip }),
         }
     }
 }
 
 /// All tiles of a strip that is W vectors wide.
-struct Tiles<'a, S: Simd, const MR: usize, const VECS: usize, const W: usize> {
-    kernel: OuterProduct<S, MR, VECS>,
-    strip: &'a Strip<'a, OuterProduct<S, MR, VECS>>,
+struct Tiles<'a, S: Simd, T: Stored, const MR: usize, const VECS: usize, const W: usize> {
+    kernel: OuterProduct<S, T, MR, VECS>,
+    strip: &'a Strip<'a, OuterProduct<S, T, MR, VECS>>,
 }
 
-impl<S: Simd, const MR: usize, const VECS: usize, const W: usize> WithSimd for Tiles<'_, S, MR, VECS, W> {
+impl<S: Simd, T: Stored, const MR: usize, const VECS: usize, const W: usize> WithSimd
+    for Tiles<'_, S, T, MR, VECS, W>
+{
     type Output = ();
 
     #[inline(always)]
-    fn with_simd<T: Simd>(self, _: T) {
+    fn with_simd<U: Simd>(self, _: U) {
         if const { W > VECS } {
             unreachable!("a strip is at most {VECS} vectors wide");
         }
@@ -85,7 +97,7 @@ impl<S: Simd, const MR: usize, const VECS: usize, const W: usize> WithSimd for T
     }
 }
 
-impl<S: Simd, const MR: usize, const VECS: usize, const W: usize> Tiles<'_, S, MR, VECS, W> {
+impl<S: Simd, T: Stored, const MR: usize, const VECS: usize, const W: usize> Tiles<'_, S, T, MR, VECS, W> {
     /// The tile of H rows that starts at row `first` of the strip.
     #[inline(always)]
     fn tile<const H: usize>(&self, first: usize) {
@@ -99,29 +111,29 @@ impl<S: Simd, const MR: usize, const VECS: usize, const W: usize> Tiles<'_, S, M
         let depth = strip.depth;
         // SAFETY: `run`'s contract: H rows of lhs and W whole vectors of rhs, `depth` deep.
         let [acc] = unsafe {
-            if lhs.row_stride == 1 {
-                accumulate::<S, 1, H, W, 1>(simd, depth, (a, 1, lhs.depth_stride), strip.rhs)
+            if const { T::PER_WORD == 1 } && lhs.row_stride == 1 {
+                accumulate::<S, T, 1, H, W, 1>(simd, depth, (a, 1, lhs.depth_stride), strip.rhs)
             } else {
                 debug_assert!(lhs.depth_stride == 1 || strip.depth <= 1);
-                accumulate::<S, 1, H, W, 4>(simd, depth, (a, lhs.row_stride, 1), strip.rhs)
+                accumulate::<S, T, 1, H, W, 4>(simd, depth, (a, lhs.row_stride, 1), strip.rhs)
             }
         };
         // SAFETY: `run`'s contract on `out`, bias and residual.
-        unsafe { Tile { simd, acc }.finish(first, strip.cols, &strip.finish, strip.out) };
+        unsafe { Tile { simd, acc }.finish::<T>(first, strip.cols, &strip.finish, strip.out) };
     }
 }
 
 /// A strip of one or two rows over whole panels.
-struct Thin<'a, S: Simd, const MR: usize, const VECS: usize> {
-    kernel: OuterProduct<S, MR, VECS>,
-    strip: &'a Strip<'a, OuterProduct<S, MR, VECS>>,
+struct Thin<'a, S: Simd, T: Stored, const MR: usize, const VECS: usize> {
+    kernel: OuterProduct<S, T, MR, VECS>,
+    strip: &'a Strip<'a, OuterProduct<S, T, MR, VECS>>,
 }
 
-impl<S: Simd, const MR: usize, const VECS: usize> WithSimd for Thin<'_, S, MR, VECS> {
+impl<S: Simd, T: Stored, const MR: usize, const VECS: usize> WithSimd for Thin<'_, S, T, MR, VECS> {
     type Output = ();
 
     #[inline(always)]
-    fn with_simd<T: Simd>(self, _: T) {
+    fn with_simd<U: Simd>(self, _: U) {
         match self.strip.rows {
             1 => self.panels::<1, 4>(),
             _ => self.panels::<2, 2>(),
@@ -129,7 +141,7 @@ impl<S: Simd, const MR: usize, const VECS: usize> WithSimd for Thin<'_, S, MR, V
     }
 }
 
-impl<S: Simd, const MR: usize, const VECS: usize> Thin<'_, S, MR, VECS> {
+impl<S: Simd, T: Stored, const MR: usize, const VECS: usize> Thin<'_, S, T, MR, VECS> {
     /// All panels, P at a time, the rest one by one.
     #[inline(always)]
     fn panels<const H: usize, const P: usize>(&self) {
@@ -151,64 +163,110 @@ impl<S: Simd, const MR: usize, const VECS: usize> Thin<'_, S, MR, VECS> {
         let rhs = Rhs { ptr: strip.rhs.ptr.wrapping_add(first * strip.rhs.panel_stride), ..strip.rhs };
         // SAFETY: `run`'s contract: H rows of lhs and P whole panels of rhs, `depth` deep.
         let acc = unsafe {
-            accumulate::<S, P, H, VECS, 4>(simd, depth, (lhs.ptr, lhs.row_stride, lhs.depth_stride), rhs)
+            accumulate::<S, T, P, H, VECS, 4>(simd, depth, (lhs.ptr, lhs.row_stride, lhs.depth_stride), rhs)
         };
         for (panel, acc) in (first..).zip(acc) {
             let out = strip.out.ptr.wrapping_add(panel * width * strip.out.col_stride);
             let (out, finish) = (Out { ptr: out, ..strip.out }, strip.finish.after_col(panel * width));
             // SAFETY: `run`'s contract on `out`, bias and residual: this panel's columns of them.
-            unsafe { Tile { simd, acc }.finish(0, width, &finish, out) };
+            unsafe { Tile { simd, acc }.finish::<T>(0, width, &finish, out) };
         }
     }
 }
 
-/// `acc[q][i][w] = Σ_p a[i][p] · b[q][p][w]` over P panels q, U steps of `p` a turn of the loop.
+/// `acc[q][i][w] = Σ_p a[i][p] · b[q][p][w]` over P panels q, about U steps of `p` a turn of the loop; group by
+/// group where groups have scales.
 ///
 /// # Safety
 /// `a` (pointer, row stride, depth stride) reaches H × depth, `b` P panels of depth × W vectors.
 #[inline(always)]
-unsafe fn accumulate<S: Simd, const P: usize, const H: usize, const W: usize, const U: usize>(
+unsafe fn accumulate<S: Simd, T: Stored, const P: usize, const H: usize, const W: usize, const U: usize>(
     simd: S,
     depth: usize,
     (mut a, row_stride, depth_stride): (*const f32, usize, usize),
-    mut b: Rhs<f32>,
+    mut b: Rhs,
+) -> [[[S::f32s; W]; H]; P] {
+    if const { !T::SCALED } {
+        // SAFETY: the contract.
+        return unsafe { chain::<S, T, P, H, W, U>(simd, depth, (a, row_stride, depth_stride), b) };
+    }
+    let mut sum = [[[simd.splat_f32s(0.0); W]; H]; P];
+    for first in (0..depth).step_by(b.group) {
+        let depth = b.group.min(depth - first);
+        let words = Rhs { ptr: b.ptr.wrapping_add(b.depth_stride), ..b };
+        // SAFETY: the contract, for one group; its words follow the row of its scales.
+        let group = unsafe { chain::<S, T, P, H, W, U>(simd, depth, (a, row_stride, depth_stride), words) };
+        for (panel, (sum, group)) in sum.iter_mut().zip(group).enumerate() {
+            let scales = b.ptr.wrapping_add(panel * b.panel_stride).cast::<S::f32s>();
+            for w in 0..W {
+                // SAFETY: the contract: a group of a scaled form begins with a row of f32.
+                let scale = unsafe { scales.add(w).read_unaligned() };
+                for (sum, group) in sum.iter_mut().zip(&group) {
+                    sum[w] = simd.mul_add_e_f32s(group[w], scale, sum[w]);
+                }
+            }
+        }
+        a = a.wrapping_add(depth * depth_stride);
+        b.ptr = words.ptr.wrapping_add(depth.div_ceil(T::PER_WORD) * b.depth_stride);
+    }
+    sum
+}
+
+/// As [`accumulate`], one chain over `p` for each element, no scales.
+///
+/// # Safety
+/// As [`accumulate`].
+#[inline(always)]
+unsafe fn chain<S: Simd, T: Stored, const P: usize, const H: usize, const W: usize, const U: usize>(
+    simd: S,
+    depth: usize,
+    (mut a, row_stride, depth_stride): (*const f32, usize, usize),
+    mut b: Rhs,
 ) -> [[[S::f32s; W]; H]; P] {
     let mut acc = [[[simd.splat_f32s(0.0); W]; H]; P];
-    for _ in 0..depth / U {
-        for u in 0..U {
-            let a = a.wrapping_add(u * depth_stride);
-            let b = Rhs { ptr: b.ptr.wrapping_add(u * b.depth_stride), ..b };
-            // SAFETY: one step of the contract.
-            unsafe { step(simd, &mut acc, a, row_stride, b) };
+    let words = const { if T::PER_WORD < U { U / T::PER_WORD } else { 1 } };
+    let unrolled = words * T::PER_WORD;
+    for _ in 0..depth / unrolled {
+        for word in 0..words {
+            for at in 0..T::PER_WORD {
+                let a = a.wrapping_add((word * T::PER_WORD + at) * depth_stride);
+                let b = Rhs { ptr: b.ptr.wrapping_add(word * b.depth_stride), ..b };
+                // SAFETY: one step of the contract.
+                unsafe { step::<S, T, P, H, W>(simd, &mut acc, (a, row_stride), b, at) };
+            }
         }
-        (a, b.ptr) = (a.wrapping_add(U * depth_stride), b.ptr.wrapping_add(U * b.depth_stride));
+        (a, b.ptr) = (a.wrapping_add(unrolled * depth_stride), b.ptr.wrapping_add(words * b.depth_stride));
     }
-    for _ in 0..depth % U {
+    for p in 0..depth % unrolled {
         // SAFETY: one step of the contract.
-        unsafe { step(simd, &mut acc, a, row_stride, b) };
-        (a, b.ptr) = (a.wrapping_add(depth_stride), b.ptr.wrapping_add(b.depth_stride));
+        unsafe { step::<S, T, P, H, W>(simd, &mut acc, (a, row_stride), b, p % T::PER_WORD) };
+        a = a.wrapping_add(depth_stride);
+        if (p + 1).is_multiple_of(T::PER_WORD) {
+            b.ptr = b.ptr.wrapping_add(b.depth_stride);
+        }
     }
     acc
 }
 
-/// One step of `p`: the outer product of H elements of `a` and W vectors of each panel of `b`.
+/// One step of `p`: the outer product of H elements of `a` and element `at` of W vectors of words of each panel.
 ///
 /// # Safety
 /// They are readable.
 #[inline(always)]
-unsafe fn step<S: Simd, const P: usize, const H: usize, const W: usize>(
+unsafe fn step<S: Simd, T: Stored, const P: usize, const H: usize, const W: usize>(
     simd: S,
     acc: &mut [[[S::f32s; W]; H]; P],
-    a: *const f32,
-    row_stride: usize,
-    b: Rhs<f32>,
+    (a, row_stride): (*const f32, usize),
+    b: Rhs,
+    at: usize,
 ) {
     for (panel, acc) in acc.iter_mut().enumerate() {
         let b = b.ptr.wrapping_add(panel * b.panel_stride);
         let mut row = [simd.splat_f32s(0.0); W];
         for (w, row) in row.iter_mut().enumerate() {
             // SAFETY: the contract on `b`.
-            *row = unsafe { b.add(w * S::F32_LANES).cast::<S::f32s>().read_unaligned() };
+            let words = unsafe { b.add(w * S::F32_LANES).cast::<S::u32s>().read_unaligned() };
+            *row = T::widen(simd, words, at);
         }
         for (i, acc) in acc.iter_mut().enumerate() {
             // SAFETY: the contract on `a`.
@@ -230,15 +288,16 @@ struct Tile<S: Simd, const H: usize, const W: usize> {
 }
 
 impl<S: Simd, const H: usize, const W: usize> Tile<S, H, W> {
-    /// Applies the strip's epilogue and stores; the tile's first row is row `first` of the strip.
+    /// Applies the strip's epilogue and stores; the tile's first row is row `first` of the strip. Where rhs is
+    /// narrower than f32 the tile goes through memory: a fraction of what is spent on it, and one instance for all.
     ///
     /// # Safety
     /// Rows `first .. first + H` of `out`, and of bias and residual if any, exist with `cols` columns.
     #[inline(always)]
-    unsafe fn finish(mut self, first: usize, cols: usize, finish: &Finish<'_>, out: Out<f32>) {
+    unsafe fn finish<T: Stored>(mut self, first: usize, cols: usize, finish: &Finish<'_>, out: Out<f32>) {
         let simd = self.simd;
         let contiguous = out.col_stride == 1 && finish.residual.is_none_or(|r| r.col_stride() == 1);
-        if cols < W * S::F32_LANES || !contiguous {
+        if const { T::PER_WORD > 1 } || cols < W * S::F32_LANES || !contiguous {
             // A copy, so that the tile itself stays in registers on the other path.
             let tile = self.acc;
             simd.vectorize(EdgeTile { simd, tile: tile.as_flattened(), width: W, first, cols, finish, out });
@@ -341,7 +400,7 @@ impl<S: Simd> WithSimd for Activate<'_, S> {
     type Output = ();
 
     #[inline(always)]
-    fn with_simd<T: Simd>(self, _: T) {
+    fn with_simd<U: Simd>(self, _: U) {
         for x in self.tile {
             *x = self.activation.apply(self.simd, *x);
         }
@@ -363,10 +422,13 @@ impl<S: Simd> WithSimd for EdgeTile<'_, S> {
     type Output = ();
 
     #[inline(always)]
-    fn with_simd<T: Simd>(self, _: T) {
+    fn with_simd<U: Simd>(self, _: U) {
         let EdgeTile { simd, tile, width, first, cols, finish, out } = self;
         for (at, x) in tile.iter().enumerate() {
             let (row, col) = (first + at / width, at % width * S::F32_LANES);
+            if col >= cols {
+                continue;
+            }
             let count = S::F32_LANES.min(cols - col);
             let mut x = *x;
             if finish.scale != 1.0 {

@@ -1,5 +1,7 @@
 //! The properties of the product, on every ISA of the machine.
 
+mod stored;
+
 use std::num::NonZeroUsize;
 
 use proptest::prelude::*;
@@ -300,5 +302,8 @@ fn the_table_lists_every_kernel_once() {
     for_each_isa(|ctx| {
         let named = kernels().iter().filter(|kernel| kernel.name == kernel_name(ctx));
         assert_eq!(named.map(|kernel| kernel.isa).collect::<Vec<_>>(), [ctx.isa().name()]);
+        let mut names: Vec<_> = kernels().iter().map(|kernel| kernel.name).collect();
+        names.sort_unstable();
+        assert!(names.windows(2).all(|pair| pair[0] != pair[1]));
     });
 }

@@ -1,0 +1,160 @@
+//! How the elements of a right operand are stored, and how a kernel reads them as f32.
+//!
+//! ```text
+//! word[q][j] holds b[PER_WORD·q][j], b[PER_WORD·q + 1][j], …      32 bits, the first element lowest
+//! ```
+//! A word belongs to one column, so a vector of words widens to a vector of columns by what every SIMD set can
+//! do lane by lane: no shuffle, and one body for all sets. It is also the order that dot-product
+//! instructions (pairs of bf16, fours of int8) read.
+//!
+//! A scaled format stores integers, in groups along k: each group of a panel begins with a row of f32
+//! words, the columns' scales, and its words follow. The kernel multiplies the group's sum once, so an element
+//! of C is the chain of the group sums: fewer roundings than a chain over k has.
+//!
+//! # Deviation
+//! No SIMD set of [`pulp`] converts integers, and a conversion would want a sign extension before it. Integers
+//! are stored with an offset instead, so that their bits can be put into the mantissa of a power of two `2^e` whose
+//! last place at them is 1; subtracting `2^e` plus the offset is exact. AND, OR and a subtraction run on more ports
+//! than two shifts and a conversion do.
+
+use pulp::Simd;
+
+use crate::gemm::WeightFormat;
+
+/// A way to store elements. The implementors are names without values.
+pub(crate) trait Stored: Copy {
+    /// Its row in the table of kernels.
+    const STORAGE: Storage;
+    /// Consecutive elements of a column in one word.
+    const PER_WORD: usize;
+    /// Whether groups of words begin with scales.
+    const SCALED: bool;
+
+    /// Element `at` of each word.
+    fn widen<S: Simd>(simd: S, words: S::u32s, at: usize) -> S::f32s;
+}
+
+/// What a word holds: the part of a [`WeightFormat`] that decides which kernel runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Storage {
+    /// One f32.
+    F32,
+    /// Two bf16.
+    Bf16,
+    /// Four integers of 8 bits.
+    Int8,
+    /// Eight integers of 4 bits.
+    Int4,
+}
+
+impl Storage {
+    /// Consecutive elements of a column in one word.
+    pub(crate) const fn per_word(self) -> usize {
+        match self {
+            Storage::F32 => 1,
+            Storage::Bf16 => 2,
+            Storage::Int8 => 4,
+            Storage::Int4 => 8,
+        }
+    }
+
+    /// The largest integer that is stored; 0 where none is. The smallest is its negative.
+    pub(crate) const fn largest(self) -> u32 {
+        match self {
+            Storage::F32 | Storage::Bf16 => 0,
+            Storage::Int8 => 127,
+            Storage::Int4 => 7,
+        }
+    }
+}
+
+impl WeightFormat {
+    /// What a word of it holds.
+    pub fn storage(self) -> Storage {
+        match self {
+            WeightFormat::F32 => Storage::F32,
+            WeightFormat::Bf16 => Storage::Bf16,
+            WeightFormat::Int8 => Storage::Int8,
+            WeightFormat::Int4 { .. } => Storage::Int4,
+        }
+    }
+}
+
+/// Words that are f32.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct F32;
+
+impl Stored for F32 {
+    const STORAGE: Storage = Storage::F32;
+    const PER_WORD: usize = 1;
+    const SCALED: bool = false;
+
+    #[inline(always)]
+    fn widen<S: Simd>(simd: S, words: S::u32s, _: usize) -> S::f32s {
+        simd.transmute_f32s_u32s(words)
+    }
+}
+
+/// Pairs of bf16, the upper halves of f32.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Bf16;
+
+impl Stored for Bf16 {
+    const STORAGE: Storage = Storage::Bf16;
+    const PER_WORD: usize = 2;
+    const SCALED: bool = false;
+
+    #[inline(always)]
+    fn widen<S: Simd>(simd: S, words: S::u32s, at: usize) -> S::f32s {
+        let upper = if at == 0 {
+            simd.wrapping_dyn_shl_u32s(words, simd.splat_u32s(16))
+        } else {
+            simd.and_u32s(words, simd.splat_u32s(0xffff_0000))
+        };
+        simd.transmute_f32s_u32s(upper)
+    }
+}
+
+/// Fours of integers plus 128.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Int8;
+
+impl Stored for Int8 {
+    const STORAGE: Storage = Storage::Int8;
+    const PER_WORD: usize = 4;
+    const SCALED: bool = true;
+
+    #[inline(always)]
+    fn widen<S: Simd>(simd: S, words: S::u32s, at: usize) -> S::f32s {
+        widen_integer::<S, 8>(simd, words, at)
+    }
+}
+
+/// Eights of integers plus 8.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Int4;
+
+impl Stored for Int4 {
+    const STORAGE: Storage = Storage::Int4;
+    const PER_WORD: usize = 8;
+    const SCALED: bool = true;
+
+    #[inline(always)]
+    fn widen<S: Simd>(simd: S, words: S::u32s, at: usize) -> S::f32s {
+        widen_integer::<S, 4>(simd, words, at)
+    }
+}
+
+/// Bits `BITS·at ..` of each word, less `2^(BITS − 1)`.
+#[inline(always)]
+fn widen_integer<S: Simd, const BITS: usize>(simd: S, words: S::u32s, at: usize) -> S::f32s {
+    // The lower half of a word lies in a mantissa as it is, the upper half after a shift.
+    let half = 16 / BITS;
+    let words = if at < half { words } else { simd.wrapping_dyn_shr_u32s(words, simd.splat_u32s(16)) };
+    let shift = (BITS * (at % half)) as u32;
+    let power = f32::from_bits((127 + 23 - shift) << 23);
+    let mask = ((1u32 << BITS) - 1) << shift;
+    let bits = simd.or_u32s(simd.and_u32s(words, simd.splat_u32s(mask)), simd.splat_u32s(power.to_bits()));
+    let offset = power + (1u32 << (BITS - 1)) as f32;
+    simd.sub_f32s(simd.transmute_f32s_u32s(bits), simd.splat_f32s(offset))
+}
