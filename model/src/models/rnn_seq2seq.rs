@@ -189,8 +189,8 @@ impl RnnSeq2Seq {
             }
             x = match &self.layers.attention {
                 Some(attention) if l == 0 => {
-                    let weights =
-                        AdditiveDecoder { cell: *layer.weights(), query: attention.query, v: attention.v };
+                    let cell = *layer.weights().recurrent().expect("the configuration was checked");
+                    let weights = AdditiveDecoder { cell, query: attention.query, v: attention.v };
                     let keys = attention.keys(tape, source.annotations)?;
                     let inputs = AdditiveInputs {
                         embedded,

@@ -116,5 +116,7 @@ mod tests {
         r.dropout = 1.0;
         r.bridge = Bridge::Tanh;
         assert!(r.validate().unwrap_err().to_string().contains("dropout"));
+        let scan = RnnSeq2SeqConfig::new(30, 40, CellKind::MinGru, AttentionKind::Additive);
+        assert!(scan.validate().unwrap_err().to_string().starts_with("config: attention is additive"));
     }
 }
