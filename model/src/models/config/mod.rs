@@ -1,8 +1,10 @@
 //! [`ModelConfig`]: what config.json holds, checked, with exact parameter counts before anything is built.
 
+mod classifier;
 mod rnn;
 mod transformer;
 
+pub use classifier::{ClassifierConfig, ClassifierEncoder, Pooling};
 pub use rnn::{AttentionKind, Bridge, CellKind, RnnSeq2SeqConfig};
 pub use transformer::{DropoutRates, FeedForwardActivation, NormPlacement, Positions, TransformerConfig};
 
