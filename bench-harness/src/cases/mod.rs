@@ -20,7 +20,7 @@ pub(crate) enum Family {
     Rowwise,
     /// Scaled dot-product attention, forward and backward
     Attention,
-    /// LSTM and GRU layers over whole sequences, forward and as a training step
+    /// LSTM, GRU and minGRU layers over whole sequences, forward and as a training step
     Rnn,
 }
 

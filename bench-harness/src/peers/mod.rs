@@ -3,6 +3,7 @@
 mod gemm_crate;
 mod gemmkit;
 mod matrixmultiply;
+mod naive;
 mod ours;
 mod torch;
 mod worker;
@@ -60,6 +61,7 @@ pub(crate) fn built_in() -> Vec<Box<dyn Peer>> {
         Box::new(matrixmultiply::MatrixMultiply),
         Box::new(gemm_crate::Gemm),
         Box::new(gemmkit::GemmKit),
+        Box::new(naive::Naive),
     ]
 }
 

@@ -7,6 +7,7 @@ use std::path::Path;
 use kavanam_kernels::Context;
 
 use crate::cases::Problem;
+use crate::cases::rnn::{self, Kind};
 use crate::error::HarnessError;
 use crate::measure::workload::Workload;
 use crate::peers::worker::Worker;
@@ -50,6 +51,9 @@ impl Peer for Torch {
         problem: &'a Problem,
         context: &Context,
     ) -> Result<Box<dyn Workload + 'a>, Unready> {
+        if let Problem::Rnn(rnn::Problem { shape: rnn::Shape { kind: Kind::Scan(_), .. }, .. }) = problem {
+            return Err(Unready::Declined("it has no minGRU and no minLSTM".into()));
+        }
         Ok(Box::new(self.worker.prepare(problem, context)?))
     }
 }

@@ -194,6 +194,8 @@ pub(crate) fn describe(model: &ModelConfig) -> String {
                 CellKind::Gru => "GRU",
                 CellKind::Tanh => "tanh RNN",
                 CellKind::Relu => "ReLU RNN",
+                CellKind::MinGru => "minGRU",
+                CellKind::MinLstm => "minLSTM",
             };
             let direction = if c.bidirectional { "bidirectional" } else { "forward" };
             let attention = match c.attention {

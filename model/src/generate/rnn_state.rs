@@ -7,14 +7,16 @@ use kavanam_kernels::attention::{self as dot, AttentionSpec, Mask};
 use kavanam_kernels::error::expect_dim;
 use kavanam_kernels::gemm::{self, Accum, Epilogue};
 use kavanam_kernels::rnn::additive_attention as additive;
-use kavanam_kernels::rnn::{self, PackedCell, State, StateMut, StepInput, Weights};
-use kavanam_kernels::{Context, HeadsLayout, HeadsMut, HeadsRef, MatMut, MatRef, ShapeError};
+use kavanam_kernels::rnn::min_rnn::{self, Scan};
+use kavanam_kernels::rnn::{self, Direction, PackedCell, State, StateMut, StepInput, Weights};
+use kavanam_kernels::{Activation, Context, HeadsLayout, HeadsMut, HeadsRef, MatMut, MatRef, ShapeError};
 
 use crate::error::ModelError;
 use crate::models::rnn_seq2seq::Layers;
 use crate::models::{DecoderState, Encoded, sources_of};
 use crate::nn::additive_attention::AdditiveAttention;
-use crate::ops::Tokens;
+use crate::nn::rnn::{CellWeights, ScanWeights};
+use crate::ops::{self, Tokens};
 use crate::packed::PackedParams;
 use crate::param::ParamStore;
 use crate::pool::Buffer;
@@ -26,9 +28,17 @@ use crate::tensor::Tensor;
 pub(crate) struct Packed {
     pub(crate) params: PackedParams,
     /// One a layer; with additive attention the bottom one's input is the context alone,
-    cells: Vec<PackedCell>,
+    cells: Vec<StepCell>,
     /// and this one's is the embedded token.
     token_cell: Option<PackedCell>,
+}
+
+/// A decoder layer's cell, ready for single steps.
+#[derive(Debug)]
+enum StepCell {
+    Recurrent(PackedCell),
+    /// Its weights are packed with the linear layers'.
+    Scan(ScanWeights),
 }
 
 impl Packed {
@@ -36,14 +46,20 @@ impl Packed {
         let mut token_cell = None;
         let mut cells = Vec::with_capacity(layers.decoder.len());
         for (l, layer) in layers.decoder.iter().enumerate() {
-            let whole = layer.weights().views(params);
+            let whole = match layer.weights() {
+                CellWeights::Recurrent(weights) => weights.views(params),
+                CellWeights::Scan(weights) => {
+                    cells.push(StepCell::Scan(*weights));
+                    continue;
+                }
+            };
             let columns = |range| Weights { w_ih: whole.w_ih.sub(0..whole.w_ih.rows(), range), ..whole };
             if l == 0 && layers.attention.is_some() {
                 let embedding = params.shape(layers.target.table)[1];
                 token_cell = Some(PackedCell::pack(ctx, &columns(0..embedding))?);
-                cells.push(PackedCell::pack(ctx, &columns(embedding..whole.input()))?);
+                cells.push(StepCell::Recurrent(PackedCell::pack(ctx, &columns(embedding..whole.input()))?));
             } else {
-                cells.push(PackedCell::pack(ctx, &whole)?);
+                cells.push(StepCell::Recurrent(PackedCell::pack(ctx, &whole)?));
             }
         }
         Ok(Packed { params: PackedParams::new(params), cells, token_cell })
@@ -123,7 +139,14 @@ impl RnnState {
         let mut context = None;
         let mut input = tape.value(embedded).to_vec();
         for l in 0..layers.decoder.len() {
-            let columns = packed.cells[l].cell().gate_columns(self.hidden);
+            let cell = match &packed.cells[l] {
+                StepCell::Recurrent(cell) => cell,
+                StepCell::Scan(weights) => {
+                    input = self.scan(tape, weights, l, &input)?;
+                    continue;
+                }
+            };
+            let columns = cell.cell().gate_columns(self.hidden);
             let mut gates = tape.buffer(self.rows * columns);
             let mut accum = Accum::Overwrite;
             if let (0, Some(attention)) = (l, &layers.attention) {
@@ -136,7 +159,7 @@ impl RnnState {
                 input = looked.to_vec();
                 context = Some(looked);
             }
-            input = self.step(tape.context(), &packed.cells[l], (l, accum), &input, &mut gates)?;
+            input = self.step(tape.context(), cell, (l, accum), &input, &mut gates)?;
         }
         self.position += 1;
         let top = &self.states[self.states.len() - self.vectors];
@@ -190,6 +213,31 @@ impl RnnState {
             *state = new;
         }
         Ok(output)
+    }
+
+    /// One step of layer `l`, a minGRU or minLSTM; gives its new output.
+    fn scan(
+        &mut self,
+        tape: &mut Tape<'_>,
+        weights: &ScanWeights,
+        l: usize,
+        input: &[f32],
+    ) -> Result<Vec<f32>, ShapeError> {
+        let x = tape.constant(input, self.rows, input.len() / self.rows.max(1))?;
+        let sums = ops::linear(tape, x, &weights.gates, Activation::Identity)?;
+        let mut gates = tape.value(sums).to_vec();
+        let scan = Scan {
+            cell: weights.cell,
+            candidate: ScanWeights::CANDIDATE,
+            hidden: self.hidden,
+            seq: 1,
+            lengths: &vec![1; self.rows],
+            direction: Direction::Forward,
+        };
+        let mut new = vec![0.0; self.rows * self.hidden];
+        min_rnn::forward(tape.context(), &scan, &mut gates, Some(&self.states[l]), &mut new, None)?;
+        self.states[l].copy_from_slice(&new);
+        Ok(new)
     }
 
     /// Additive attention from the bottom layer's state: the context `[rows, annotation]` and the weights.

@@ -1,6 +1,7 @@
 //! The model families, and the contract between a model and everything that trains or decodes it.
 
 pub mod batch;
+pub mod classifier;
 pub mod config;
 pub mod rnn_seq2seq;
 pub mod transformer;
@@ -12,10 +13,12 @@ use kavanam_kernels::{Context, ShapeError};
 
 pub use batch::{BOS, Batch, EOS, PAD, UNK};
 pub use config::{
-    AttentionKind, Bridge, CellKind, DropoutRates, FeedForwardActivation, ModelConfig, NormPlacement,
-    Positions, RnnSeq2SeqConfig, TransformerConfig,
+    AttentionKind, Bridge, CellKind, ClassifierConfig, ClassifierEncoder, DropoutRates,
+    FeedForwardActivation, ModelConfig, NormPlacement, Pooling, Positions, RnnSeq2SeqConfig,
+    TransformerConfig,
 };
 
+pub use classifier::Classifier;
 pub use rnn_seq2seq::RnnSeq2Seq;
 pub use transformer::Transformer;
 

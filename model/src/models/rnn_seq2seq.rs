@@ -189,8 +189,8 @@ impl RnnSeq2Seq {
             }
             x = match &self.layers.attention {
                 Some(attention) if l == 0 => {
-                    let weights =
-                        AdditiveDecoder { cell: *layer.weights(), query: attention.query, v: attention.v };
+                    let cell = *layer.weights().recurrent().expect("the configuration was checked");
+                    let weights = AdditiveDecoder { cell, query: attention.query, v: attention.v };
                     let keys = attention.keys(tape, source.annotations)?;
                     let inputs = AdditiveInputs {
                         embedded,
@@ -247,7 +247,7 @@ fn dot_shape(batch: usize, lengths: &Arc<[usize]>) -> AttentionShape {
 }
 
 /// `[batch · seq]` tokens as `[seq · batch]`.
-fn time_major(ids: &[u32], batch: usize) -> Arc<[u32]> {
+pub(super) fn time_major(ids: &[u32], batch: usize) -> Arc<[u32]> {
     let seq = ids.len() / batch.max(1);
     (0..seq).flat_map(|t| (0..batch).map(move |b| ids[b * seq + t])).collect()
 }

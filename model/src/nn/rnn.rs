@@ -1,28 +1,63 @@
 //! Recurrent layers: weights in PyTorch's names, one or two directions, a stack.
+//!
+//! The layer of a cell whose gates see the state is one op; that of a minGRU or minLSTM is a linear layer over all
+//! steps and a scan, with the candidate as it is (`Candidate::Linear`), and it has no weights of the state.
 
 use std::sync::Arc;
 
-use kavanam_kernels::ShapeError;
+use kavanam_kernels::rnn::min_rnn::{Candidate, MinCell};
 use kavanam_kernels::rnn::{Cell, Direction};
+use kavanam_kernels::{Activation, ShapeError};
 
 use crate::models::CellKind;
-use crate::ops::{self, RecurrentWeights, StateVars};
+use crate::ops::{self, LinearWeights, RecurrentOutput, RecurrentWeights, StateVars};
 use crate::param::{Init, ParamStore};
 use crate::tape::{Tape, Var};
 
+/// The kernel of a cell.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kernel {
+    Recurrent(Cell),
+    Scan(MinCell),
+}
+
 impl CellKind {
-    /// The kernel's cell.
-    pub fn cell(self) -> Cell {
+    fn kernel(self) -> Kernel {
         match self {
-            CellKind::Lstm => Cell::Lstm,
-            CellKind::Gru => Cell::Gru,
-            CellKind::Tanh => Cell::Tanh,
-            CellKind::Relu => Cell::Relu,
+            CellKind::Lstm => Kernel::Recurrent(Cell::Lstm),
+            CellKind::Gru => Kernel::Recurrent(Cell::Gru),
+            CellKind::Tanh => Kernel::Recurrent(Cell::Tanh),
+            CellKind::Relu => Kernel::Recurrent(Cell::Relu),
+            CellKind::MinGru => Kernel::Scan(MinCell::Gru),
+            CellKind::MinLstm => Kernel::Scan(MinCell::Lstm),
         }
     }
 }
 
-/// Adds `{name}.weight_ih_{suffix}`, `weight_hh_`, `bias_ih_` and `bias_hh_`.
+/// The weights of one layer and direction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CellWeights {
+    /// The gates see the state.
+    Recurrent(RecurrentWeights),
+    /// The gates see the input alone.
+    Scan(ScanWeights),
+}
+
+/// The weights of a minGRU or minLSTM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ScanWeights {
+    /// Which of the two.
+    pub cell: MinCell,
+    /// `[gates · hidden, input]` and its bias.
+    pub gates: LinearWeights,
+}
+
+impl ScanWeights {
+    /// What the candidate is of its sum.
+    pub const CANDIDATE: Candidate = Candidate::Linear;
+}
+
+/// Adds `{name}.weight_ih_{suffix}`, `weight_hh_`, `bias_ih_` and `bias_hh_`; those of a scan without `hh`.
 ///
 /// The input's weights start as a stack of Xavier matrices, the state's uniform within 1/√hidden, the biases as 0
 /// but for the LSTM's forget gate, which starts open with 1 (Jozefowicz et al. 2015, section 5).
@@ -32,31 +67,65 @@ pub fn cell_weights(
     suffix: &str,
     kind: CellKind,
     [input, hidden]: [usize; 2],
-) -> RecurrentWeights {
+) -> CellWeights {
     let rows = kind.gates() * hidden;
-    let uniform = Init::Uniform((hidden as f32).sqrt().recip());
-    let weights = RecurrentWeights {
-        cell: kind.cell(),
-        w_ih: store.add(
-            &format!("{name}.weight_ih_{suffix}"),
-            &[rows, input],
-            Init::Xavier { stacked: kind.gates() },
-        ),
-        w_hh: store.add(&format!("{name}.weight_hh_{suffix}"), &[rows, hidden], uniform),
-        b_ih: store.add(&format!("{name}.bias_ih_{suffix}"), &[rows], Init::Zeros),
-        b_hh: store.add(&format!("{name}.bias_hh_{suffix}"), &[rows], Init::Zeros),
+    let stacked = Init::Xavier { stacked: kind.gates() };
+    let mut add =
+        |part: &str, shape: &[usize], init| store.add(&format!("{name}.{part}_{suffix}"), shape, init);
+    let w_ih = add("weight_ih", &[rows, input], stacked);
+    let cell = match kind.kernel() {
+        Kernel::Recurrent(cell) => cell,
+        Kernel::Scan(cell) => {
+            let bias = Some(add("bias_ih", &[rows], Init::Zeros));
+            return CellWeights::Scan(ScanWeights { cell, gates: LinearWeights { weight: w_ih, bias } });
+        }
     };
+    let uniform = Init::Uniform((hidden as f32).sqrt().recip());
+    let w_hh = add("weight_hh", &[rows, hidden], uniform);
+    let [b_ih, b_hh] = ["bias_ih", "bias_hh"].map(|part| add(part, &[rows], Init::Zeros));
     if kind == CellKind::Lstm {
-        store.get_mut(weights.b_ih)[hidden..2 * hidden].fill(1.0);
+        store.get_mut(b_ih)[hidden..2 * hidden].fill(1.0);
     }
-    weights
+    CellWeights::Recurrent(RecurrentWeights { cell, w_ih, w_hh, b_ih, b_hh })
+}
+
+impl CellWeights {
+    /// One direction over whole sequences.
+    ///
+    /// # Errors
+    /// [`ShapeError`] when shapes do not fit.
+    pub fn forward(
+        &self,
+        tape: &mut Tape<'_>,
+        x: Var,
+        along: (&Arc<[usize]>, Direction),
+        initial: Option<StateVars>,
+    ) -> Result<RecurrentOutput, ShapeError> {
+        match self {
+            CellWeights::Recurrent(weights) => ops::recurrent(tape, x, weights, along, initial),
+            CellWeights::Scan(ScanWeights { cell, gates }) => {
+                let sums = ops::linear(tape, x, gates, Activation::Identity)?;
+                let kind = (*cell, ScanWeights::CANDIDATE);
+                let [y, h] = ops::min_rnn(tape, sums, kind, along, initial.map(|state| state.h))?;
+                Ok(RecurrentOutput { y, last: StateVars { h, c: None } })
+            }
+        }
+    }
+
+    /// The weights of a cell whose gates see the state.
+    pub fn recurrent(&self) -> Option<&RecurrentWeights> {
+        match self {
+            CellWeights::Recurrent(weights) => Some(weights),
+            CellWeights::Scan(_) => None,
+        }
+    }
 }
 
 /// One layer, from start to end and, when it is bidirectional, also from end to start.
 #[derive(Debug, Clone, Copy)]
 pub struct RecurrentLayer {
-    forward: RecurrentWeights,
-    reverse: Option<RecurrentWeights>,
+    forward: CellWeights,
+    reverse: Option<CellWeights>,
 }
 
 impl RecurrentLayer {
@@ -76,7 +145,7 @@ impl RecurrentLayer {
     }
 
     /// The weights of the direction from start to end.
-    pub fn weights(&self) -> &RecurrentWeights {
+    pub fn weights(&self) -> &CellWeights {
         &self.forward
     }
 
@@ -92,9 +161,9 @@ impl RecurrentLayer {
         lengths: &Arc<[usize]>,
         initial: Option<StateVars>,
     ) -> Result<(Var, StateVars), ShapeError> {
-        let there = ops::recurrent(tape, x, &self.forward, (lengths, Direction::Forward), initial)?;
+        let there = self.forward.forward(tape, x, (lengths, Direction::Forward), initial)?;
         let Some(reverse) = &self.reverse else { return Ok((there.y, there.last)) };
-        let back = ops::recurrent(tape, x, reverse, (lengths, Direction::Reverse), None)?;
+        let back = reverse.forward(tape, x, (lengths, Direction::Reverse), None)?;
         let y = ops::concat_cols(tape, &[there.y, back.y])?;
         let h = ops::concat_cols(tape, &[there.last.h, back.last.h])?;
         let c = match (there.last.c, back.last.c) {

@@ -22,7 +22,30 @@ pub fn cross_entropy(
     targets: &Arc<[u32]>,
     label_smoothing: f32,
 ) -> Result<Var, ShapeError> {
-    let spec = CrossEntropy { label_smoothing, ignore_index: Some(PAD) };
+    summed(tape, logits, targets, CrossEntropy { label_smoothing, ignore_index: Some(PAD) })
+}
+
+/// `Σ −log softmax(logits)[class]` over all rows: every class counts, that with the number of [`PAD`] too.
+///
+/// # Shapes
+/// logits `[rows, classes]`, one class a row; the result is a scalar. It is summed in f64.
+///
+/// # Errors
+/// [`ShapeError`] when a class is outside of the logits' columns.
+pub fn classification_loss(
+    tape: &mut Tape<'_>,
+    logits: Var,
+    classes: &Arc<[u32]>,
+) -> Result<Var, ShapeError> {
+    summed(tape, logits, classes, CrossEntropy { label_smoothing: 0.0, ignore_index: None })
+}
+
+fn summed(
+    tape: &mut Tape<'_>,
+    logits: Var,
+    targets: &Arc<[u32]>,
+    spec: CrossEntropy,
+) -> Result<Var, ShapeError> {
     let mut losses = tape.buffer(targets.len());
     kernel::forward(tape.context(), tape.matrix(logits), targets, &spec, &mut losses)?;
     let mut total = tape.buffer(1);
@@ -63,6 +86,9 @@ mod tests {
             case.input(5, 7);
             check(&case, |tape, v| cross_entropy(tape, v[0], &[3, PAD, 6, 1, 1].into(), smoothing));
         }
+        let mut case = Case::new(32);
+        case.input(3, 4);
+        check(&case, |tape, v| classification_loss(tape, v[0], &[0, 3, 0].into()));
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Statements about whole models.
 
+mod classifier;
 mod decoding;
 mod properties;
 mod support;

@@ -59,7 +59,7 @@ pub(crate) fn transformers() -> Vec<ModelConfig> {
     [base, post, shared].map(ModelConfig::Transformer).to_vec()
 }
 
-/// A recurrent model of each kind: both cells, all attentions, one and two layers, both bridges.
+/// A recurrent model of each kind: all cells, all attentions, one and two layers, both bridges.
 pub(crate) fn rnns() -> Vec<ModelConfig> {
     let mut all = Vec::new();
     for cell in [CellKind::Lstm, CellKind::Gru, CellKind::Tanh] {
@@ -78,6 +78,17 @@ pub(crate) fn rnns() -> Vec<ModelConfig> {
             }
             all.push(ModelConfig::RnnSeq2Seq(config));
         }
+    }
+    for (cell, attention) in [
+        (CellKind::MinGru, AttentionKind::None),
+        (CellKind::MinGru, AttentionKind::Dot),
+        (CellKind::MinLstm, AttentionKind::Dot),
+    ] {
+        let mut config = RnnSeq2SeqConfig::new(VOCAB, VOCAB, cell, attention);
+        (config.embedding, config.hidden, config.encoder_hidden) = (6, 10, 5);
+        (config.readout, config.layers, config.dropout, config.bidirectional) = (9, 2, 0.1, true);
+        config.bridge = if cell == CellKind::MinGru { Bridge::Copy } else { Bridge::Tanh };
+        all.push(ModelConfig::RnnSeq2Seq(config));
     }
     let mut forward = RnnSeq2SeqConfig::new(VOCAB, VOCAB, CellKind::Lstm, AttentionKind::None);
     (forward.embedding, forward.hidden, forward.encoder_hidden) = (6, 8, 8);

@@ -2,12 +2,14 @@
 
 mod attention;
 mod gemm;
+mod min_rnn;
 mod rnn;
 mod rowwise;
 
 use kavanam_kernels::Context;
 
 use crate::cases::Problem;
+use crate::cases::rnn::Kind;
 use crate::error::HarnessError;
 use crate::measure::workload::Workload;
 use crate::peers::{Peer, Unready};
@@ -37,7 +39,10 @@ impl Peer for Ours {
             Problem::Gemm(problem) => gemm::prepare(problem, *context),
             Problem::Rowwise(problem) => rowwise::prepare(problem, *context),
             Problem::Attention(problem) => attention::prepare(problem, *context),
-            Problem::Rnn(problem) => rnn::prepare(problem, *context),
+            Problem::Rnn(problem) => match problem.shape.kind {
+                Kind::Recurrent(cell) => rnn::prepare(problem, cell, *context),
+                Kind::Scan(cell) => min_rnn::prepare(problem, cell, *context),
+            },
         };
         prepared.map_err(|error| Unready::Failed(HarnessError::Shape(error)))
     }

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 
 use kavanam_kernels::rnn::{
-    self, Direction, InputGrads, Output, OutputGrads, Sequence, WeightGrads, Weights,
+    self, Cell, Direction, InputGrads, Output, OutputGrads, Sequence, WeightGrads, Weights,
 };
 use kavanam_kernels::{Context, MatMut, MatRef, ShapeError};
 
@@ -12,11 +12,16 @@ use crate::error::HarnessError;
 use crate::measure::workload::Workload;
 
 /// Allocates the outputs.
-pub(super) fn prepare(problem: &Problem, context: Context) -> Result<Box<dyn Workload + '_>, ShapeError> {
+pub(super) fn prepare(
+    problem: &Problem,
+    cell: Cell,
+    context: Context,
+) -> Result<Box<dyn Workload + '_>, ShapeError> {
     let shape = problem.shape;
     let (weights, biases) = (shape.gate_rows() * shape.width, shape.gate_rows());
     Ok(Box::new(Layer {
         problem,
+        cell,
         context,
         y: vec![f32::NAN; shape.elements()],
         d_x: vec![f32::NAN; shape.elements()],
@@ -27,6 +32,7 @@ pub(super) fn prepare(problem: &Problem, context: Context) -> Result<Box<dyn Wor
 
 struct Layer<'a> {
     problem: &'a Problem,
+    cell: Cell,
     context: Context,
     y: Vec<f32>,
     d_x: Vec<f32>,
@@ -40,7 +46,7 @@ impl Layer<'_> {
         let Problem { shape, x, d_y, w_ih, w_hh, b_ih, b_hh, lengths } = self.problem;
         let (rows, gates, width) = (shape.seq * shape.batch, shape.gate_rows(), shape.width);
         let weights = Weights {
-            cell: shape.cell,
+            cell: self.cell,
             w_ih: MatRef::new(w_ih, gates, width)?,
             w_hh: MatRef::new(w_hh, gates, width)?,
             b_ih,

@@ -2,8 +2,10 @@
 
 use kavanam_kernels::Context;
 use kavanam_kernels::rnn::Cell;
+use kavanam_kernels::rnn::min_rnn::MinCell;
 use serde_json::json;
 
+use crate::cases::rnn::Kind;
 use crate::cases::rowwise::{EPS, RowOp};
 use crate::cases::{Problem, attention, gemm, rnn, rowwise};
 use crate::peers::worker::protocol::{Data, Task, Tensor};
@@ -69,24 +71,26 @@ fn attention_task(problem: &attention::Problem) -> Task<'_> {
 
 fn rnn_task(problem: &rnn::Problem) -> Task<'_> {
     let shape = problem.shape;
-    let rnn::Shape { cell, batch, seq, width, train } = shape;
-    let gates = shape.gate_rows();
+    let rnn::Shape { kind, batch, seq, width, train } = shape;
+    let (gates, of_state) = (shape.gate_rows(), shape.state_rows());
     let mut tensors = vec![
         f32s("x", &[seq, batch, width], &problem.x),
         f32s("w_ih", &[gates, width], &problem.w_ih),
-        f32s("w_hh", &[gates, width], &problem.w_hh),
+        f32s("w_hh", &[of_state, width], &problem.w_hh),
         f32s("b_ih", &[gates], &problem.b_ih),
-        f32s("b_hh", &[gates], &problem.b_hh),
+        f32s("b_hh", &[of_state], &problem.b_hh),
     ];
     if train {
         tensors.push(f32s("d_y", &[seq, batch, width], &problem.d_y));
     }
     let outputs = vec![shape.elements(); if train { 2 } else { 1 }];
-    let cell = match cell {
-        Cell::Lstm => "lstm",
-        Cell::Gru => "gru",
-        Cell::Tanh => "tanh",
-        Cell::Relu => "relu",
+    let cell = match kind {
+        Kind::Recurrent(Cell::Lstm) => "lstm",
+        Kind::Recurrent(Cell::Gru) => "gru",
+        Kind::Recurrent(Cell::Tanh) => "tanh",
+        Kind::Recurrent(Cell::Relu) => "relu",
+        Kind::Scan(MinCell::Gru) => "min_gru",
+        Kind::Scan(MinCell::Lstm) => "min_lstm",
     };
     let operation = if train { "train" } else { "forward" };
     task(["rnn", operation], json!({"cell": cell, "width": width}), tensors, outputs)

@@ -8,6 +8,7 @@
 //! | gates of the GRU | r z n | z r h |
 //! | its biases | one with each product, that of n inside of the reset | two rows: input, state (`reset_after`) |
 //! | biases of the plain cell | one with each product | one |
+//! | minGRU, minLSTM (no layer of either; a dense one) | z n, f i n; one bias | the same |
 //!
 //! A GRU without `reset_after` multiplies the state by r before its product with the weights: another function, which
 //! the kernels do not have. It is refused.
@@ -108,6 +109,8 @@ fn keras_gates(cell: CellKind) -> &'static [usize] {
         CellKind::Lstm => &[0, 1, 2, 3],
         CellKind::Gru => &[1, 0, 2],
         CellKind::Tanh | CellKind::Relu => &[0],
+        CellKind::MinGru => &[0, 1],
+        CellKind::MinLstm => &[0, 1, 2],
     }
 }
 
@@ -129,7 +132,7 @@ fn keras_bias(
     }
     let shape = match cell {
         CellKind::Gru => &[2, len][..],
-        CellKind::Lstm | CellKind::Tanh | CellKind::Relu => &[len],
+        CellKind::Lstm | CellKind::Tanh | CellKind::Relu | CellKind::MinGru | CellKind::MinLstm => &[len],
     };
     let Some(bias) = file.take_if_there(name, shape)? else { return Ok(zeros()) };
     let bias = bias.chunks_exact(len).nth(row);
@@ -155,7 +158,7 @@ mod tests {
     use super::*;
     use crate::io::safetensors::{Contents, NamedTensor};
     use crate::nn::rnn::cell_weights;
-    use crate::ops::{self, gradient_check::Random};
+    use crate::ops::gradient_check::Random;
     use crate::param::ParamStore;
     use crate::pool::Pool;
     use crate::tape::Tape;
@@ -299,7 +302,7 @@ mod tests {
         let mut tape = Tape::inference(&ctx, &store, &pool);
         let input = tape.constant(&x, STEPS * BATCH, INPUT).unwrap();
         let lengths: Arc<[usize]> = [STEPS; BATCH].into();
-        let out = ops::recurrent(&mut tape, input, &weights, (&lengths, Direction::Forward), None).unwrap();
+        let out = weights.forward(&mut tape, input, (&lengths, Direction::Forward), None).unwrap();
 
         let mut states = vec![(vec![0.0; HIDDEN], vec![0.0; HIDDEN]); BATCH];
         let mut expected = Vec::new();
@@ -337,6 +340,7 @@ mod tests {
                 CellKind::Gru => both(cell, &contents, import, pytorch_gru),
                 CellKind::Tanh => both(cell, &contents, import, |f, x, s| pytorch_plain(f, x, s, f64::tanh)),
                 CellKind::Relu => both(cell, &contents, import, |f, x, s| pytorch_plain(f, x, s, relu)),
+                CellKind::MinGru | CellKind::MinLstm => unreachable!("neither has such a layer"),
             });
         }
     }
@@ -359,6 +363,7 @@ mod tests {
                 CellKind::Gru => both(cell, &contents, import, keras_gru),
                 CellKind::Tanh => both(cell, &contents, import, |f, x, s| keras_plain(f, x, s, f64::tanh)),
                 CellKind::Relu => both(cell, &contents, import, |f, x, s| keras_plain(f, x, s, relu)),
+                CellKind::MinGru | CellKind::MinLstm => unreachable!("neither has such a layer"),
             });
         }
     }

@@ -1,8 +1,10 @@
 //! [`ModelConfig`]: what config.json holds, checked, with exact parameter counts before anything is built.
 
+mod classifier;
 mod rnn;
 mod transformer;
 
+pub use classifier::{ClassifierConfig, ClassifierEncoder, Pooling};
 pub use rnn::{AttentionKind, Bridge, CellKind, RnnSeq2SeqConfig};
 pub use transformer::{DropoutRates, FeedForwardActivation, NormPlacement, Positions, TransformerConfig};
 
@@ -116,5 +118,7 @@ mod tests {
         r.dropout = 1.0;
         r.bridge = Bridge::Tanh;
         assert!(r.validate().unwrap_err().to_string().contains("dropout"));
+        let scan = RnnSeq2SeqConfig::new(30, 40, CellKind::MinGru, AttentionKind::Additive);
+        assert!(scan.validate().unwrap_err().to_string().starts_with("config: attention is additive"));
     }
 }

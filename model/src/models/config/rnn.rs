@@ -17,6 +17,10 @@ pub enum CellKind {
     Tanh,
     /// No gate, ReLU (Le, Jaitly and Hinton 2015).
     Relu,
+    /// One gate, which sees the input alone: a scan (Feng et al. 2024, section 3.1).
+    MinGru,
+    /// Two gates, which see the input alone and are normalised: a scan (Feng et al. 2024, section 3.2).
+    MinLstm,
 }
 
 impl CellKind {
@@ -24,7 +28,8 @@ impl CellKind {
     pub fn gates(self) -> usize {
         match self {
             CellKind::Lstm => 4,
-            CellKind::Gru => 3,
+            CellKind::Gru | CellKind::MinLstm => 3,
+            CellKind::MinGru => 2,
             CellKind::Tanh | CellKind::Relu => 1,
         }
     }
@@ -33,8 +38,19 @@ impl CellKind {
     pub fn states(self) -> usize {
         match self {
             CellKind::Lstm => 2,
-            CellKind::Gru | CellKind::Tanh | CellKind::Relu => 1,
+            CellKind::Gru | CellKind::Tanh | CellKind::Relu | CellKind::MinGru | CellKind::MinLstm => 1,
         }
+    }
+
+    /// Whether the gates see the input alone, so that a layer is one product and a scan.
+    pub fn is_scan(self) -> bool {
+        matches!(self, CellKind::MinGru | CellKind::MinLstm)
+    }
+
+    /// The number of parameters of one layer and direction: gates·(H·I + H² + 2H), or gates·(H·I + H) of a scan.
+    pub(crate) fn parameter_count(self, input: usize, hidden: usize) -> usize {
+        let columns = if self.is_scan() { input + 1 } else { input + hidden + 2 };
+        self.gates() * hidden * columns
     }
 }
 
@@ -135,11 +151,11 @@ impl RnnSeq2SeqConfig {
 
     /// The number of parameters, exactly.
     ///
-    /// A cell of H from an input of I holds gates·(H·I + H² + 2H). The bottom decoder cell of additive attention
-    /// also reads the context, and its readout reads state, context and embedding; that of dot attention reads
-    /// context and state and has no bias.
+    /// A cell of H from an input of I holds gates·(H·I + H² + 2H), that of a scan gates·(H·I + H). The bottom decoder
+    /// cell of additive attention also reads the context, and its readout reads state, context and embedding; that of
+    /// dot attention reads context and state and has no bias.
     pub fn parameter_count(&self) -> usize {
-        let cell = |input: usize, hidden: usize| self.cell.gates() * hidden * (input + hidden + 2);
+        let cell = |input: usize, hidden: usize| self.cell.parameter_count(input, hidden);
         let (e, h, a) = (self.embedding, self.hidden, self.annotation());
         let upper = self.layers - 1;
         let encoder =
@@ -178,6 +194,11 @@ impl RnnSeq2SeqConfig {
         if self.bridge == Bridge::Copy && annotation != self.hidden {
             let expected = format!("{annotation} as the copied encoder state (or bridge tanh)");
             return Err(wrong("hidden", self.hidden, expected));
+        }
+        if self.attention == AttentionKind::Additive && self.cell.is_scan() {
+            let expected =
+                "none or dot with a cell that is a scan: the context would depend on the state before it";
+            return Err(wrong("attention", "additive", expected.to_owned()));
         }
         if self.attention == AttentionKind::Dot && annotation != self.hidden {
             let expected = format!("{annotation} as the annotation that dot attention compares it with");
