@@ -3,6 +3,7 @@
 mod attention;
 mod gemm;
 mod rnn;
+mod rnnsearch;
 mod rowwise;
 
 use kavanam_kernels::Context;
@@ -38,6 +39,7 @@ impl Peer for Ours {
             Problem::Rowwise(problem) => rowwise::prepare(problem, *context),
             Problem::Attention(problem) => attention::prepare(problem, *context),
             Problem::Rnn(problem) => rnn::prepare(problem, *context),
+            Problem::RnnSearch(problem) => Ok(rnnsearch::prepare(problem, *context)),
         };
         prepared.map_err(|error| Unready::Failed(HarnessError::Shape(error)))
     }
