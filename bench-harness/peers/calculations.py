@@ -31,6 +31,8 @@ numpy, numpy_state = imported("numpy")
 torch, torch_state = imported("torch")
 
 PACKAGES = {"numpy": numpy_state, "torch": torch_state}
+# The base of models; without PyTorch none is made.
+MODULE = torch.nn.Module if torch else object
 # What is raised where this version or this CPU lacks an operator.
 LACKING = (AttributeError, NotImplementedError, RuntimeError, TypeError)
 
@@ -177,8 +179,19 @@ def sdpa_choice(q, k, v, shape):
 
 
 def recurrent(task, tensors):
-    """nn.LSTM, nn.GRU or nn.RNN with the weights of the case, which have PyTorch's order of gates already."""
-    shape, dtype = task["shape"], operand_type(task)
+    """nn.LSTM, nn.GRU or nn.RNN with the weights of the case, which have PyTorch's order of gates already; or a
+    whole model. Under the precision medium the faster one of a layer of bf16 and a layer of f32 within autocast, as training has it."""
+    if task["operation"] == "rnnsearch":
+        return rnnsearch(task, tensors)
+    if task["precision"] != "medium":
+        return recurrent_form(task, tensors, torch.float32, False)
+    types = (torch.bfloat16, torch.float32)
+    return fastest([recurrent_form(task, tensors, dtype, dtype == torch.float32) for dtype in types])
+
+
+def recurrent_form(task, tensors, dtype, autocast):
+    """The layer with weights of that type."""
+    shape = task["shape"]
     kind = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU}.get(shape["cell"], torch.nn.RNN)
     plain = {"nonlinearity": shape["cell"]} if kind is torch.nn.RNN else {}
     layer = kind(shape["width"], shape["width"], dtype=dtype, **plain)
@@ -189,8 +202,14 @@ def recurrent(task, tensors):
             getattr(layer, parameter).copy_(tensors[name])
     layer.train(train).requires_grad_(train)
     x = tensors["x"].to(dtype)
+    name = shape["cell"] + ("_autocast" if autocast else "")
+
+    def forward(x):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return layer(x)
+
     if not train:
-        return keeping(shape["cell"], layer, x, outputs=lambda result: [result[0]])
+        return keeping(name, forward, x, outputs=lambda result: [result[0]])
     x.requires_grad_()
     d_y = tensors["d_y"].to(dtype)
     wanted = [x] + list(layer.parameters())
@@ -198,11 +217,82 @@ def recurrent(task, tensors):
     def step():
         # The gradients of the weights add up over the calls, those of the input are new in each.
         x.grad = None
-        y, _ = layer(x)
-        torch.autograd.backward(y, d_y, inputs=wanted)
+        y, _ = forward(x)
+        torch.autograd.backward(y, d_y.to(y.dtype), inputs=wanted)
         return y.detach()
 
-    return keeping(shape["cell"] + "_train", step, outputs=lambda y: [y, x.grad])
+    return keeping(name + "_train", step, outputs=lambda y: [y, x.grad])
+
+
+# A recurrent model with attention.
+
+
+class RnnSearch(MODULE):
+    """A bidirectional GRU, additive attention, a GRU decoder; every sentence has the full length."""
+
+    def __init__(self, width, vocab, autocast):
+        super().__init__()
+        nn = torch.nn
+        self.autocast = autocast
+        self.source_embedding = nn.Embedding(vocab, width)
+        self.target_embedding = nn.Embedding(vocab, width)
+        self.encoder = nn.GRU(width, width, bidirectional=True, batch_first=True)
+        self.bridge = nn.Linear(2 * width, width)
+        self.key = nn.Linear(2 * width, width)
+        self.query = nn.Linear(width, width, bias=False)
+        self.v = nn.Parameter(torch.empty(width))
+        self.decoder = nn.GRUCell(3 * width, width)
+        self.readout = nn.Linear(4 * width, width)
+        self.output = nn.Linear(width, vocab)
+
+    def take(self, tensors):
+        """Loads the weights by the names that the harness gives them."""
+        names = {"encoder.rnn.": "encoder.", "bridge.h_l0.": "bridge.", "attention.": "", "decoder.rnn.": "decoder."}
+        state = {}
+        for name, tensor in tensors.items():
+            for theirs, here in names.items():
+                name = name.replace(theirs, here)
+            name = name.removesuffix("_l0") if name.startswith("decoder.") else name
+            state[name] = tensor
+        self.load_state_dict(state)
+
+    def forward(self, source, target_in, target_out):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            return self.loss(source, target_in, target_out)
+
+    def loss(self, source, target_in, target_out):
+        annotations, last = self.encoder(self.source_embedding(source))
+        state = torch.tanh(self.bridge(torch.cat((last[0], last[1]), 1)))
+        keys = self.key(annotations)
+        reads = []
+        for token in self.target_embedding(target_in).unbind(1):
+            scores = torch.tanh(self.query(state).unsqueeze(1) + keys) @ self.v
+            weights = torch.softmax(scores, 1).unsqueeze(1)
+            cell_input = torch.cat((token, torch.bmm(weights.to(annotations.dtype), annotations).squeeze(1)), 1)
+            state = self.decoder(cell_input, state)
+            reads.append(torch.cat((state, cell_input), 1))
+        logits = self.output(torch.tanh(self.readout(torch.stack(reads, 1))))
+        flat = logits.flatten(0, 1).float()
+        return torch.nn.functional.cross_entropy(flat, target_out.flatten(), reduction="sum")
+
+
+def rnnsearch(task, tensors):
+    """The faster one of the model as it is and the model compiled, on weights and words of the case."""
+    words = [tensors.pop(name) for name in ("source", "target_in", "target_out")]
+    shape = task["shape"]
+    model = RnnSearch(shape["width"], shape["vocab"], task["precision"] == "medium")
+    model.take(tensors)
+
+    def form(name, callable):
+        def step():
+            model.zero_grad(set_to_none=True)
+            loss = callable(*words)
+            loss.backward()
+            return loss.detach()
+
+        return keeping(name, step, outputs=lambda loss: [loss, model.encoder.weight_hh_l0.grad])
+
+    return fastest([form("eager", model), form("compiled", torch.compile(model))])
 
 
 # Operations on rows. They are f32 under every precision, which speaks of matrix products.
@@ -303,7 +393,7 @@ def gelu(tensors, _):
 # What every family needs.
 
 FAMILIES = {"gemm": product, "attention": attention, "rnn": recurrent, "rowwise": rowwise}
-WITH_GRADIENTS = [("attention", "backward"), ("rnn", "train")]
+WITH_GRADIENTS = [("attention", "backward"), ("rnn", "train"), ("rnn", "rnnsearch")]
 
 
 def operand_type(task):

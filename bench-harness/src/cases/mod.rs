@@ -3,6 +3,7 @@
 pub(crate) mod attention;
 pub(crate) mod gemm;
 pub(crate) mod rnn;
+pub(crate) mod rnnsearch;
 pub(crate) mod rowwise;
 
 use std::borrow::Cow;
@@ -20,7 +21,7 @@ pub(crate) enum Family {
     Rowwise,
     /// Scaled dot-product attention, forward and backward
     Attention,
-    /// LSTM, GRU and minGRU layers over whole sequences, forward and as a training step
+    /// LSTM, GRU and minGRU layers over whole sequences, forward and as a training step; a training step of RNNsearch
     Rnn,
 }
 
@@ -58,6 +59,8 @@ pub(crate) enum Op {
     Attention(attention::Shape),
     /// A recurrent layer.
     Rnn(rnn::Shape),
+    /// A training step of a recurrent model with attention.
+    RnnSearch(rnnsearch::Shape),
 }
 
 /// The work of one call, for rates.
@@ -80,6 +83,8 @@ pub(crate) enum Problem {
     Attention(attention::Problem),
     /// A recurrent layer.
     Rnn(rnn::Problem),
+    /// A training step of a recurrent model with attention.
+    RnnSearch(rnnsearch::Problem),
 }
 
 /// Every case of a family, in the order of the table.
@@ -88,7 +93,7 @@ pub(crate) fn of(family: Family) -> Vec<Case> {
         Family::Gemm => gemm::cases(),
         Family::Rowwise => rowwise::cases(),
         Family::Attention => attention::cases(),
-        Family::Rnn => rnn::cases(),
+        Family::Rnn => rnn::cases().into_iter().chain(rnnsearch::cases()).collect(),
     }
 }
 
@@ -100,6 +105,7 @@ impl Case {
             Op::Rowwise(shape) => Problem::Rowwise(rowwise::Problem::new(shape)),
             Op::Attention(shape) => Problem::Attention(attention::Problem::new(shape)),
             Op::Rnn(shape) => Problem::Rnn(rnn::Problem::new(shape)),
+            Op::RnnSearch(shape) => Problem::RnnSearch(rnnsearch::Problem::new(shape)),
         }
     }
 
@@ -110,6 +116,7 @@ impl Case {
             Op::Rowwise(shape) => shape.work(),
             Op::Attention(shape) => shape.work(),
             Op::Rnn(shape) => shape.work(),
+            Op::RnnSearch(shape) => shape.work(),
         }
     }
 }
@@ -126,6 +133,7 @@ impl Problem {
             Problem::Rowwise(problem) => problem.check(outputs),
             Problem::Attention(problem) => problem.check(outputs, precision),
             Problem::Rnn(problem) => problem.check(outputs, precision),
+            Problem::RnnSearch(problem) => problem.check(outputs, precision),
         }
     }
 }

@@ -8,7 +8,7 @@ use crate::gemm::{Accum, Epilogue, PackedWeights, gemm_packed};
 use crate::scratch::ScratchBuf;
 use crate::view::{MatMut, MatRef};
 
-use super::plan::{Plan, matrix, matrix_mut};
+use super::plan::{Plan, gates_matrix_mut, gates_stride, matrix, matrix_mut};
 use super::step::project;
 use super::{Cell, Output, Sequence, State, Weights, gates};
 
@@ -30,7 +30,7 @@ impl Saved {
             cell,
             hidden,
             input: weights.input(),
-            gates: ScratchBuf::take(rows * cell.gate_columns(hidden)),
+            gates: ScratchBuf::take(rows * gates_stride(cell.gate_columns(hidden))),
             h: ScratchBuf::take(rows * hidden),
             c: ScratchBuf::take(rows * cell.cell_columns(hidden)),
             plan,
@@ -92,7 +92,7 @@ pub fn forward(
     let mut saved = Saved::new(weights, plan);
     let Saved { plan, gates, h, c, .. } = &mut saved;
     let rows = plan.rows();
-    let mut gates = matrix_mut(gates, rows, cell.gate_columns(hidden));
+    let mut gates = gates_matrix_mut(gates, rows, cell.gate_columns(hidden));
     let mut gathered = None;
     project(ctx, weights, plan.gather(sequence.x, &mut gathered), gates.reborrow())?;
     drop(gathered);

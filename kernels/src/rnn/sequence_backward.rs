@@ -12,7 +12,7 @@ use crate::view::{MatMut, MatRef};
 
 use pulp::{Simd, WithSimd};
 
-use super::plan::{Plan, matrix, matrix_mut};
+use super::plan::{Plan, gates_matrix, gates_matrix_mut, matrix, matrix_mut};
 use super::sequence::{Saved, part_context, split, split_rows, unrank};
 use super::step::{state_gradient, weight_gradients};
 use super::{Cell, InputGrads, OutputGrads, Sequence, StateMut, Weights, Window, gates};
@@ -84,7 +84,7 @@ pub fn backward(
     };
     let ranges = split(ctx, &plan, cell, hidden);
     let strands: Vec<BackStrand<'_>> = plan
-        .split_steps(matrix_mut(&mut gates, rows, columns), &ranges)
+        .split_steps(gates_matrix_mut(&mut gates, rows, columns), &ranges)
         .into_iter()
         .zip(&ranges)
         .zip(split_rows(matrix_mut(&mut d_h, batch, hidden), &ranges))
@@ -101,7 +101,7 @@ pub fn backward(
             unrank(&plan, matrix(&d_c, batch, cell_columns), into_c);
         }
     }
-    let d_gates = matrix(&gates, rows, columns);
+    let d_gates = gates_matrix(&gates, rows, columns);
     let mut gathered = None;
     weight_gradients(ctx, cell, d_gates, plan.gather(sequence.x, &mut gathered), back.h, d_weights)?;
     match d_x {

@@ -4,6 +4,7 @@ mod attention;
 mod gemm;
 mod min_rnn;
 mod rnn;
+mod rnnsearch;
 mod rowwise;
 
 use kavanam_kernels::Context;
@@ -43,6 +44,7 @@ impl Peer for Ours {
                 Kind::Recurrent(cell) => rnn::prepare(problem, cell, *context),
                 Kind::Scan(cell) => min_rnn::prepare(problem, cell, *context),
             },
+            Problem::RnnSearch(problem) => Ok(rnnsearch::prepare(problem, *context)),
         };
         prepared.map_err(|error| Unready::Failed(HarnessError::Shape(error)))
     }

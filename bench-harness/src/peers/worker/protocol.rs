@@ -61,7 +61,7 @@ pub(super) enum Broken {
 #[derive(Debug, Serialize)]
 pub(super) struct Tensor<'a> {
     /// Its name in the family.
-    pub(super) name: &'static str,
+    pub(super) name: &'a str,
     /// Its dimensions as it lies in memory, row-major.
     pub(super) dims: Vec<usize>,
     /// Its elements; the header names their type alone.

@@ -3,11 +3,12 @@
 use kavanam_kernels::Context;
 use kavanam_kernels::rnn::Cell;
 use kavanam_kernels::rnn::min_rnn::MinCell;
+use kavanam_model::Seq2Seq;
 use serde_json::json;
 
 use crate::cases::rnn::Kind;
 use crate::cases::rowwise::{EPS, RowOp};
-use crate::cases::{Problem, attention, gemm, rnn, rowwise};
+use crate::cases::{Problem, attention, gemm, rnn, rnnsearch, rowwise};
 use crate::peers::worker::protocol::{Data, Task, Tensor};
 
 /// The case, with the threads and the precision of the context.
@@ -17,6 +18,7 @@ pub(super) fn new<'a>(id: u64, problem: &'a Problem, context: &Context) -> Task<
         Problem::Rowwise(problem) => rowwise_task(problem),
         Problem::Attention(problem) => attention_task(problem),
         Problem::Rnn(problem) => rnn_task(problem),
+        Problem::RnnSearch(problem) => rnnsearch_task(problem),
     };
     task.id = id;
     task.threads = context.thread_count();
@@ -34,7 +36,7 @@ fn task<'a>(
     Task { id: 0, family, operation, shape, precision: "", threads: 0, tensors, outputs }
 }
 
-fn f32s<'a>(name: &'static str, dims: &[usize], values: &'a [f32]) -> Tensor<'a> {
+fn f32s<'a>(name: &'a str, dims: &[usize], values: &'a [f32]) -> Tensor<'a> {
     Tensor { name, dims: dims.to_vec(), data: Data::F32(values) }
 }
 
@@ -94,6 +96,24 @@ fn rnn_task(problem: &rnn::Problem) -> Task<'_> {
     };
     let operation = if train { "train" } else { "forward" };
     task(["rnn", operation], json!({"cell": cell, "width": width}), tensors, outputs)
+}
+
+/// Every weight under its name, and the words batch-major.
+fn rnnsearch_task(problem: &rnnsearch::Problem) -> Task<'_> {
+    let rnnsearch::Problem { shape, batch, .. } = problem;
+    let params = problem.model.params();
+    let mut tensors: Vec<Tensor<'_>> =
+        params.ids().map(|id| f32s(params.name(id), params.shape(id), params.get(id))).collect();
+    let words =
+        [("source", &batch.source), ("target_in", &batch.target_in), ("target_out", &batch.target_out)];
+    let dims = vec![shape.batch, shape.seq];
+    tensors.extend(words.map(|(name, ids)| Tensor {
+        name,
+        dims: dims.clone(),
+        data: Data::U32(ids.as_slice()),
+    }));
+    let sizes = json!({"width": shape.width, "vocab": shape.vocab});
+    task(["rnn", "rnnsearch"], sizes, tensors, problem.output_lengths().to_vec())
 }
 
 fn rowwise_task(problem: &rowwise::Problem) -> Task<'_> {
