@@ -24,6 +24,8 @@
 //!   joins at its own last step, so no sequence is reversed in memory.
 //! - **Threads own rows.** Each thread runs the recurrence of its own ranks from the first step to the
 //!   last, with no barrier in between.
+//! - **Or units, where rows are few.** Then each thread keeps its columns of the weights in its cache, and the
+//!   threads meet once a step (`columns`, `team`).
 //!
 //! [`Saved`] takes its memory from the thread's scratch list, so inference simply drops it.
 //!
@@ -42,6 +44,7 @@ use crate::error::{ShapeError, expect_dim};
 use crate::view::{MatMut, MatRef};
 
 pub mod additive_attention;
+mod columns;
 mod elman;
 mod gates;
 mod gru;
@@ -51,6 +54,7 @@ mod plan;
 mod sequence;
 mod sequence_backward;
 mod step;
+mod team;
 #[cfg(test)]
 mod tests;
 

@@ -10,7 +10,7 @@ use crate::view::{MatMut, MatRef};
 
 use super::plan::{Plan, gates_matrix_mut, gates_stride, matrix, matrix_mut};
 use super::step::project;
-use super::{Cell, Output, Sequence, State, Weights, gates};
+use super::{Cell, Output, Sequence, State, Weights, columns, gates};
 
 /// What [`backward`](super::backward) needs of a [`forward`]: gates, and states before each step, without the padding.
 pub struct Saved {
@@ -96,7 +96,6 @@ pub fn forward(
     let mut gathered = None;
     project(ctx, weights, plan.gather(sequence.x, &mut gathered), gates.reborrow())?;
     drop(gathered);
-    let w_hh = PackedWeights::pack(ctx, weights.w_hh.t())?;
 
     let mut last_h = ScratchBuf::take(batch * hidden);
     let mut last_c = ScratchBuf::take(batch * cell_columns);
@@ -106,18 +105,20 @@ pub fn forward(
     let initial_c = initial.and_then(|s| s.c);
     start_states(plan, initial_c, c.reborrow(), matrix_mut(&mut last_c, batch, cell_columns));
 
-    let ranges = split(ctx, plan, cell, hidden);
-    let strands: Vec<Strand<'_>> = plan
-        .split_steps(gates, &ranges)
-        .into_iter()
-        .zip(plan.split_steps(h.reborrow(), &ranges))
-        .zip(plan.split_steps(c, &ranges))
-        .zip(split_rows(matrix_mut(&mut last_h, batch, hidden), &ranges))
-        .zip(split_rows(matrix_mut(&mut last_c, batch, cell_columns), &ranges))
-        .map(|((((gates, h), c), last_h), last_c)| Strand { gates, h, c, last_h, last_c })
-        .collect();
-    let part = part_context(ctx, strands.len());
-    ctx.for_each_owned(strands, |strand| run(&part, cell, plan, &w_hh, strand));
+    let recurrence = columns::Buffers {
+        gates,
+        h: h.reborrow(),
+        c,
+        last_h: matrix_mut(&mut last_h, batch, hidden),
+        last_c: matrix_mut(&mut last_c, batch, cell_columns),
+    };
+    match columns::team_size(ctx, plan, cell, hidden) {
+        1 => by_rows(ctx, (cell, plan), &PackedWeights::pack(ctx, weights.w_hh.t())?, recurrence),
+        team => {
+            let layer = columns::Layer { ctx: ctx.single_threaded(), cell, plan, w_hh: weights.w_hh };
+            columns::forward(team, &layer, recurrence);
+        }
+    }
 
     let last = matrix(&last_h, batch, hidden);
     let h = h.as_ref();
@@ -132,6 +133,23 @@ pub fn forward(
         }
     }
     Ok(saved)
+}
+
+/// The recurrence with rows dealt to the threads.
+fn by_rows(ctx: &Context, (cell, plan): (Cell, &Plan), w_hh: &PackedWeights, buffers: columns::Buffers<'_>) {
+    let columns::Buffers { gates, h, c, last_h, last_c } = buffers;
+    let ranges = split(ctx, plan, cell, h.cols());
+    let strands: Vec<Strand<'_>> = plan
+        .split_steps(gates, &ranges)
+        .into_iter()
+        .zip(plan.split_steps(h, &ranges))
+        .zip(plan.split_steps(c, &ranges))
+        .zip(split_rows(last_h, &ranges))
+        .zip(split_rows(last_c, &ranges))
+        .map(|((((gates, h), c), last_h), last_c)| Strand { gates, h, c, last_h, last_c })
+        .collect();
+    let part = part_context(ctx, strands.len());
+    ctx.for_each_owned(strands, |strand| run(&part, cell, plan, w_hh, strand));
 }
 
 fn check_forward(

@@ -15,7 +15,7 @@ use pulp::{Simd, WithSimd};
 use super::plan::{Plan, gates_matrix, gates_matrix_mut, matrix, matrix_mut};
 use super::sequence::{Saved, part_context, split, split_rows, unrank};
 use super::step::{state_gradient, weight_gradients};
-use super::{Cell, InputGrads, OutputGrads, Sequence, StateMut, Weights, Window, gates};
+use super::{Cell, InputGrads, OutputGrads, Sequence, StateMut, Weights, Window, columns, gates};
 
 /// Rows by batch entry to rows by rank; zeros for `None`.
 fn rank(plan: &Plan, by_entry: Option<MatRef<'_>>, mut by_rank: MatMut<'_>) {
@@ -67,32 +67,29 @@ pub fn backward(
 ) -> Result<(), ShapeError> {
     check_backward(weights, sequence, &saved, &upstream, &grads)?;
     let Saved { cell, hidden, plan, mut gates, h, c, .. } = saved;
-    let (batch, rows, columns) = (plan.batch(), plan.rows(), cell.gate_columns(hidden));
+    let (batch, rows, gate_columns) = (plan.batch(), plan.rows(), cell.gate_columns(hidden));
     let cell_columns = cell.cell_columns(hidden);
     let mut d_h = ScratchBuf::take(batch * hidden);
     let mut d_c = ScratchBuf::take(batch * cell_columns);
     rank(&plan, upstream.d_last.map(|s| s.h), matrix_mut(&mut d_h, batch, hidden));
     rank(&plan, upstream.d_last.and_then(|s| s.c), matrix_mut(&mut d_c, batch, cell_columns));
 
-    let back = Back {
-        cell,
-        plan: &plan,
-        w_hh: PackedWeights::pack(ctx, weights.w_hh)?,
-        h: matrix(&h, rows, hidden),
-        c: matrix(&c, rows, cell_columns),
+    let (h, c) = (matrix(&h, rows, hidden), matrix(&c, rows, cell_columns));
+    let recurrence = columns::BackBuffers {
+        gates: gates_matrix_mut(&mut gates, rows, gate_columns),
+        h,
+        c,
+        d_h: matrix_mut(&mut d_h, batch, hidden),
+        d_c: matrix_mut(&mut d_c, batch, cell_columns),
         d_y: upstream.d_y,
     };
-    let ranges = split(ctx, &plan, cell, hidden);
-    let strands: Vec<BackStrand<'_>> = plan
-        .split_steps(gates_matrix_mut(&mut gates, rows, columns), &ranges)
-        .into_iter()
-        .zip(&ranges)
-        .zip(split_rows(matrix_mut(&mut d_h, batch, hidden), &ranges))
-        .zip(split_rows(matrix_mut(&mut d_c, batch, cell_columns), &ranges))
-        .map(|(((gates, ranks), d_h), d_c)| BackStrand { ranks: ranks.clone(), gates, d_h, d_c })
-        .collect();
-    let part = part_context(ctx, strands.len());
-    ctx.for_each_owned(strands, |strand| run_back(&part, &back, strand));
+    match columns::team_size(ctx, &plan, cell, hidden) {
+        1 => by_rows(ctx, (cell, &plan), PackedWeights::pack(ctx, weights.w_hh)?, recurrence),
+        team => {
+            let layer = columns::Layer { ctx: ctx.single_threaded(), cell, plan: &plan, w_hh: weights.w_hh };
+            columns::backward(team, &layer, recurrence);
+        }
+    }
 
     let InputGrads { weights: d_weights, d_x, d_initial } = grads;
     if let Some(StateMut { h: into_h, c: into_c }) = d_initial {
@@ -101,13 +98,35 @@ pub fn backward(
             unrank(&plan, matrix(&d_c, batch, cell_columns), into_c);
         }
     }
-    let d_gates = gates_matrix(&gates, rows, columns);
+    let d_gates = gates_matrix(&gates, rows, gate_columns);
     let mut gathered = None;
-    weight_gradients(ctx, cell, d_gates, plan.gather(sequence.x, &mut gathered), back.h, d_weights)?;
+    weight_gradients(ctx, cell, d_gates, plan.gather(sequence.x, &mut gathered), h, d_weights)?;
     match d_x {
         Some(d_x) => input_gradient(ctx, weights, &plan, d_gates, d_x),
         None => Ok(()),
     }
+}
+
+/// The recurrence backward with rows dealt to the threads.
+fn by_rows(
+    ctx: &Context,
+    (cell, plan): (Cell, &Plan),
+    w_hh: PackedWeights,
+    buffers: columns::BackBuffers<'_>,
+) {
+    let columns::BackBuffers { gates, h, c, d_h, d_c, d_y } = buffers;
+    let ranges = split(ctx, plan, cell, h.cols());
+    let back = Back { cell, plan, w_hh, h, c, d_y };
+    let strands: Vec<BackStrand<'_>> = plan
+        .split_steps(gates, &ranges)
+        .into_iter()
+        .zip(&ranges)
+        .zip(split_rows(d_h, &ranges))
+        .zip(split_rows(d_c, &ranges))
+        .map(|(((gates, ranks), d_h), d_c)| BackStrand { ranks: ranks.clone(), gates, d_h, d_c })
+        .collect();
+    let part = part_context(ctx, strands.len());
+    ctx.for_each_owned(strands, |strand| run_back(&part, &back, strand));
 }
 
 fn check_backward(
@@ -159,8 +178,7 @@ fn run_back(ctx: &Context, back: &Back<'_>, strand: BackStrand<'_>) {
         let (h_cols, c_cols) = (h.cols(), c.cols());
         let mut d_h_now = d_h.reborrow().sub(0..rows, 0..h_cols);
         if let Some(d_y) = back.d_y {
-            let (first, d_h) = (ranks.start, d_h_now.reborrow());
-            ctx.isa().dispatch(AddRows { d_h, d_y, row_of: |rank| plan.padded_row(t, first + rank) });
+            add_upstream(ctx, d_h_now.reborrow(), d_y, |rank| plan.padded_row(t, ranks.start + rank));
         }
         let step = gates::Backward {
             gates: gates[t].reborrow(),
@@ -176,6 +194,10 @@ fn run_back(ctx: &Context, back: &Back<'_>, strand: BackStrand<'_>) {
 }
 
 /// `d_h[i] += d_y[row_of(i)]`.
+pub(super) fn add_upstream(ctx: &Context, d_h: MatMut<'_>, d_y: MatRef<'_>, row_of: impl Fn(usize) -> usize) {
+    ctx.isa().dispatch(AddRows { d_h, d_y, row_of });
+}
+
 struct AddRows<'a, F> {
     d_h: MatMut<'a>,
     d_y: MatRef<'a>,

@@ -295,6 +295,14 @@ pub fn step_backward(
     Ok(())
 }
 
+/// Whether the gates' pass has left a part of `d_h` that does not go through `W_hh`.
+pub(super) fn direct_gradient(cell: Cell) -> Accum {
+    match cell {
+        Cell::Gru => Accum::Add,
+        Cell::Lstm | Cell::Tanh | Cell::Relu => Accum::Overwrite,
+    }
+}
+
 /// `d_h = d_sums · W_hh`, added to the direct part where the cell has one.
 pub(super) fn state_gradient(
     ctx: &Context,
@@ -302,12 +310,8 @@ pub(super) fn state_gradient(
     d_gates: MatRef<'_>,
     d_h: MatMut<'_>,
 ) -> Result<(), ShapeError> {
-    let accum = match cell {
-        Cell::Gru => Accum::Add,
-        Cell::Lstm | Cell::Tanh | Cell::Relu => Accum::Overwrite,
-    };
     let d_sums = d_gates.sub(0..d_gates.rows(), cell.recurrent_columns(w_hh.cols()));
-    gemm_packed(ctx, d_sums, w_hh, d_h, accum, &Epilogue::default())
+    gemm_packed(ctx, d_sums, w_hh, d_h, direct_gradient(cell), &Epilogue::default())
 }
 
 /// The weights' gradients from the gates' gradients of any number of steps, **added** to `grads`.

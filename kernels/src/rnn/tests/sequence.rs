@@ -6,6 +6,8 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::error::ShapeError;
+use crate::rnn::columns;
+use crate::rnn::plan::Plan;
 use crate::testing::{assert_same_bits, for_each_isa};
 
 const CELLS: [Cell; 4] = [Cell::Lstm, Cell::Gru, Cell::Tanh, Cell::Relu];
@@ -72,6 +74,39 @@ fn bits_do_not_depend_on_threads() {
             });
         }
     }
+}
+
+#[test]
+fn bits_do_not_depend_on_which_thread_owns_a_unit() {
+    for cell in CELLS {
+        for direction in DIRECTIONS {
+            let case = Case::new(cell, direction, [40, 9, 264], &[40, 17, 0, 40, 8, 25]);
+            let plan = Plan::new(&case.sequence()).unwrap();
+            for_each_isa(|ctx| {
+                let (out, grads) = case.run(ctx);
+                for threads in 2..=4 {
+                    let many = ctx.threads(NonZeroUsize::new(threads).unwrap());
+                    assert_eq!(columns::team_size(&many, &plan, cell, case.hidden), threads);
+                    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads - 1).build().unwrap();
+                    for (out_n, grads_n) in [case.run(&many), pool.install(|| case.run(&many))] {
+                        let both = tensors(&out, &grads).into_iter().zip(tensors(&out_n, &grads_n));
+                        both.for_each(|((_, one), (_, many))| assert_same_bits(one, many));
+                    }
+                }
+            });
+        }
+    }
+}
+
+#[test]
+fn layers_on_teams_within_tasks_of_a_crowded_pool_give_the_same_bits() {
+    let case = Case::new(Cell::Gru, Direction::Forward, [48, 3, 256], &[48]);
+    let ctx = Context::with_isa(crate::Isa::best());
+    let (one, _) = case.run(&ctx);
+    let many = ctx.threads(NonZeroUsize::new(3).unwrap());
+    assert_eq!(columns::team_size(&many, &Plan::new(&case.sequence()).unwrap(), case.cell, 256), 3);
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
+    pool.install(|| many.for_each_task(12, |_| assert_same_bits(&one.y, &case.run(&many).0.y)));
 }
 
 /// Rows `rows` of each step of a time-major tensor of `batch` rows of `width`, the first `seq` steps.
