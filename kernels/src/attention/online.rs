@@ -34,9 +34,11 @@ fn hidden<S: Simd>(simd: S, visible: &Range<usize>, v: usize) -> Option<S::m32s>
     if visible.start <= at && at + S::F32_LANES <= visible.end {
         return None;
     }
-    let start = visible.start.saturating_sub(at).min(S::F32_LANES);
+    let start = visible.start.saturating_sub(at);
     let end = visible.end.saturating_sub(at).min(S::F32_LANES);
-    Some(simd.mask_between_m32s(start as u32, end.max(start) as u32).mask())
+    // A vector of which nothing is visible asks for 0..0: pulp 0.22 looks 16..16 up beyond its AVX-512 table.
+    let (start, end) = if start < end { (start, end) } else { (0, 0) };
+    Some(simd.mask_between_m32s(start as u32, end as u32).mask())
 }
 
 /// `x + bias`, and −∞ where nothing is visible.

@@ -15,8 +15,8 @@ mod layer_norm;
 mod linear;
 mod min_rnn;
 mod permute_rows;
-mod projected_cross_entropy;
 mod pool_sequences;
+mod projected_cross_entropy;
 mod recurrent;
 mod residual;
 
@@ -35,7 +35,7 @@ pub use layer_norm::{NormWeights, layer_norm};
 pub use linear::{LinearWeights, linear};
 pub use min_rnn::min_rnn;
 pub use permute_rows::permute_rows;
-pub use projected_cross_entropy::projected_cross_entropy;
 pub use pool_sequences::pool_sequences;
+pub use projected_cross_entropy::projected_cross_entropy;
 pub use recurrent::{RecurrentOutput, RecurrentWeights, StateVars, recurrent};
 pub use residual::residual;
