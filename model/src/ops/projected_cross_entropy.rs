@@ -11,7 +11,7 @@ use crate::ops::LinearWeights;
 use crate::param::ParamStore;
 use crate::tape::{Backward, BackwardPass, Tape, Var};
 
-/// [`cross_entropy`](super::cross_entropy) of `x·Wᵀ + b`, with the logits made chunk by chunk, and again in the
+/// [`cross_entropy`](fn@super::cross_entropy) of `x·Wᵀ + b`, with the logits made chunk by chunk, and again in the
 /// backward pass.
 ///
 /// # Shapes
