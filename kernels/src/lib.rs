@@ -32,6 +32,7 @@ pub mod isa;
 pub mod lanes;
 pub mod math;
 pub mod optim;
+mod random;
 pub mod reference;
 pub mod rnn;
 pub mod rowwise;

@@ -7,6 +7,7 @@
 use std::ops::Range;
 
 use crate::error::{ShapeError, expect_dim};
+use crate::random::split_mix;
 
 /// Which blocks of keys each block of query rows sees, in ascending order. A block that is listed twice counts
 /// twice.
@@ -103,7 +104,7 @@ impl BlockList {
                     let mut free: Vec<usize> = (0..blocks).filter(|j| !list.contains(j)).collect();
                     let mut state = seed ^ (row as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15);
                     for _ in 0..random.min(free.len()) {
-                        list.push(free.swap_remove((draw(&mut state) % free.len() as u64) as usize));
+                        list.push(free.swap_remove((split_mix(&mut state) % free.len() as u64) as usize));
                     }
                 }
             }
@@ -161,15 +162,6 @@ impl BlockList {
             (!seers.is_empty()).then_some(seers)
         })
     }
-}
-
-/// SplitMix64.
-fn draw(state: &mut u64) -> u64 {
-    *state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
-    let mut z = *state;
-    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    z ^ (z >> 31)
 }
 
 #[cfg(test)]

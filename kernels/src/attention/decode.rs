@@ -19,13 +19,13 @@ use pulp::{Simd, WithSimd};
 
 use super::cache::{Cache, CacheLayout, PANEL};
 use super::online::{self, Carried, Row};
-use super::problem::{KEY_BLOCK, Shared, deal, piece};
+use super::problem::{KEY_BLOCK, Shape, Shared, deal, piece};
 use super::tile::{Dest, Extent, GROUP, Left, Onto, Right, product};
 use crate::context::Context;
 use crate::error::{ShapeError, expect_dim};
 use crate::lanes;
 use crate::scratch::ScratchBuf;
-use crate::view::{HeadsMut, HeadsRef};
+use crate::view::{HeadsLayout, HeadsMut, HeadsRef};
 
 /// Keys whose scores one task makes when heads are split: a fixed number, whatever the threads.
 const KEYS_PER_TASK: usize = 8 * KEY_BLOCK;
@@ -83,21 +83,13 @@ pub fn decode(
             expected: "a multiple of the cache's kv_heads",
         });
     }
-    let expected = [layout.batch, layout.seq, layout.heads, v_dim];
-    let given = out.layout();
-    for ((dimension, expected), actual) in ["batch", "seq", "heads", "dim"].into_iter().zip(expected).zip([
-        given.batch,
-        given.seq,
-        given.heads,
-        given.dim,
-    ]) {
-        expect_dim("out", dimension, expected, actual)?;
-    }
-    let rows = layout.batch.checked_mul(layout.heads).and_then(|n| n.checked_mul(layout.seq));
-    expect_dim("lse", "elements", rows.ok_or(ShapeError::Overflow { argument: "q" })?, lse.len())?;
-    let group = layout.heads / kv_heads;
     let total = |b: usize| parts.iter().map(|part| part.lengths[b]).sum::<usize>();
     let keys = (0..layout.batch).map(total).max().unwrap_or(0);
+    let HeadsLayout { batch, seq: seq_q, heads, .. } = layout;
+    let shape = Shape { batch, heads, kv_heads, seq_q, seq_k: keys, dim, v_dim };
+    shape.expect_out("out", out.layout())?;
+    expect_dim("lse", "elements", shape.rows()?, lse.len())?;
+    let group = shape.group();
     Decode { q, parts, scale, kv_heads, dim, v_dim, group, keys, out: &out, lse: Shared::new(lse) }.run(ctx);
     Ok(())
 }

@@ -45,7 +45,7 @@ pub enum Activation {
 }
 
 impl Activation {
-    /// Every function.
+    /// Every function, in the order of the variants.
     pub const ALL: [Activation; 7] = [
         Activation::Identity,
         Activation::Relu,
@@ -112,6 +112,28 @@ fn relu_derivative<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     simd.select_f32s(simd.less_than_or_equal_f32s(x, zero), zero, one)
 }
 
+/// A loop that applies one activation function. `F` is the function's place in [`Activation::ALL`], so that the loop
+/// holds that function alone, inlined.
+pub(super) trait ActivationLoop {
+    fn run<S: Simd, const F: usize>(self, simd: S);
+}
+
+impl Activation {
+    /// Runs the loop of this function: the choice stands outside of the loop.
+    #[inline(always)]
+    pub(super) fn choose<S: Simd>(self, simd: S, work: impl ActivationLoop) {
+        match self {
+            Activation::Identity => work.run::<S, { Activation::Identity as usize }>(simd),
+            Activation::Relu => work.run::<S, { Activation::Relu as usize }>(simd),
+            Activation::GeluErf => work.run::<S, { Activation::GeluErf as usize }>(simd),
+            Activation::GeluTanh => work.run::<S, { Activation::GeluTanh as usize }>(simd),
+            Activation::Silu => work.run::<S, { Activation::Silu as usize }>(simd),
+            Activation::Tanh => work.run::<S, { Activation::Tanh as usize }>(simd),
+            Activation::Sigmoid => work.run::<S, { Activation::Sigmoid as usize }>(simd),
+        }
+    }
+}
+
 struct Forward<'a> {
     activation: Activation,
     x: &'a [f32],
@@ -121,55 +143,22 @@ struct Forward<'a> {
 impl WithSimd for Forward<'_> {
     type Output = ();
 
-    // The match stands outside of the loops: each loop holds one function, inlined.
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Forward { activation, x, y } = self;
-        match activation {
-            Activation::Identity => y.copy_from_slice(x),
-            Activation::Relu => lanes::map(
-                simd,
-                x,
-                y,
-                #[inline(always)]
-                |x| relu(simd, x),
-            ),
-            Activation::GeluErf => lanes::map(
-                simd,
-                x,
-                y,
-                #[inline(always)]
-                |x| math::gelu(simd, x),
-            ),
-            Activation::GeluTanh => lanes::map(
-                simd,
-                x,
-                y,
-                #[inline(always)]
-                |x| math::gelu_tanh(simd, x),
-            ),
-            Activation::Silu => lanes::map(
-                simd,
-                x,
-                y,
-                #[inline(always)]
-                |x| math::silu(simd, x),
-            ),
-            Activation::Tanh => lanes::map(
-                simd,
-                x,
-                y,
-                #[inline(always)]
-                |x| math::tanh(simd, x),
-            ),
-            Activation::Sigmoid => lanes::map(
-                simd,
-                x,
-                y,
-                #[inline(always)]
-                |x| math::sigmoid(simd, x),
-            ),
-        }
+        self.activation.choose(simd, self);
+    }
+}
+
+impl ActivationLoop for Forward<'_> {
+    #[inline(always)]
+    fn run<S: Simd, const F: usize>(self, simd: S) {
+        lanes::map(
+            simd,
+            self.x,
+            self.y,
+            #[inline(always)]
+            |x| Activation::ALL[F].apply(simd, x),
+        );
     }
 }
 
@@ -185,56 +174,20 @@ impl WithSimd for Backward<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        match self.activation {
-            Activation::Identity => self.d_x.copy_from_slice(self.d_y),
-            Activation::Relu => self.product(
-                simd,
-                #[inline(always)]
-                |x| relu_derivative(simd, x),
-            ),
-            Activation::GeluErf => self.product(
-                simd,
-                #[inline(always)]
-                |x| math::gelu_derivative(simd, x),
-            ),
-            Activation::GeluTanh => self.product(
-                simd,
-                #[inline(always)]
-                |x| math::gelu_tanh_derivative(simd, x),
-            ),
-            Activation::Silu => self.product(
-                simd,
-                #[inline(always)]
-                |x| math::silu_derivative(simd, x),
-            ),
-            Activation::Tanh => {
-                self.product(
-                    simd,
-                    #[inline(always)]
-                    |x| math::tanh_derivative(simd, math::tanh(simd, x)),
-                );
-            }
-            Activation::Sigmoid => {
-                self.product(
-                    simd,
-                    #[inline(always)]
-                    |x| math::sigmoid_derivative(simd, math::sigmoid(simd, x)),
-                );
-            }
-        }
+        self.activation.choose(simd, self);
     }
 }
 
-impl Backward<'_> {
+impl ActivationLoop for Backward<'_> {
     #[inline(always)]
-    fn product<S: Simd>(self, simd: S, derivative: impl Fn(S::f32s) -> S::f32s) {
+    fn run<S: Simd, const F: usize>(self, simd: S) {
         lanes::zip(
             simd,
             self.x,
             self.d_y,
             self.d_x,
             #[inline(always)]
-            |x, d_y| simd.mul_f32s(d_y, derivative(x)),
+            |x, d_y| simd.mul_f32s(d_y, Activation::ALL[F].derivative(simd, x)),
         );
     }
 }

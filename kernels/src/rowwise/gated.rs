@@ -12,6 +12,7 @@
 
 use pulp::{Simd, WithSimd};
 
+use super::activation::ActivationLoop;
 use super::{Activation, expect_rows, rows_per_block};
 use crate::context::Context;
 use crate::error::ShapeError;
@@ -28,52 +29,15 @@ struct Forward<'a> {
 impl WithSimd for Forward<'_> {
     type Output = ();
 
-    // The match stands outside of the loops: each loop holds one function, inlined.
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        match self.activation {
-            Activation::Identity => self.rows(
-                simd,
-                #[inline(always)]
-                |x| Activation::Identity.apply(simd, x),
-            ),
-            Activation::Relu => self.rows(
-                simd,
-                #[inline(always)]
-                |x| Activation::Relu.apply(simd, x),
-            ),
-            Activation::GeluErf => self.rows(
-                simd,
-                #[inline(always)]
-                |x| Activation::GeluErf.apply(simd, x),
-            ),
-            Activation::GeluTanh => self.rows(
-                simd,
-                #[inline(always)]
-                |x| Activation::GeluTanh.apply(simd, x),
-            ),
-            Activation::Silu => self.rows(
-                simd,
-                #[inline(always)]
-                |x| Activation::Silu.apply(simd, x),
-            ),
-            Activation::Tanh => self.rows(
-                simd,
-                #[inline(always)]
-                |x| Activation::Tanh.apply(simd, x),
-            ),
-            Activation::Sigmoid => self.rows(
-                simd,
-                #[inline(always)]
-                |x| Activation::Sigmoid.apply(simd, x),
-            ),
-        }
+        self.activation.choose(simd, self);
     }
 }
 
-impl Forward<'_> {
+impl ActivationLoop for Forward<'_> {
     #[inline(always)]
-    fn rows<S: Simd>(mut self, simd: S, f: impl Fn(S::f32s) -> S::f32s) {
+    fn run<S: Simd, const F: usize>(mut self, simd: S) {
         for i in 0..self.y.rows() {
             lanes::zip(
                 simd,
@@ -81,7 +45,7 @@ impl Forward<'_> {
                 self.up.row(i),
                 self.y.row_mut(i),
                 #[inline(always)]
-                |gate, up| simd.mul_f32s(f(gate), up),
+                |gate, up| simd.mul_f32s(Activation::ALL[F].apply(simd, gate), up),
             );
         }
     }
@@ -101,49 +65,14 @@ impl WithSimd for Backward<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        match self.activation {
-            Activation::Identity => self.rows(
-                simd,
-                #[inline(always)]
-                |x| (Activation::Identity.apply(simd, x), Activation::Identity.derivative(simd, x)),
-            ),
-            Activation::Relu => self.rows(
-                simd,
-                #[inline(always)]
-                |x| (Activation::Relu.apply(simd, x), Activation::Relu.derivative(simd, x)),
-            ),
-            Activation::GeluErf => self.rows(
-                simd,
-                #[inline(always)]
-                |x| (Activation::GeluErf.apply(simd, x), Activation::GeluErf.derivative(simd, x)),
-            ),
-            Activation::GeluTanh => self.rows(
-                simd,
-                #[inline(always)]
-                |x| (Activation::GeluTanh.apply(simd, x), Activation::GeluTanh.derivative(simd, x)),
-            ),
-            Activation::Silu => self.rows(
-                simd,
-                #[inline(always)]
-                |x| (Activation::Silu.apply(simd, x), Activation::Silu.derivative(simd, x)),
-            ),
-            Activation::Tanh => self.rows(
-                simd,
-                #[inline(always)]
-                |x| (Activation::Tanh.apply(simd, x), Activation::Tanh.derivative(simd, x)),
-            ),
-            Activation::Sigmoid => self.rows(
-                simd,
-                #[inline(always)]
-                |x| (Activation::Sigmoid.apply(simd, x), Activation::Sigmoid.derivative(simd, x)),
-            ),
-        }
+        self.activation.choose(simd, self);
     }
 }
 
-impl Backward<'_> {
+impl ActivationLoop for Backward<'_> {
     #[inline(always)]
-    fn rows<S: Simd>(mut self, simd: S, f: impl Fn(S::f32s) -> (S::f32s, S::f32s)) {
+    fn run<S: Simd, const F: usize>(mut self, simd: S) {
+        let f = Activation::ALL[F];
         for i in 0..self.d_y.rows() {
             lanes::visit(
                 simd,
@@ -151,7 +80,7 @@ impl Backward<'_> {
                 [self.d_gate.row_mut(i), self.d_up.row_mut(i)],
                 #[inline(always)]
                 |[gate, up, d_y], _| {
-                    let (value, slope) = f(gate);
+                    let (value, slope) = (f.apply(simd, gate), f.derivative(simd, gate));
                     [simd.mul_f32s(simd.mul_f32s(d_y, up), slope), simd.mul_f32s(d_y, value)]
                 },
             );

@@ -1,13 +1,6 @@
 //! Reproducible inputs and buffers that notice a write outside of them.
 
-/// One step of SplitMix64.
-fn split_mix(state: &mut u64) -> u64 {
-    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let mut z = *state;
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
-}
+use crate::random::split_mix;
 
 /// `len` values uniform in [−1, 1), the same for the same seed.
 pub fn uniform(len: usize, seed: u64) -> Vec<f32> {

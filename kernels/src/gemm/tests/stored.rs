@@ -21,8 +21,8 @@ fn product(ctx: &Context, a: MatRef<'_>, b: &PackedWeights, epilogue: &Epilogue<
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(100))]
 
-    /// `γ_{k+4}` with the elements that are stored: a chain over a group, the groups and the blocks make at most k + 1
-    /// roundings, a scaled group one more, scale and bias two.
+    /// `γ_{2k+4}` with the elements that are stored: a chain over a group, the groups and the blocks make at most k + 1
+    /// multiply-adds, of two roundings each where the CPU fuses none, a scaled group one more, scale and bias two.
     #[test]
     fn the_error_is_within_gamma_k_of_the_stored_weights(
         (m, n, k) in (straddle(&[2, 6, 8, 9]), straddle(&[4, 8, 16, 48]), straddle(&[1, 7, 8, 32])),
