@@ -154,7 +154,7 @@ pub(super) trait RowCell<T> {
 }
 
 /// `W·x + b`.
-fn affine<T: Real>(w: &[T], x: &[T], b: &[T]) -> Vec<T> {
+pub(super) fn affine<T: Real>(w: &[T], x: &[T], b: &[T]) -> Vec<T> {
     b.iter()
         .enumerate()
         .map(|(j, &b)| (0..x.len()).map(|k| w[j * x.len() + k] * x[k]).sum::<T>() + b)
@@ -163,12 +163,12 @@ fn affine<T: Real>(w: &[T], x: &[T], b: &[T]) -> Vec<T> {
 
 impl<T: Real> Recurrent<'_, T> {
     /// The steps of row `b` in the order of their visits.
-    fn steps(&self, b: usize) -> Vec<usize> {
+    pub(super) fn steps(&self, b: usize) -> Vec<usize> {
         let forward = 0..self.lengths[b];
         if self.reverse { forward.rev().collect() } else { forward.collect() }
     }
 
-    fn input_at(&self, t: usize, b: usize) -> &[T] {
+    pub(super) fn input_at(&self, t: usize, b: usize) -> &[T] {
         let first = (t * self.lengths.len() + b) * self.input;
         &self.x[first..first + self.input]
     }
@@ -177,7 +177,7 @@ impl<T: Real> Recurrent<'_, T> {
         (affine(self.w_ih, x, self.b_ih), affine(self.w_hh, h, self.b_hh))
     }
 
-    fn initial(&self, b: usize) -> (Vec<T>, Vec<T>) {
+    pub(super) fn initial(&self, b: usize) -> (Vec<T>, Vec<T>) {
         let row =
             |state: &[T]| state.get(b * self.hidden..(b + 1) * self.hidden).map_or(Vec::new(), <[T]>::to_vec);
         (row(self.h0), row(self.c0))
@@ -200,21 +200,26 @@ pub(super) fn forward<T: Real, C: RowCell<T>>(layer: &Recurrent<'_, T>) -> Recur
     out
 }
 
+/// Zeros for what is added to, nothing for the initial states' gradients.
+pub(super) fn empty_grads<T: Real>(layer: &Recurrent<'_, T>) -> RecurrentGrads<T> {
+    let zeros = |like: &[T]| vec![T::zero(); like.len()];
+    RecurrentGrads {
+        d_w_ih: zeros(layer.w_ih),
+        d_w_hh: zeros(layer.w_hh),
+        d_b_ih: zeros(layer.b_ih),
+        d_b_hh: zeros(layer.b_hh),
+        d_x: zeros(layer.x),
+        d_h0: vec![],
+        d_c0: vec![],
+    }
+}
+
 pub(super) fn backward<T: Real, C: RowCell<T>>(
     layer: &Recurrent<'_, T>,
     d: &RecurrentOutput<T>,
 ) -> RecurrentGrads<T> {
     let (batch, hidden, input) = (layer.lengths.len(), layer.hidden, layer.input);
-    let zeros = |len: usize| vec![T::zero(); len];
-    let mut grads = RecurrentGrads {
-        d_w_ih: zeros(layer.w_ih.len()),
-        d_w_hh: zeros(layer.w_hh.len()),
-        d_b_ih: zeros(layer.b_ih.len()),
-        d_b_hh: zeros(layer.b_hh.len()),
-        d_x: zeros(layer.x.len()),
-        d_h0: vec![],
-        d_c0: vec![],
-    };
+    let mut grads = empty_grads(layer);
     for b in 0..batch {
         let steps = layer.steps(b);
         let mut states = vec![layer.initial(b)];
@@ -249,12 +254,12 @@ pub(super) fn backward<T: Real, C: RowCell<T>>(
 }
 
 /// Element `k` of `Wᵀ·d`.
-fn transposed<T: Real>(w: &[T], d: &[T], cols: usize, k: usize) -> T {
+pub(super) fn transposed<T: Real>(w: &[T], d: &[T], cols: usize, k: usize) -> T {
     d.iter().enumerate().map(|(j, &d)| w[j * cols + k] * d).sum()
 }
 
 /// `d_W += d·xᵀ`, `d_b += d`.
-fn accumulate<T: Real>(d_w: &mut [T], d_b: &mut [T], d: &[T], x: &[T]) {
+pub(super) fn accumulate<T: Real>(d_w: &mut [T], d_b: &mut [T], d: &[T], x: &[T]) {
     for (j, &d) in d.iter().enumerate() {
         d_b[j] += d;
         for (k, &x_k) in x.iter().enumerate() {
@@ -267,7 +272,8 @@ fn accumulate<T: Real>(d_w: &mut [T], d_b: &mut [T], d: &[T], x: &[T]) {
 mod tests {
     use super::*;
     use crate::reference::{
-        elman_backward, elman_forward, gru_backward, gru_forward, lstm_backward, lstm_forward,
+        elman_backward, elman_forward, gru_backward, gru_forward, gru_reset_before_backward,
+        gru_reset_before_forward, lstm_backward, lstm_forward,
     };
 
     const SEQ: usize = 4;
@@ -357,6 +363,7 @@ mod tests {
     #[test]
     fn gru_gradients_are_central_differences() {
         check(3, gru_forward, gru_backward);
+        check(3, gru_reset_before_forward, gru_reset_before_backward);
     }
 
     #[test]

@@ -29,7 +29,7 @@ use crate::view::{MatMut, MatRef};
 
 use super::plan::{Plan, matrix, matrix_mut};
 use super::sequence_backward::add_upstream;
-use super::step::direct_gradient;
+use super::state_product::direct_gradient;
 use super::team::{Barrier, run_together};
 use super::{Cell, gates};
 
@@ -42,12 +42,14 @@ const ROWS_PER_THREAD: usize = 12;
 /// Below this many floating-point operations (about 300 µs on one thread) a recurrence is over before a team stands.
 const MIN_FLOPS: usize = 16_000_000;
 
-/// How many threads should own units; 1 where rows are to be dealt instead.
+/// How many threads should own units; 1 where rows are to be dealt instead, or where a step has two products and so would
+/// have two barriers.
 pub(super) fn team_size(ctx: &Context, plan: &Plan, cell: Cell, hidden: usize) -> usize {
     let threads = ctx.thread_count().min(hidden / MIN_UNITS);
     let flops = 2 * plan.rows() * cell.gates() * hidden * hidden;
     let few_rows = plan.batch() < ROWS_PER_THREAD * ctx.thread_count();
-    if threads > 1 && few_rows && flops >= MIN_FLOPS { threads } else { 1 }
+    let one_product = cell.state_windows(hidden).count() == 1;
+    if threads > 1 && few_rows && one_product && flops >= MIN_FLOPS { threads } else { 1 }
 }
 
 /// The units of each of `parts` members.

@@ -11,7 +11,7 @@ use crate::context::Context;
 use crate::view::{MatMut, MatRef};
 
 use super::elman::{self, Plain};
-use super::{Cell, gru, lstm};
+use super::{Cell, gru, gru_reset_before, lstm};
 
 /// Rows of one step, forward.
 pub(super) struct Forward<'a> {
@@ -33,26 +33,28 @@ pub(super) struct Backward<'a> {
     pub(super) h_prev: MatRef<'a>,
     pub(super) c_prev: MatRef<'a>,
     /// Gradient of the state after the step in; out, the part of the gradient of the state before it that
-    /// does not go through the recurrent product (only the GRU has one; the others leave `d_h` as it was).
+    /// does not go through the recurrent product (only the GRUs have one; the others leave `d_h` as it was).
     pub(super) d_h: MatMut<'a>,
     pub(super) d_c: MatMut<'a>,
 }
 
-/// Activates the gates and updates the state.
+/// Activates the gates and updates the state, after the state's products.
 pub(super) fn forward(ctx: &Context, cell: Cell, rows: Forward<'_>) {
     match cell {
         Cell::Lstm => ctx.isa().dispatch(LstmForward(rows)),
         Cell::Gru => ctx.isa().dispatch(GruForward(rows)),
+        Cell::GruResetBefore => ctx.isa().dispatch(GruResetBeforeForward(rows)),
         Cell::Tanh => ctx.isa().dispatch(PlainForward(rows, Plain::Tanh)),
         Cell::Relu => ctx.isa().dispatch(PlainForward(rows, Plain::Relu)),
     }
 }
 
-/// Turns gates into the gradients of their sums, and the state's gradient one step back.
+/// Turns gates into the gradients of their sums, and the state's gradient one step back, before the state's products.
 pub(super) fn backward(ctx: &Context, cell: Cell, rows: Backward<'_>) {
     match cell {
         Cell::Lstm => ctx.isa().dispatch(LstmBackward(rows)),
         Cell::Gru => ctx.isa().dispatch(GruBackward(rows)),
+        Cell::GruResetBefore => ctx.isa().dispatch(GruResetBeforeBackward(rows)),
         Cell::Tanh => ctx.isa().dispatch(PlainBackward(rows, Plain::Tanh)),
         Cell::Relu => ctx.isa().dispatch(PlainBackward(rows, Plain::Relu)),
     }
@@ -111,6 +113,34 @@ impl WithSimd for GruBackward<'_> {
         let Backward { mut gates, h_prev, mut d_h, .. } = self.0;
         for row in 0..gates.rows() {
             gru::backward_row(simd, gates.row_mut(row), h_prev.row(row), d_h.row_mut(row));
+        }
+    }
+}
+
+struct GruResetBeforeForward<'a>(Forward<'a>);
+
+impl WithSimd for GruResetBeforeForward<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Forward { mut gates, h_prev, mut h, .. } = self.0;
+        for row in 0..gates.rows() {
+            gru_reset_before::forward_row(simd, gates.row_mut(row), h_prev.row(row), h.row_mut(row));
+        }
+    }
+}
+
+struct GruResetBeforeBackward<'a>(Backward<'a>);
+
+impl WithSimd for GruResetBeforeBackward<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Backward { mut gates, h_prev, mut d_h, .. } = self.0;
+        for row in 0..gates.rows() {
+            gru_reset_before::backward_row(simd, gates.row_mut(row), h_prev.row(row), d_h.row_mut(row));
         }
     }
 }

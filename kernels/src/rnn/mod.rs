@@ -31,8 +31,8 @@
 //!
 //! # Layout
 //! Sequences are time-major: row `t * batch + b`. The columns of a gates buffer are `4 · hidden` for the
-//! gated cells, `[i f g o]` for the LSTM and `[n r z q]` for the GRU, and `hidden` for the plain ones. There `q = W_hn·h + b_hn` is the part of the
-//! GRU's candidate that the reset gate scales. Weights have PyTorch's order (i f g o; r z n).
+//! gated cells, `[i f g o]` for the LSTM and `[n r z q]` for both GRUs, and `hidden` for the plain ones. There `q = W_hn·h + b_hn` is the part of the
+//! GRU's candidate that the reset gate scales, or r·h where it resets before the product. Weights have PyTorch's order (i f g o; r z n).
 //!
 //! # Numerical contract
 //! A row's outputs, final state and input gradient have the same bits for any batch around it, any padding and
@@ -48,11 +48,13 @@ mod columns;
 mod elman;
 mod gates;
 mod gru;
+mod gru_reset_before;
 mod lstm;
 pub mod min_rnn;
 mod plan;
 mod sequence;
 mod sequence_backward;
+mod state_product;
 mod step;
 mod team;
 #[cfg(test)]
@@ -79,6 +81,12 @@ pub enum Cell {
     /// # Source
     /// Cho et al. 2014 (arXiv:1406.1078), with the reset after the product as in cuDNN and PyTorch.
     Gru,
+    /// As [`Cell::Gru`], but the reset gate scales h itself: `W_hn·(r·h) + b_hn`. Two products a step where the other
+    /// has one.
+    ///
+    /// # Source
+    /// Cho et al. 2014 (arXiv:1406.1078), equation 8.
+    GruResetBefore,
     /// No gate: h' = tanh of the sum.
     ///
     /// # Source
@@ -91,18 +99,21 @@ pub enum Cell {
     Relu,
 }
 
-/// Columns of a gates buffer and the rows of `W_ih` whose product they receive.
+/// Columns of a gates buffer and the rows of a weight whose product they receive.
 struct Window {
     columns: Range<usize>,
     rows: Range<usize>,
 }
 
 impl Cell {
-    /// Blocks of `hidden` rows in the weights: 4 for the LSTM, 3 for the GRU, 1 for a plain cell.
+    /// Every kind.
+    pub const ALL: [Cell; 5] = [Cell::Lstm, Cell::Gru, Cell::GruResetBefore, Cell::Tanh, Cell::Relu];
+
+    /// Blocks of `hidden` rows in the weights: 4 for the LSTM, 3 for a GRU, 1 for a plain cell.
     pub const fn gates(self) -> usize {
         match self {
             Cell::Lstm => 4,
-            Cell::Gru => 3,
+            Cell::Gru | Cell::GruResetBefore => 3,
             Cell::Tanh | Cell::Relu => 1,
         }
     }
@@ -110,7 +121,7 @@ impl Cell {
     /// Columns of a gates buffer.
     pub const fn gate_columns(self, hidden: usize) -> usize {
         match self {
-            Cell::Lstm | Cell::Gru => 4 * hidden,
+            Cell::Lstm | Cell::Gru | Cell::GruResetBefore => 4 * hidden,
             Cell::Tanh | Cell::Relu => hidden,
         }
     }
@@ -129,19 +140,29 @@ impl Cell {
     fn input_windows(self, hidden: usize) -> impl Iterator<Item = Window> {
         let windows = match self {
             Cell::Lstm => [Some(lstm::input_window(hidden)), None],
-            Cell::Gru => gru::input_windows(hidden).map(Some),
+            Cell::Gru | Cell::GruResetBefore => gru::input_windows(hidden).map(Some),
             Cell::Tanh | Cell::Relu => [Some(elman::input_window(hidden)), None],
         };
         windows.into_iter().flatten()
     }
 
-    /// The columns that the state's product is added to, in the order of the rows of `W_hh`.
+    /// Where the state's products go: h times the rows of the first window, r·h times those of a second.
+    fn state_windows(self, hidden: usize) -> impl Iterator<Item = Window> {
+        let all = 0..self.gates() * hidden;
+        let windows = match self {
+            Cell::Lstm | Cell::Tanh | Cell::Relu => [Some(Window { columns: all.clone(), rows: all }), None],
+            Cell::Gru => [Some(Window { columns: gru::recurrent_columns(hidden), rows: all }), None],
+            Cell::GruResetBefore => gru_reset_before::state_windows(hidden).map(Some),
+        };
+        windows.into_iter().flatten()
+    }
+
+    /// The columns that the state's product is added to, for a cell that has one product.
     fn recurrent_columns(self, hidden: usize) -> Range<usize> {
-        match self {
-            Cell::Lstm => 0..4 * hidden,
-            Cell::Gru => gru::recurrent_columns(hidden),
-            Cell::Tanh | Cell::Relu => 0..hidden,
-        }
+        let mut windows = self.state_windows(hidden).map(|window| window.columns);
+        let columns = windows.next().expect("every cell multiplies its state");
+        debug_assert!(windows.next().is_none(), "{self:?} has two products");
+        columns
     }
 }
 

@@ -4,11 +4,11 @@ use std::ops::Range;
 
 use crate::context::Context;
 use crate::error::{ShapeError, expect_dim};
-use crate::gemm::{Accum, Epilogue, PackedWeights, gemm_packed};
 use crate::scratch::ScratchBuf;
 use crate::view::{MatMut, MatRef};
 
 use super::plan::{Plan, gates_matrix_mut, gates_stride, matrix, matrix_mut};
+use super::state_product::StateWeights;
 use super::step::project;
 use super::{Cell, Output, Sequence, State, Weights, columns, gates};
 
@@ -113,7 +113,7 @@ pub fn forward(
         last_c: matrix_mut(&mut last_c, batch, cell_columns),
     };
     match columns::team_size(ctx, plan, cell, hidden) {
-        1 => by_rows(ctx, (cell, plan), &PackedWeights::pack(ctx, weights.w_hh.t())?, recurrence),
+        1 => by_rows(ctx, (cell, plan), &StateWeights::forward(ctx, cell, weights.w_hh)?, recurrence),
         team => {
             let layer = columns::Layer { ctx: ctx.single_threaded(), cell, plan, w_hh: weights.w_hh };
             columns::forward(team, &layer, recurrence);
@@ -136,7 +136,7 @@ pub fn forward(
 }
 
 /// The recurrence with rows dealt to the threads.
-fn by_rows(ctx: &Context, (cell, plan): (Cell, &Plan), w_hh: &PackedWeights, buffers: columns::Buffers<'_>) {
+fn by_rows(ctx: &Context, (cell, plan): (Cell, &Plan), w_hh: &StateWeights, buffers: columns::Buffers<'_>) {
     let columns::Buffers { gates, h, c, last_h, last_c } = buffers;
     let ranges = split(ctx, plan, cell, h.cols());
     let strands: Vec<Strand<'_>> = plan
@@ -204,17 +204,14 @@ pub(super) fn split_rows<'m>(matrix: MatMut<'m>, ranges: &[Range<usize>]) -> Vec
 }
 
 /// The recurrence of one strand.
-fn run(ctx: &Context, cell: Cell, plan: &Plan, w_hh: &PackedWeights, strand: Strand<'_>) {
+fn run(ctx: &Context, cell: Cell, plan: &Plan, w_hh: &StateWeights, strand: Strand<'_>) {
     let Strand { mut gates, mut h, mut c, mut last_h, mut last_c } = strand;
-    let columns = cell.recurrent_columns(w_hh.rows());
     for t in (0..plan.seq()).map(|visit| plan.step(visit)) {
         let rows = gates[t].rows();
         if rows == 0 {
             continue;
         }
-        let sums = gates[t].reborrow().sub(0..rows, columns.clone());
-        gemm_packed(ctx, h[t].as_ref(), w_hh, sums, Accum::Add, &Epilogue::default())
-            .expect("shapes fit by construction");
+        w_hh.add(ctx, gates[t].reborrow(), h[t].as_ref()).expect("shapes fit by construction");
         let continuing = plan.next(t).map_or(0, |next| h[next].rows().min(rows));
         if let Some(next) = plan.next(t).filter(|_| continuing > 0) {
             let [h_now, h_next] = h.get_disjoint_mut([t, next]).expect("a step is not its successor");

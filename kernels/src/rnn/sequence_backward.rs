@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use crate::context::Context;
 use crate::error::{ShapeError, expect_dim};
-use crate::gemm::{Accum, Epilogue, PackedWeights, gemm};
+use crate::gemm::{Accum, Epilogue, gemm};
 use crate::lanes;
 use crate::scratch::ScratchBuf;
 use crate::view::{MatMut, MatRef};
@@ -14,7 +14,8 @@ use pulp::{Simd, WithSimd};
 
 use super::plan::{Plan, gates_matrix, gates_matrix_mut, matrix, matrix_mut};
 use super::sequence::{Saved, part_context, split, split_rows, unrank};
-use super::step::{state_gradient, weight_gradients};
+use super::state_product::StateWeights;
+use super::step::weight_gradients;
 use super::{Cell, InputGrads, OutputGrads, Sequence, StateMut, Weights, Window, columns, gates};
 
 /// Rows by batch entry to rows by rank; zeros for `None`.
@@ -39,7 +40,7 @@ struct BackStrand<'a> {
 struct Back<'a> {
     cell: Cell,
     plan: &'a Plan,
-    w_hh: PackedWeights,
+    w_hh: StateWeights,
     h: MatRef<'a>,
     c: MatRef<'a>,
     d_y: Option<MatRef<'a>>,
@@ -84,7 +85,7 @@ pub fn backward(
         d_y: upstream.d_y,
     };
     match columns::team_size(ctx, &plan, cell, hidden) {
-        1 => by_rows(ctx, (cell, &plan), PackedWeights::pack(ctx, weights.w_hh)?, recurrence),
+        1 => by_rows(ctx, (cell, &plan), StateWeights::backward(ctx, cell, weights.w_hh)?, recurrence),
         team => {
             let layer = columns::Layer { ctx: ctx.single_threaded(), cell, plan: &plan, w_hh: weights.w_hh };
             columns::backward(team, &layer, recurrence);
@@ -111,7 +112,7 @@ pub fn backward(
 fn by_rows(
     ctx: &Context,
     (cell, plan): (Cell, &Plan),
-    w_hh: PackedWeights,
+    w_hh: StateWeights,
     buffers: columns::BackBuffers<'_>,
 ) {
     let columns::BackBuffers { gates, h, c, d_h, d_c, d_y } = buffers;
@@ -180,16 +181,17 @@ fn run_back(ctx: &Context, back: &Back<'_>, strand: BackStrand<'_>) {
         if let Some(d_y) = back.d_y {
             add_upstream(ctx, d_h_now.reborrow(), d_y, |rank| plan.padded_row(t, ranks.start + rank));
         }
+        let h_prev = h.sub(at.clone(), 0..h_cols);
         let step = gates::Backward {
             gates: gates[t].reborrow(),
-            h_prev: h.sub(at.clone(), 0..h_cols),
+            h_prev,
             c_prev: c.sub(at, 0..c_cols),
             d_h: d_h_now.reborrow(),
             d_c: d_c.reborrow().sub(0..rows, 0..c_cols),
         };
         gates::backward(ctx, cell, step);
-        state_gradient(ctx, (cell, &back.w_hh), gates[t].as_ref(), d_h_now)
-            .expect("shapes fit by construction");
+        let d_gates = gates[t].reborrow();
+        back.w_hh.gradient(ctx, d_gates, h_prev, d_h_now).expect("shapes fit by construction");
     }
 }
 

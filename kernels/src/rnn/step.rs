@@ -15,13 +15,16 @@ use crate::scratch::ScratchBuf;
 use crate::view::{MatMut, MatRef};
 
 use super::plan::{matrix, matrix_mut};
+use super::state_product::{StateWeights, add, weight_gradient};
 use super::{Cell, State, StateMut, WeightGrads, Weights, Window, gates};
 
 /// What the columns of a gates buffer start from: the sum of both biases where both act.
 pub(super) fn start_bias(weights: &Weights<'_>) -> ScratchBuf {
     let hidden = weights.hidden();
     let mut bias = ScratchBuf::zeroed(weights.cell.gate_columns(hidden));
-    bias[weights.cell.recurrent_columns(hidden)].copy_from_slice(weights.b_hh);
+    for Window { columns, rows } in weights.cell.state_windows(hidden) {
+        bias[columns].copy_from_slice(&weights.b_hh[rows]);
+    }
     for Window { columns, rows } in weights.cell.input_windows(hidden) {
         for (sum, b) in bias[columns].iter_mut().zip(&weights.b_ih[rows]) {
             *sum += b;
@@ -104,7 +107,7 @@ pub struct PackedCell {
     hidden: usize,
     input: usize,
     w_ih: Vec<PackedWeights>,
-    w_hh: PackedWeights,
+    w_hh: StateWeights,
     bias: Vec<f32>,
 }
 
@@ -120,7 +123,7 @@ impl PackedCell {
             hidden: weights.hidden(),
             input: weights.input(),
             w_ih: pack_input(ctx, weights)?,
-            w_hh: PackedWeights::pack(ctx, weights.w_hh.t())?,
+            w_hh: StateWeights::forward(ctx, weights.cell, weights.w_hh)?,
             bias: start_bias(weights).to_vec(),
         })
     }
@@ -203,8 +206,7 @@ pub fn step(
             }
         }
     }
-    let sums = gates.reborrow().sub(0..rows, kind.recurrent_columns(hidden));
-    gemm_packed(ctx, state.h, &cell.w_hh, sums, Accum::Add, &Epilogue::default())?;
+    cell.w_hh.add(ctx, gates.reborrow(), state.h)?;
     let (c_prev, c) = (state.c.unwrap_or(no_columns(rows)), next.c.unwrap_or(no_columns_mut(rows)));
     gates::forward(ctx, kind, gates::Forward { gates, h_prev: state.h, c_prev, h: next.h, c });
     Ok(())
@@ -226,7 +228,7 @@ pub struct PackedBackward {
     hidden: usize,
     input: usize,
     w_ih: Vec<PackedWeights>,
-    w_hh: PackedWeights,
+    w_hh: StateWeights,
 }
 
 impl PackedBackward {
@@ -245,7 +247,7 @@ impl PackedBackward {
             w_ih: windows
                 .map(|Window { rows, .. }| PackedWeights::pack(ctx, weights.w_ih.sub(rows, 0..input)))
                 .collect::<Result<_, _>>()?,
-            w_hh: PackedWeights::pack(ctx, weights.w_hh)?,
+            w_hh: StateWeights::backward(ctx, weights.cell, weights.w_hh)?,
         })
     }
 }
@@ -284,7 +286,7 @@ pub fn step_backward(
         kind,
         gates::Backward { gates: gates.reborrow(), h_prev: state.h, c_prev, d_h, d_c },
     );
-    state_gradient(ctx, (kind, &cell.w_hh), gates.as_ref(), d_state.h)?;
+    cell.w_hh.gradient(ctx, gates.reborrow(), state.h, d_state.h)?;
     let Some(mut d_x) = d_x else { return Ok(()) };
     let mut accum = Accum::Overwrite;
     for (Window { columns, .. }, w) in kind.input_windows(hidden).zip(&cell.w_ih) {
@@ -295,32 +297,13 @@ pub fn step_backward(
     Ok(())
 }
 
-/// Whether the gates' pass has left a part of `d_h` that does not go through `W_hh`.
-pub(super) fn direct_gradient(cell: Cell) -> Accum {
-    match cell {
-        Cell::Gru => Accum::Add,
-        Cell::Lstm | Cell::Tanh | Cell::Relu => Accum::Overwrite,
-    }
-}
-
-/// `d_h = d_sums · W_hh`, added to the direct part where the cell has one.
-pub(super) fn state_gradient(
-    ctx: &Context,
-    (cell, w_hh): (Cell, &PackedWeights),
-    d_gates: MatRef<'_>,
-    d_h: MatMut<'_>,
-) -> Result<(), ShapeError> {
-    let d_sums = d_gates.sub(0..d_gates.rows(), cell.recurrent_columns(w_hh.cols()));
-    gemm_packed(ctx, d_sums, w_hh, d_h, direct_gradient(cell), &Epilogue::default())
-}
-
 /// The weights' gradients from the gates' gradients of any number of steps, **added** to `grads`.
 ///
 /// `d_W_ih += d_sumsᵀ·x`, `d_W_hh += d_sumsᵀ·h_prev`, `d_b += Σ d_sums`, each over the gates that the weight
 /// acts on.
 ///
 /// # Shapes
-/// d_gates `[rows, gate_columns]`, x `[rows, input]`, h_prev `[rows, hidden]` (the state before each step).
+/// d_gates `[rows, gate_columns]` as [`step_backward`] left it, x `[rows, input]`, h_prev `[rows, hidden]` (the state before each step).
 ///
 /// # Errors
 /// [`ShapeError`] when shapes do not fit.
@@ -339,13 +322,9 @@ pub fn weight_gradients(
     check_gates(d_gates, rows, hidden, cell)?;
     grads.check(cell, hidden, input)?;
     let WeightGrads { mut d_w_ih, d_w_hh, d_b_ih, d_b_hh } = grads;
-    let recurrent = cell.recurrent_columns(hidden);
-    let d_sums = d_gates.sub(0..rows, recurrent.clone()).t();
-    gemm(ctx, d_sums, h_prev, d_w_hh, Accum::Add, &Epilogue::default())?;
     let mut sums = ScratchBuf::zeroed(cell.gate_columns(hidden));
     reduce::col_sum(ctx, d_gates, &mut sums)?;
-    let add = |into: &mut [f32], from: &[f32]| into.iter_mut().zip(from).for_each(|(d_b, sum)| *d_b += sum);
-    add(d_b_hh, &sums[recurrent]);
+    weight_gradient(ctx, cell, (d_gates, &sums), h_prev, (d_w_hh, d_b_hh))?;
     for Window { columns, rows: gate_rows } in cell.input_windows(hidden) {
         let d_sums = d_gates.sub(0..rows, columns.clone()).t();
         let part = d_w_ih.reborrow().sub(gate_rows.clone(), 0..input);

@@ -159,6 +159,10 @@ impl Case {
         match self.cell {
             Cell::Lstm => (reference::lstm_forward(&layer), reference::lstm_backward(&layer, &d)),
             Cell::Gru => (reference::gru_forward(&layer), reference::gru_backward(&layer, &d)),
+            Cell::GruResetBefore => {
+                let out = reference::gru_reset_before_forward(&layer);
+                (out, reference::gru_reset_before_backward(&layer, &d))
+            }
             Cell::Tanh | Cell::Relu => {
                 let relu = self.cell == Cell::Relu;
                 (reference::elman_forward(&layer, relu), reference::elman_backward(&layer, relu, &d))

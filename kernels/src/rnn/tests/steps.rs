@@ -31,7 +31,7 @@ fn by_steps(ctx: &Context, case: &Case) -> (RecurrentOutput<f32>, Vec<f32>, Vec<
 
 #[test]
 fn steps_give_the_bits_of_the_whole_sequence() {
-    for cell in [Cell::Lstm, Cell::Gru, Cell::Tanh, Cell::Relu] {
+    for cell in Cell::ALL {
         let case = Case::new(cell, Direction::Forward, [4, 6, 21], &[4; 5]);
         for_each_isa(|ctx| {
             let (whole, _) = case.run(ctx);
@@ -45,7 +45,7 @@ fn steps_give_the_bits_of_the_whole_sequence() {
 
 #[test]
 fn steps_backward_give_the_bits_of_the_whole_sequence() {
-    for cell in [Cell::Lstm, Cell::Gru, Cell::Tanh, Cell::Relu] {
+    for cell in Cell::ALL {
         let case = Case::new(cell, Direction::Forward, [4, 6, 21], &[4; 5]);
         let (batch, hidden, input) = (case.batch(), case.hidden, case.input);
         let columns = cell.gate_columns(hidden);
@@ -103,7 +103,7 @@ fn check_weight_gradients(
 
 #[test]
 fn an_input_in_two_parts_gives_what_the_whole_input_gives() {
-    for cell in [Cell::Lstm, Cell::Gru, Cell::Tanh, Cell::Relu] {
+    for cell in Cell::ALL {
         let case = Case::new(cell, Direction::Forward, [1, 9, 12], &[1; 3]);
         let (batch, hidden, known) = (3, case.hidden, 5);
         let (gate_rows, columns) = (cell.gates() * hidden, cell.gate_columns(hidden));
