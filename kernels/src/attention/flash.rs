@@ -26,6 +26,7 @@ use super::problem::{KEY_BLOCK, ROW_TILE, Shape, Shared, cut, deal, piece};
 use super::tile::{Dest, Extent, GROUP, Left, Onto, Right, product, right};
 use super::{AttentionSpec, stage};
 use crate::context::Context;
+use crate::gemm::microkernel::prefetch;
 use crate::lanes;
 use crate::scratch::ScratchBuf;
 use crate::view::{HeadsMut, HeadsRef, MatMut, MatRef};
@@ -304,6 +305,9 @@ impl<'a> Chunk<'a> {
     fn finish<S: Simd>(&mut self, simd: S, state: &Rows<'_>) {
         let v_dim = self.problem.shape.v_dim;
         for r in 0..self.rows.len() {
+            if r + stage::AHEAD < self.rows.len() {
+                prefetch::row(self.out.as_ref().row(r + stage::AHEAD));
+            }
             let l = S::as_simd_f32s(&state.l[r * S::F32_LANES..][..S::F32_LANES]).0[0];
             let (inverse, lse) = online::finish(simd, state.m[r], l);
             self.lse[r] = lse;

@@ -4,11 +4,16 @@ use std::ops::Range;
 
 use pulp::Simd;
 
+use crate::gemm::microkernel::prefetch;
 use crate::lanes;
 use crate::view::MatRef;
 
 /// Keys that are transposed at a time: half a cache line of each row of the result.
 const KEYS: usize = 8;
+
+/// Rows that are asked for before they are read. Interleaved heads lie kilobytes apart, so the hardware sees no stream: each
+/// row would be waited for.
+pub(super) const AHEAD: usize = 16;
 
 /// Writes the transpose of `src` [keys, dim] to `dst` [dim, stride]: `dst[d·stride + j] = src[j][d]`.
 ///
@@ -22,11 +27,13 @@ const KEYS: usize = 8;
 #[inline(always)]
 pub(super) fn transpose(src: MatRef<'_>, dst: &mut [f32], stride: usize) {
     let (keys, dim) = (src.rows(), src.cols());
+    (0..AHEAD.min(keys)).for_each(|j| prefetch::row(src.row(j)));
     assert!(keys <= stride && dim * stride <= dst.len(), "{keys} keys of {dim} in {stride}");
     let mut first = 0;
     while first + KEYS <= stride && first < keys {
         // Where keys run out the last one stands in: its columns lie below `stride` and nobody reads them.
         let rows: [&[f32]; KEYS] = std::array::from_fn(|i| src.row((first + i).min(keys - 1)));
+        (first + AHEAD..(first + AHEAD + KEYS).min(keys)).for_each(|j| prefetch::row(src.row(j)));
         for d in (0..dim / 2 * 2).step_by(2) {
             for i in (0..KEYS).step_by(2) {
                 // SAFETY: `d + 1` is below `dim`, the length of each row; rows `d` and `d + 1` of `dst` and their
@@ -80,7 +87,11 @@ pub(super) fn scaled<'a, S: Simd>(
     let cols = src.cols();
     let dst = &mut dst[..rows.len() * cols];
     let scale = simd.splat_f32s(scale);
+    rows.clone().take(AHEAD).for_each(|i| prefetch::row(src.row(i)));
     for (i, to) in rows.clone().zip(dst.chunks_exact_mut(cols.max(1))) {
+        if i + AHEAD < rows.end {
+            prefetch::row(src.row(i + AHEAD));
+        }
         lanes::map(
             simd,
             src.row(i),
