@@ -19,7 +19,7 @@ mod blocking;
 mod driver;
 mod epilogue;
 mod macrokernel;
-mod microkernel;
+pub(crate) mod microkernel;
 mod pack;
 mod packed;
 mod placement;

@@ -10,6 +10,7 @@
 //! - Any number of rows with 1 to NR columns, few rows with any number of panels, any depth (0 included) work.
 
 mod outer_product;
+pub(crate) mod prefetch;
 mod stored;
 
 use std::marker::PhantomData;

@@ -12,6 +12,10 @@
 //!   (AVX2 6×16: 12 + 2 + 1 of 16; AVX-512 8×48: 24 + 3 + 1 of 32).
 //! - Fewer rows than MR or fewer vectors than VECS run as a smaller tile of the same body: no work is
 //!   spent on padding, and the bits are the same because each element has its own chain over `p`.
+//! - Seven or eight rows of an operand that lies in place are 4 + 3 or 4 + 4, not 6 + 1 or 6 + 2: the small rest would wait
+//!   for its own sums, as four rows do not.
+//! - While a strip runs it asks for the next panel of rhs, a little in each turn, and each tile for its rows of C. Left to
+//!   the hardware, the first tile of each panel waits for weights that lie in the third-level cache.
 //! - One or two rows have too few chains to hide the latency, so they take several panels of rhs at a time (4 or 2):
 //!   the chains of more columns, each as it was.
 //! - A row-major left operand is read in place (depth stride 1): where few panels of rhs follow, packing
@@ -24,7 +28,11 @@ use std::marker::PhantomData;
 
 use pulp::{Simd, WithSimd};
 
-use super::{Activation, Finish, Microkernel, Out, Rhs, Stored, Strip, kernel_with_lanes};
+use super::prefetch::{self, Ahead};
+use super::{Activation, Finish, Lhs, Microkernel, Out, Rhs, Stored, Strip, kernel_with_lanes};
+
+/// Independent multiply-adds that hide their latency on the cores at hand.
+const CHAINS: usize = 8;
 
 /// The kernel with tiles of MR rows and VECS vectors, rhs stored as T.
 #[derive(Debug, Clone, Copy)]
@@ -78,26 +86,49 @@ impl<S: Simd, T: Stored, const MR: usize, const VECS: usize, const W: usize> Wit
         if const { W > VECS } {
             unreachable!("a strip is at most {VECS} vectors wide");
         }
-        let strip = self.strip;
-        let full = strip.rows / MR;
-        for tile in 0..full {
-            self.tile::<MR>(tile * MR);
-        }
-        let first = full * MR;
-        match strip.rows - first {
-            0 => {}
-            1 => self.tile::<1>(first),
-            2 => self.tile::<2>(first),
-            3 => self.tile::<3>(first),
-            4 => self.tile::<4>(first),
-            5 => self.tile::<5>(first),
-            6 => self.tile::<6>(first),
-            _ => self.tile::<7>(first),
+        let rows = self.strip.rows;
+        let mut first = 0;
+        while first < rows {
+            let height = self.height(rows - first);
+            match height {
+                1 => self.tile::<1>(first),
+                2 => self.tile::<2>(first),
+                3 => self.tile::<3>(first),
+                4 => self.tile::<4>(first),
+                5 => self.tile::<5>(first),
+                6 => self.tile::<6>(first),
+                7 => self.tile::<7>(first),
+                _ => self.tile::<8>(first),
+            }
+            first += height;
         }
     }
 }
 
 impl<S: Simd, T: Stored, const MR: usize, const VECS: usize, const W: usize> Tiles<'_, S, T, MR, VECS, W> {
+    /// Rows of the next tile, of `rest` that are left: MR, unless so few would follow that they had to wait for
+    /// their own sums; then two tiles share them. A packed left operand is cut where it was packed.
+    #[inline(always)]
+    fn height(&self, rest: usize) -> usize {
+        let Lhs { tile_stride, row_stride, .. } = self.strip.lhs;
+        let enough = const { CHAINS.div_ceil(VECS) };
+        if rest > MR && rest < MR + enough && tile_stride == MR * row_stride {
+            return rest.div_ceil(2);
+        }
+        rest.min(MR)
+    }
+
+    /// What the tile at row `first` asks for while it runs: the next panel, in shares by rows, if it follows this one.
+    #[inline(always)]
+    fn ahead<const H: usize>(&self, first: usize) -> Ahead {
+        let Strip { rows, depth, lhs, rhs, .. } = *self.strip;
+        if rhs.depth_stride != VECS * S::F32_LANES {
+            return Ahead::nothing(lhs.ptr);
+        }
+        let next = rhs.ptr.wrapping_add(rhs.panel_stride);
+        Ahead::share(next, rhs.panel_stride, (first..first + H, rows), depth)
+    }
+
     /// The tile of H rows that starts at row `first` of the strip.
     #[inline(always)]
     fn tile<const H: usize>(&self, first: usize) {
@@ -106,16 +137,25 @@ impl<S: Simd, T: Stored, const MR: usize, const VECS: usize, const W: usize> Til
         }
         let (simd, strip) = (self.kernel.0, self.strip);
         let lhs = strip.lhs;
-        // SAFETY: tile `first / MR` is part of the left operand by `run`'s contract.
-        let a = unsafe { lhs.ptr.add(first / MR * lhs.tile_stride) };
+        // SAFETY: row `first` is part of the left operand by `run`'s contract; it begins a tile, or no tile is packed.
+        let a = unsafe { lhs.ptr.add(first / MR * lhs.tile_stride + first % MR * lhs.row_stride) };
         let depth = strip.depth;
+        if strip.out.col_stride == 1 {
+            for i in 0..H {
+                // The last column's line: the strip before this one has touched the first column's, if that is another.
+                let row = strip.out.ptr.wrapping_add((first + i) * strip.out.row_stride);
+                prefetch::line(row.wrapping_add(strip.cols - 1));
+            }
+        }
         // SAFETY: `run`'s contract: H rows of lhs and W whole vectors of rhs, `depth` deep.
         let [acc] = unsafe {
             if const { T::PER_WORD == 1 } && lhs.row_stride == 1 {
-                accumulate::<S, T, 1, H, W, 1>(simd, depth, (a, 1, lhs.depth_stride), strip.rhs)
+                let ahead = self.ahead::<H>(first);
+                accumulate::<S, T, 1, H, W, 1>(simd, depth, (a, 1, lhs.depth_stride), strip.rhs, ahead)
             } else {
                 debug_assert!(lhs.depth_stride == 1 || strip.depth <= 1);
-                accumulate::<S, T, 1, H, W, 4>(simd, depth, (a, lhs.row_stride, 1), strip.rhs)
+                let ahead = self.ahead::<H>(first);
+                accumulate::<S, T, 1, H, W, 4>(simd, depth, (a, lhs.row_stride, 1), strip.rhs, ahead)
             }
         };
         // SAFETY: `run`'s contract on `out`, bias and residual.
@@ -161,9 +201,11 @@ impl<S: Simd, T: Stored, const MR: usize, const VECS: usize> Thin<'_, S, T, MR, 
         let (simd, strip) = (self.kernel.0, self.strip);
         let (lhs, depth, width) = (strip.lhs, strip.depth, VECS * S::F32_LANES);
         let rhs = Rhs { ptr: strip.rhs.ptr.wrapping_add(first * strip.rhs.panel_stride), ..strip.rhs };
+        let ahead = Ahead::nothing(lhs.ptr);
+        let lhs = (lhs.ptr, lhs.row_stride, lhs.depth_stride);
         // SAFETY: `run`'s contract: H rows of lhs and P whole panels of rhs, `depth` deep.
         let acc = unsafe {
-            accumulate::<S, T, P, H, VECS, 4>(simd, depth, (lhs.ptr, lhs.row_stride, lhs.depth_stride), rhs)
+            accumulate::<S, T, P, H, VECS, 4>(simd, depth, lhs, rhs, ahead)
         };
         for (panel, acc) in (first..).zip(acc) {
             let out = strip.out.ptr.wrapping_add(panel * width * strip.out.col_stride);
@@ -185,17 +227,20 @@ unsafe fn accumulate<S: Simd, T: Stored, const P: usize, const H: usize, const W
     depth: usize,
     (mut a, row_stride, depth_stride): (*const f32, usize, usize),
     mut b: Rhs,
+    ahead: Ahead,
 ) -> [[[S::f32s; W]; H]; P] {
     if const { !T::SCALED } {
         // SAFETY: the contract.
-        return unsafe { chain::<S, T, P, H, W, U>(simd, depth, (a, row_stride, depth_stride), b) };
+        return unsafe { chain::<S, T, P, H, W, U>(simd, depth, (a, row_stride, depth_stride), b, ahead) };
     }
     let mut sum = [[[simd.splat_f32s(0.0); W]; H]; P];
     for first in (0..depth).step_by(b.group) {
         let depth = b.group.min(depth - first);
         let words = Rhs { ptr: b.ptr.wrapping_add(b.depth_stride), ..b };
+        let ahead = Ahead::nothing(a);
         // SAFETY: the contract, for one group; its words follow the row of its scales.
-        let group = unsafe { chain::<S, T, P, H, W, U>(simd, depth, (a, row_stride, depth_stride), words) };
+        let group =
+            unsafe { chain::<S, T, P, H, W, U>(simd, depth, (a, row_stride, depth_stride), words, ahead) };
         for (panel, (sum, group)) in sum.iter_mut().zip(group).enumerate() {
             let scales = b.ptr.wrapping_add(panel * b.panel_stride).cast::<S::f32s>();
             for w in 0..W {
@@ -222,11 +267,13 @@ unsafe fn chain<S: Simd, T: Stored, const P: usize, const H: usize, const W: usi
     depth: usize,
     (mut a, row_stride, depth_stride): (*const f32, usize, usize),
     mut b: Rhs,
+    mut ahead: Ahead,
 ) -> [[[S::f32s; W]; H]; P] {
     let mut acc = [[[simd.splat_f32s(0.0); W]; H]; P];
     let words = const { if T::PER_WORD < U { U / T::PER_WORD } else { 1 } };
     let unrolled = words * T::PER_WORD;
     for _ in 0..depth / unrolled {
+        ahead.fetch(U);
         for word in 0..words {
             for at in 0..T::PER_WORD {
                 let a = a.wrapping_add((word * T::PER_WORD + at) * depth_stride);
