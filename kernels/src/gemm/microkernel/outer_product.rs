@@ -204,9 +204,7 @@ impl<S: Simd, T: Stored, const MR: usize, const VECS: usize> Thin<'_, S, T, MR, 
         let ahead = Ahead::nothing(lhs.ptr);
         let lhs = (lhs.ptr, lhs.row_stride, lhs.depth_stride);
         // SAFETY: `run`'s contract: H rows of lhs and P whole panels of rhs, `depth` deep.
-        let acc = unsafe {
-            accumulate::<S, T, P, H, VECS, 4>(simd, depth, lhs, rhs, ahead)
-        };
+        let acc = unsafe { accumulate::<S, T, P, H, VECS, 4>(simd, depth, lhs, rhs, ahead) };
         for (panel, acc) in (first..).zip(acc) {
             let out = strip.out.ptr.wrapping_add(panel * width * strip.out.col_stride);
             let (out, finish) = (Out { ptr: out, ..strip.out }, strip.finish.after_col(panel * width));
