@@ -96,6 +96,8 @@ def product(task, tensors):
     operation, dtype = task["operation"], operand_type(task)
     if operation == "stored":
         return fastest(stored_forms(tensors["a"], tensors["b"], task["shape"]))
+    if operation == "int8":
+        return fastest(int8_forms(tensors["a"], tensors["b"]))
     a, b = tensors["a"].to(dtype), tensors["b"].to(dtype)
     a = a.t() if operation == "transposed_a" else a
     b = b.t() if operation == "transposed_b" else b
@@ -146,6 +148,21 @@ def stored_forms(a, b, shape):
         pairs = torch.stack([scales.t(), torch.zeros_like(scales.t())], 2).to(x.dtype).contiguous()
         operator = torch.ops.aten._weight_int4pack_mm_for_cpu
         yield keeping("weight_int4pack_mm " + str(x.dtype), operator, x, packed, shape["group"], pairs)
+
+
+def int8_forms(a, b):
+    """Both sides int8, A rounded within the call. A has 7 bits: with 8 the sums saturate where the CPU has no VNNI."""
+    weight = b.t().contiguous()
+    scales = weight.abs().amax(1) / 127
+    zeros = torch.zeros(weight.shape[0], dtype=torch.int64)
+    integers = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
+    for engine in ("fbgemm", "onednn"):
+        if engine not in torch.backends.quantized.supported_engines:
+            continue
+        torch.backends.quantized.engine = engine
+        packed = attempt(lambda: torch.ops.quantized.linear_prepack(integers, None))
+        if packed is not None:
+            yield keeping("linear_dynamic " + engine, torch.ops.quantized.linear_dynamic, a, packed, True)
 
 
 def bf16_forms(a, b):

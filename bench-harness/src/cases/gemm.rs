@@ -20,6 +20,8 @@ pub(crate) enum Layout {
     Packed,
     /// As `Packed`, with elements that are stored in fewer bits.
     Stored(WeightFormat),
+    /// As `Packed`, with B in int8; A arrives as f32 and is rounded to int8 within the clock.
+    Int8,
 }
 
 /// The shape of one product.
@@ -47,7 +49,7 @@ impl Shape {
         let Shape { n, k, .. } = *self;
         let bytes = match self.layout {
             Layout::Stored(WeightFormat::Bf16) => 2 * k * n,
-            Layout::Stored(WeightFormat::Int8) => k * n + 4 * n,
+            Layout::Stored(WeightFormat::Int8) | Layout::Int8 => k * n + 4 * n,
             Layout::Stored(WeightFormat::Int4 { group }) => k * n / 2 + 4 * n * k.div_ceil(group),
             _ => 4 * k * n,
         };
@@ -56,12 +58,12 @@ impl Shape {
 
     /// Whether B is stored in fewer bits than f32.
     pub(crate) fn in_fewer_bits(&self) -> bool {
-        matches!(self.layout, Layout::Stored(_))
+        matches!(self.layout, Layout::Stored(_) | Layout::Int8)
     }
 
     /// The bytes that bound the time: the weights that one row needs, where they lie in their reusable form.
     pub(crate) fn read_bytes(&self) -> Option<f64> {
-        let reusable = matches!(self.layout, Layout::Packed | Layout::Stored(_));
+        let reusable = self.layout == Layout::Packed || self.in_fewer_bits();
         (self.m == 1 && reusable).then(|| self.weight_bytes())
     }
 
@@ -95,6 +97,8 @@ const MODEL_LAYERS: [[usize; 2]; 8] =
     [[512, 512], [2048, 512], [512, 2048], [768, 768], [3072, 768], [768, 3072], [1024, 4096], [32000, 512]];
 /// Rows of products with stored weights, which are for decoding.
 const STORED_ROWS: [usize; 5] = [1, 4, 8, 16, 32];
+/// Rows of products of int8 with int8.
+const INT8_ROWS: [usize; 7] = [1, 4, 8, 16, 32, 128, 512];
 /// The group is the smallest that PyTorch has too.
 const FORMATS: [(&str, WeightFormat); 3] = [
     ("bf16w", WeightFormat::Bf16),
@@ -154,6 +158,11 @@ pub(crate) fn cases() -> Vec<Case> {
                 let quick = [n, k] == [512, 512] && m == 1;
                 all.push(case(group, [m, n, k], Layout::Stored(format), quick));
             }
+        }
+    }
+    for [n, k] in MODEL_LAYERS {
+        for m in INT8_ROWS {
+            all.push(case("int8", [m, n, k], Layout::Int8, [n, k] == [512, 512] && matches!(m, 1 | 32)));
         }
     }
     for mnk in LONG_SUMS {
@@ -217,25 +226,31 @@ impl Problem {
         Ok(())
     }
 
-    /// What storing B in fewer bits may add to the error of C[i, j], whose |A|·|B| is `magnitude`.
+    /// What fewer bits may add to the error of C[i, j], whose |A|·|B| is `magnitude`.
     ///
     /// An integer is off by half a step, the largest element of its group over 2·127 or 2·7. PyTorch's counterparts
-    /// also round A, C and the scales to bf16, each by at most 2⁻⁸; all are held to that.
+    /// round A, C and the scales to bf16, each by at most 2⁻⁸; its int8 has one scale for all of A, and 7 bits so that
+    /// its sums do not saturate. All are held to that.
     fn storing(&self, i: usize, j: usize, magnitude: f64) -> f64 {
-        let Shape { k, layout: Layout::Stored(format), .. } = self.shape else { return 0.0 };
-        let (group, steps) = match format {
-            WeightFormat::F32 => return 0.0,
-            WeightFormat::Bf16 => (k, f64::INFINITY),
-            WeightFormat::Int8 => (k, 254.0),
-            WeightFormat::Int4 { group } => (group, 14.0),
+        let Shape { k, layout, .. } = self.shape;
+        let (group, steps) = match layout {
+            Layout::Stored(WeightFormat::Bf16) => (k, f64::INFINITY),
+            Layout::Stored(WeightFormat::Int8) | Layout::Int8 => (k, 254.0),
+            Layout::Stored(WeightFormat::Int4 { group }) => (group, 14.0),
+            _ => return 0.0,
         };
         let ([a_row, a_col], [b_row, b_col]) = (self.shape.a_strides(), self.shape.b_strides());
+        let of_b = |p: usize| f64::from(self.b[p * b_row + j * b_col].abs());
         let mut off = 0.0;
         for first in (0..k).step_by(group) {
             let rows = first..(first + group).min(k);
-            let largest = rows.clone().map(|p| self.b[p * b_row + j * b_col].abs()).fold(0.0, f32::max);
+            let largest = rows.clone().map(of_b).fold(0.0, f64::max);
             let of_a: f64 = rows.map(|p| f64::from(self.a[i * a_row + p * a_col].abs())).sum();
-            off += of_a * f64::from(largest) / steps;
+            off += of_a * largest / steps;
+        }
+        if layout == Layout::Int8 {
+            let largest = self.a.iter().fold(0.0, |top: f32, x| top.max(x.abs()));
+            off += f64::from(largest) / 127.0 * (0..k).map(of_b).sum::<f64>();
         }
         (1.0 + 2f64.powi(-6)) * off + 2f64.powi(-6) * magnitude
     }

@@ -145,7 +145,7 @@ mod tests {
         let stored =
             [WeightFormat::Bf16, WeightFormat::Int8, WeightFormat::Int4 { group: 8 }].map(Layout::Stored);
         let in_f32 = [Layout::Plain, Layout::TransposedA, Layout::TransposedB, Layout::Packed];
-        for layout in in_f32.into_iter().chain(stored) {
+        for layout in in_f32.into_iter().chain(stored).chain([Layout::Int8]) {
             let problem = Problem::Gemm(GemmProblem::new(Shape { m: 19, n: 35, k: 23, layout }));
             for count in [1, 2] {
                 let context = Context::with_isa(Isa::best()).threads(threads::count(count));

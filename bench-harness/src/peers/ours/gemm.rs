@@ -2,7 +2,9 @@
 
 use std::borrow::Cow;
 
-use kavanam_kernels::gemm::{Accum, Epilogue, PackedWeights, WeightFormat, gemm, gemm_packed};
+use kavanam_kernels::gemm::{
+    Accum, Epilogue, Int8Rows, PackedWeights, WeightFormat, gemm, gemm_int8, gemm_packed, int8_kernel_name,
+};
 use kavanam_kernels::{Context, MatMut, MatRef, ShapeError};
 
 use crate::cases::gemm::{Layout, Problem, Shape};
@@ -18,6 +20,7 @@ pub(super) fn prepare(problem: &Problem, context: Context) -> Result<Box<dyn Wor
     let format = match layout {
         Layout::Packed => Some(WeightFormat::F32),
         Layout::Stored(format) => Some(format),
+        Layout::Int8 => Some(WeightFormat::Int8),
         _ => None,
     };
     let packed = format.map(|format| PackedWeights::pack_as(&context, b, format)).transpose()?;
@@ -38,6 +41,10 @@ impl Workload for Product<'_> {
         let c = MatMut::new(&mut self.c, self.shape.m, self.shape.n);
         let epilogue = Epilogue::default();
         let done = c.and_then(|c| match &self.packed {
+            Some(packed) if self.shape.layout == Layout::Int8 => {
+                let a = Int8Rows::Quantise(self.a);
+                gemm_int8(&self.context, a, packed, c, Accum::Overwrite, &epilogue)
+            }
             Some(packed) => gemm_packed(&self.context, self.a, packed, c, Accum::Overwrite, &epilogue),
             None => gemm(&self.context, self.a, self.b, c, Accum::Overwrite, &epilogue),
         });
@@ -49,6 +56,9 @@ impl Workload for Product<'_> {
     }
 
     fn kernel(&self) -> String {
+        if self.shape.layout == Layout::Int8 {
+            return int8_kernel_name(&self.context).to_owned();
+        }
         let of_context = || kavanam_kernels::gemm::kernel_name(&self.context);
         self.packed.as_ref().map_or_else(of_context, PackedWeights::kernel_name).to_owned()
     }

@@ -49,6 +49,7 @@ fn gemm_task(problem: &gemm::Problem) -> Task<'_> {
         gemm::Layout::TransposedB => ("transposed_b", [m, k], [n, k]),
         gemm::Layout::Packed => ("packed", [m, k], [k, n]),
         gemm::Layout::Stored(_) => ("stored", [m, k], [k, n]),
+        gemm::Layout::Int8 => ("int8", [m, k], [k, n]),
     };
     let (weights, group) = match layout {
         gemm::Layout::Stored(WeightFormat::Bf16) => ("bf16", k),
