@@ -94,6 +94,10 @@ def nanoseconds(call, calls):
 def product(task, tensors):
     """C = A·B with the strides of the case; a packed B in the form that is fastest here."""
     operation, dtype = task["operation"], operand_type(task)
+    if operation == "stored":
+        return fastest(stored_forms(tensors["a"], tensors["b"], task["shape"]))
+    if operation == "int8":
+        return fastest(int8_forms(tensors["a"], tensors["b"]))
     a, b = tensors["a"].to(dtype), tensors["b"].to(dtype)
     a = a.t() if operation == "transposed_a" else a
     b = b.t() if operation == "transposed_b" else b
@@ -118,6 +122,54 @@ def packed_forms(a, b):
     if packed is not None:
         linear = torch.ops.mkldnn._linear_pointwise
         yield keeping("mkldnn_linear", linear, a, packed, None, "none", [], "")
+
+
+def stored_forms(a, b, shape):
+    """Products with a B in fewer bits than f32. Where an operator wants bf16 for A, it gets it beforehand."""
+    weight = b.t().contiguous()
+    halves = a.to(torch.bfloat16)
+    if shape["weights"] == "bf16":
+        yield from bf16_forms(halves, b.to(torch.bfloat16))
+        return
+    groups = weight.view(weight.shape[0], -1, shape["group"])
+    largest = 127 if shape["weights"] == "int8" else 7
+    scales = groups.abs().amax(2) / largest
+    integers = torch.round(groups / scales.unsqueeze(2)).clamp(-largest, largest).view_as(weight)
+    if shape["weights"] == "int8":
+        integers, scales = integers.to(torch.int8), scales.view(-1)
+        for x in (a, halves):
+            operator = torch.ops.aten._weight_int8pack_mm
+            yield keeping("weight_int8pack_mm " + str(x.dtype), operator, x, integers, scales.to(x.dtype))
+        return
+    packed = attempt(
+        lambda: torch.ops.aten._convert_weight_to_int4pack_for_cpu((integers + 8).to(torch.int32), 1)
+    )
+    for x in (a, halves) if packed is not None else ():
+        pairs = torch.stack([scales.t(), torch.zeros_like(scales.t())], 2).to(x.dtype).contiguous()
+        operator = torch.ops.aten._weight_int4pack_mm_for_cpu
+        yield keeping("weight_int4pack_mm " + str(x.dtype), operator, x, packed, shape["group"], pairs)
+
+
+def int8_forms(a, b):
+    """Both sides int8, A rounded within the call. A has 7 bits: with 8 the sums saturate where the CPU has no VNNI."""
+    weight = b.t().contiguous()
+    scales = weight.abs().amax(1) / 127
+    zeros = torch.zeros(weight.shape[0], dtype=torch.int64)
+    integers = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
+    for engine in ("fbgemm", "onednn"):
+        if engine not in torch.backends.quantized.supported_engines:
+            continue
+        torch.backends.quantized.engine = engine
+        packed = attempt(lambda: torch.ops.quantized.linear_prepack(integers, None))
+        if packed is not None:
+            yield keeping("linear_dynamic " + engine, torch.ops.quantized.linear_dynamic, a, packed, True)
+
+
+def bf16_forms(a, b):
+    """All in bf16."""
+    c = torch.empty(a.shape[0], b.shape[1], dtype=torch.bfloat16)
+    yield Calculation("mm", lambda: torch.mm(a, b, out=c), lambda: [c])
+    yield from packed_forms(a, b)
 
 
 def attempt(function):

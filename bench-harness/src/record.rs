@@ -34,6 +34,10 @@ pub(crate) struct Record {
     pub(crate) gbps: Option<f64>,
     /// `gflops` (or `gbps` in a memory-bound family) in percent of what this machine was measured to reach.
     pub(crate) percent_of_peak: Option<f64>,
+    /// Where reading weights bounds the time: their bytes a second, in percent of what plain reading of as many
+    /// bytes reached in samples that alternate with these.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) percent_of_read: Option<f64>,
 }
 
 #[cfg(test)]
@@ -57,6 +61,7 @@ mod tests {
             gflops: Some(49.9),
             gbps: Some(4.7),
             percent_of_peak: None,
+            percent_of_read: Some(90.0),
         };
         let value = serde_json::to_value(&record).unwrap();
         let keys: Vec<&str> = value.as_object().unwrap().keys().map(String::as_str).collect();
@@ -75,6 +80,7 @@ mod tests {
             "gflops",
             "gbps",
             "percent_of_peak",
+            "percent_of_read",
         ];
         expected.sort_unstable();
         assert_eq!(keys, expected);

@@ -1,6 +1,7 @@
-//! Matrix products C = A·B: squares, odd sizes, the layers of models, weight gradients.
+//! Matrix products C = A·B: squares, odd sizes, the layers of models with weights in fewer bits, weight gradients.
 
 use kavanam_kernels::Precision;
+use kavanam_kernels::gemm::WeightFormat;
 
 use crate::cases::{Case, Op, Work, rounding};
 use crate::error::HarnessError;
@@ -17,6 +18,10 @@ pub(crate) enum Layout {
     TransposedA,
     /// As `Plain`, and each peer brings B into its own reusable form before the clock runs.
     Packed,
+    /// As `Packed`, with elements that are stored in fewer bits.
+    Stored(WeightFormat),
+    /// As `Packed`, with B in int8; A arrives as f32 and is rounded to int8 within the clock.
+    Int8,
 }
 
 /// The shape of one product.
@@ -36,7 +41,30 @@ impl Shape {
     /// 2mnk operations; A and B read, C written.
     pub(crate) fn work(&self) -> Work {
         let (m, n, k) = (self.m as f64, self.n as f64, self.k as f64);
-        Work { flops: Some(2.0 * m * n * k), bytes: 4.0 * (m * k + k * n + m * n) }
+        Work { flops: Some(2.0 * m * n * k), bytes: 4.0 * (m * k + m * n) + self.weight_bytes() }
+    }
+
+    /// Bytes of B as it is stored, scales included.
+    fn weight_bytes(&self) -> f64 {
+        let Shape { n, k, .. } = *self;
+        let bytes = match self.layout {
+            Layout::Stored(WeightFormat::Bf16) => 2 * k * n,
+            Layout::Stored(WeightFormat::Int8) | Layout::Int8 => k * n + 4 * n,
+            Layout::Stored(WeightFormat::Int4 { group }) => k * n / 2 + 4 * n * k.div_ceil(group),
+            _ => 4 * k * n,
+        };
+        bytes as f64
+    }
+
+    /// Whether B is stored in fewer bits than f32.
+    pub(crate) fn in_fewer_bits(&self) -> bool {
+        matches!(self.layout, Layout::Stored(_) | Layout::Int8)
+    }
+
+    /// The bytes that bound the time: the weights that one row needs, where they lie in their reusable form.
+    pub(crate) fn read_bytes(&self) -> Option<f64> {
+        let reusable = self.layout == Layout::Packed || self.in_fewer_bits();
+        (self.m == 1 && reusable).then(|| self.weight_bytes())
     }
 
     /// Row and column stride of A as it is stored.
@@ -67,6 +95,16 @@ const MODEL_ROWS: [usize; 9] = [1, 4, 8, 16, 32, 128, 512, 1024, 4096];
 /// (n, k) of transformer base, BERT base, an LSTM step of 1024 units, a vocabulary.
 const MODEL_LAYERS: [[usize; 2]; 8] =
     [[512, 512], [2048, 512], [512, 2048], [768, 768], [3072, 768], [768, 3072], [1024, 4096], [32000, 512]];
+/// Rows of products with stored weights, which are for decoding.
+const STORED_ROWS: [usize; 5] = [1, 4, 8, 16, 32];
+/// Rows of products of int8 with int8.
+const INT8_ROWS: [usize; 7] = [1, 4, 8, 16, 32, 128, 512];
+/// The group is the smallest that PyTorch has too.
+const FORMATS: [(&str, WeightFormat); 3] = [
+    ("bf16w", WeightFormat::Bf16),
+    ("int8w", WeightFormat::Int8),
+    ("int4w", WeightFormat::Int4 { group: 32 }),
+];
 /// Layers of the small models that `kavanam compare` trains: m, n, k.
 const SMALL_MODELS: [[usize; 3]; 8] = [
     [64, 512, 128],
@@ -114,6 +152,19 @@ pub(crate) fn cases() -> Vec<Case> {
             all.push(case(group, [m, n, k], layout, quick));
         }
     }
+    for (group, format) in FORMATS {
+        for [n, k] in MODEL_LAYERS {
+            for m in STORED_ROWS {
+                let quick = [n, k] == [512, 512] && m == 1;
+                all.push(case(group, [m, n, k], Layout::Stored(format), quick));
+            }
+        }
+    }
+    for [n, k] in MODEL_LAYERS {
+        for m in INT8_ROWS {
+            all.push(case("int8", [m, n, k], Layout::Int8, [n, k] == [512, 512] && matches!(m, 1 | 32)));
+        }
+    }
     for mnk in LONG_SUMS {
         all.push(case("gradient", mnk, Layout::TransposedA, mnk == [128, 128, 4096]));
     }
@@ -143,7 +194,8 @@ impl Problem {
     }
 
     /// Compares elements of C, picked at random and the corners, with sums in f64:
-    /// |ĉ − c| ≤ (γ_k + r)·(|A|·|B|), γ_k = ku / (1 − ku), u = 2⁻²⁴, r the rounding that the precision admits.
+    /// |ĉ − c| ≤ (γ_k + r)·(|A|·|B|) + s, γ_k = ku / (1 − ku), u = 2⁻²⁴, r the rounding that the precision admits
+    /// and s what [`Problem::storing`] adds.
     ///
     /// # Errors
     /// Names the first element outside of its bound; NaN is outside.
@@ -164,7 +216,7 @@ impl Problem {
                 magnitude += product.abs();
             }
             let actual = f64::from(c[i * n + j]);
-            let within = (actual - exact).abs() <= bound * magnitude;
+            let within = (actual - exact).abs() <= bound * magnitude + self.storing(i, j, magnitude);
             if !within {
                 return Err(HarnessError::Failed(format!(
                     "C[{i}, {j}] is {actual}, but the sum in f64 is {exact}"
@@ -172,6 +224,35 @@ impl Problem {
             }
         }
         Ok(())
+    }
+
+    /// What fewer bits may add to the error of C[i, j], whose |A|·|B| is `magnitude`.
+    ///
+    /// An integer is off by half a step, the largest element of its group over 2·127 or 2·7. PyTorch's counterparts
+    /// round A, C and the scales to bf16, each by at most 2⁻⁸; its int8 has one scale for all of A, and 7 bits so that
+    /// its sums do not saturate. All are held to that.
+    fn storing(&self, i: usize, j: usize, magnitude: f64) -> f64 {
+        let Shape { k, layout, .. } = self.shape;
+        let (group, steps) = match layout {
+            Layout::Stored(WeightFormat::Bf16) => (k, f64::INFINITY),
+            Layout::Stored(WeightFormat::Int8) | Layout::Int8 => (k, 254.0),
+            Layout::Stored(WeightFormat::Int4 { group }) => (group, 14.0),
+            _ => return 0.0,
+        };
+        let ([a_row, a_col], [b_row, b_col]) = (self.shape.a_strides(), self.shape.b_strides());
+        let of_b = |p: usize| f64::from(self.b[p * b_row + j * b_col].abs());
+        let mut off = 0.0;
+        for first in (0..k).step_by(group) {
+            let rows = first..(first + group).min(k);
+            let largest = rows.clone().map(of_b).fold(0.0, f64::max);
+            let of_a: f64 = rows.map(|p| f64::from(self.a[i * a_row + p * a_col].abs())).sum();
+            off += of_a * largest / steps;
+        }
+        if layout == Layout::Int8 {
+            let largest = self.a.iter().fold(0.0, |top: f32, x| top.max(x.abs()));
+            off += f64::from(largest) / 127.0 * (0..k).map(of_b).sum::<f64>();
+        }
+        (1.0 + 2f64.powi(-6)) * off + 2f64.powi(-6) * magnitude
     }
 }
 

@@ -109,6 +109,14 @@ impl Case {
         }
     }
 
+    /// The bytes whose reading bounds the time of one call, where that is what is asked.
+    pub(crate) fn read_bytes(&self) -> Option<f64> {
+        match self.op {
+            Op::Gemm(shape) => shape.read_bytes(),
+            _ => None,
+        }
+    }
+
     /// The work of one call.
     pub(crate) fn work(&self) -> Work {
         match self.op {

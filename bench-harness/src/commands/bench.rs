@@ -12,7 +12,7 @@ use crate::error::HarnessError;
 use crate::files;
 use crate::measure::clock::{self, Monotonic};
 use crate::measure::fingerprint::Machine;
-use crate::measure::roofline::{self, Roofline};
+use crate::measure::roofline::{self, Reading, Roofline};
 use crate::measure::sampler::{self, Plan};
 use crate::measure::workload::Workload;
 use crate::measure::{statistics, threads};
@@ -54,6 +54,8 @@ struct Samples {
     kernel: String,
     /// Nanoseconds a call.
     ns: Vec<f64>,
+    /// The median time of reading the bytes that bound the case.
+    read_ns: Option<f64>,
 }
 
 /// What a run of the command measures, checked before anything is.
@@ -107,14 +109,9 @@ impl<'a> Bench<'a> {
                     }
                     other => other,
                 })?;
-            for Samples { contestant, kernel, ns } in samples {
-                log.records.push(self.record(
-                    case,
-                    &contestants[contestant],
-                    &limits[contestant],
-                    kernel,
-                    ns,
-                ));
+            for samples in samples {
+                let (contestant, limit) = (&contestants[samples.contestant], &limits[samples.contestant]);
+                log.records.push(self.record(case, contestant, limit, samples));
             }
             log.flush(&self.machine)?;
             bar.inc(1);
@@ -154,9 +151,18 @@ impl<'a> Bench<'a> {
         }
         let mut work: Vec<&mut dyn Workload> =
             ready.iter_mut().map(|(_, workload)| workload.as_mut() as _).collect();
+        let mut reading = case.read_bytes().map(|bytes| Reading::new(&context(Isa::best()), bytes));
+        work.extend(reading.as_mut().map(|reading| reading as &mut dyn Workload));
         let samples = sampler::interleave(&Monotonic::start(), &self.plan, &mut work)?;
+        let read_ns = reading.and(samples.last()).map(|ns| statistics::median(ns));
         let all = ready.iter().zip(samples);
-        Ok(all.map(|((i, workload), ns)| Samples { contestant: *i, kernel: workload.kernel(), ns }).collect())
+        let of = |((i, workload), ns): (&(usize, Box<dyn Workload + '_>), Vec<f64>)| Samples {
+            contestant: *i,
+            kernel: workload.kernel(),
+            ns,
+            read_ns,
+        };
+        Ok(all.map(of).collect())
     }
 
     fn record(
@@ -164,8 +170,7 @@ impl<'a> Bench<'a> {
         case: &Case,
         contestant: &Contestant<'_>,
         limit: &Roofline,
-        kernel: String,
-        samples_ns: Vec<f64>,
+        Samples { kernel, ns: samples_ns, read_ns, .. }: Samples,
     ) -> Record {
         let work = case.work();
         let median_ns = statistics::median(&samples_ns);
@@ -191,6 +196,7 @@ impl<'a> Bench<'a> {
             gflops,
             gbps: Some(gbps),
             percent_of_peak: Some(100.0 * share),
+            percent_of_read: read_ns.map(|ns| 100.0 * ns / median_ns),
         }
     }
 }

@@ -1,13 +1,18 @@
 //! What the machine can do at most, measured: fused multiply-adds in registers, bytes read from memory.
 
+use std::borrow::Cow;
 use std::hint::black_box;
 
+use kavanam_kernels::scratch::ScratchBuf;
 use kavanam_kernels::{Context, Isa};
 use pulp::{Simd, WithSimd};
 use serde::Serialize;
 
+use crate::error::HarnessError;
 use crate::measure::clock::{Clock, Monotonic};
 use crate::measure::fingerprint::Machine;
+use crate::measure::threads;
+use crate::measure::workload::Workload;
 
 /// Independent chains of multiply-adds: more than latency × ports of any core (4 × 2), and with their two
 /// operands within AVX2's 16 registers.
@@ -106,6 +111,42 @@ fn read_buffer_gbps(context: &Context, bytes: usize) -> f64 {
         black_box(isa.dispatch(Sum(&buffer[task * share..][..share])));
     });
     (share * threads * size_of::<f32>()) as f64 / ns
+}
+
+/// Reads a buffer from one end to the other, again and again: what bounds a computation that must read as many
+/// bytes. A buffer that fits a cache is read from it, as the computation's operand is.
+pub(crate) struct Reading {
+    context: Context,
+    buffer: ScratchBuf,
+}
+
+impl Reading {
+    /// On the context's threads, with the widest vectors that there are.
+    pub(crate) fn new(context: &Context, bytes: f64) -> Reading {
+        let mut buffer = ScratchBuf::take(bytes as usize / size_of::<f32>());
+        buffer.fill(1.0);
+        let context = Context::with_isa(Isa::best()).threads(threads::count(context.thread_count()));
+        Reading { context, buffer }
+    }
+}
+
+impl Workload for Reading {
+    fn run(&mut self) -> Result<(), HarnessError> {
+        let share = self.buffer.len().div_ceil(self.context.thread_count());
+        let parts: Vec<&[f32]> = self.buffer.chunks(share.max(1)).collect();
+        self.context.for_each_task(parts.len(), |task| {
+            black_box(self.context.isa().dispatch(Sum(parts[task])));
+        });
+        Ok(())
+    }
+
+    fn outputs(&mut self) -> Result<Vec<Cow<'_, [f32]>>, HarnessError> {
+        Ok(Vec::new())
+    }
+
+    fn kernel(&self) -> String {
+        "read".to_owned()
+    }
 }
 
 struct Sum<'a>(&'a [f32]);

@@ -35,6 +35,7 @@ impl Peer for Gemm {
             threads => gemm_common::Parallelism::Rayon(threads),
         };
         match problem {
+            Problem::Gemm(problem) if problem.shape.in_fewer_bits() => Err(Unready::fewer_bits()),
             Problem::Gemm(problem) => {
                 let c = vec![f32::NAN; problem.shape.m * problem.shape.n];
                 Ok(Box::new(Product { problem, c, parallelism }))

@@ -33,6 +33,7 @@ impl Peer for GemmKit {
             threads => gemmkit::Parallelism::Rayon(threads),
         };
         match problem {
+            Problem::Gemm(problem) if problem.shape.in_fewer_bits() => Err(Unready::fewer_bits()),
             Problem::Gemm(problem) => {
                 let Shape { m, n, .. } = problem.shape;
                 let mut product = Product { problem, packed: None, c: vec![f32::NAN; m * n], parallelism };

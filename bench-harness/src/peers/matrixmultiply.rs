@@ -34,6 +34,7 @@ impl Peer for MatrixMultiply {
             ));
         }
         match problem {
+            Problem::Gemm(problem) if problem.shape.in_fewer_bits() => Err(Unready::fewer_bits()),
             Problem::Gemm(problem) => {
                 let c = vec![f32::NAN; problem.shape.m * problem.shape.n];
                 Ok(Box::new(Product { problem, c }))

@@ -52,6 +52,11 @@ impl Unready {
     fn family() -> Unready {
         Unready::Declined("it computes matrix products only".into())
     }
+
+    /// Of a peer whose operands are f32 alone.
+    fn fewer_bits() -> Unready {
+        Unready::Declined("its weights are f32 only".into())
+    }
 }
 
 /// Every peer that is part of this program, ours first.
@@ -106,6 +111,7 @@ mod tests {
     use crate::cases::gemm::{Layout, Problem as GemmProblem, Shape};
     use crate::cases::{self, Family};
     use crate::measure::threads;
+    use kavanam_kernels::gemm::WeightFormat;
     use kavanam_kernels::{Isa, Precision};
 
     #[test]
@@ -136,7 +142,10 @@ mod tests {
 
     #[test]
     fn every_peer_computes_every_layout() {
-        for layout in [Layout::Plain, Layout::TransposedA, Layout::TransposedB, Layout::Packed] {
+        let stored =
+            [WeightFormat::Bf16, WeightFormat::Int8, WeightFormat::Int4 { group: 8 }].map(Layout::Stored);
+        let in_f32 = [Layout::Plain, Layout::TransposedA, Layout::TransposedB, Layout::Packed];
+        for layout in in_f32.into_iter().chain(stored).chain([Layout::Int8]) {
             let problem = Problem::Gemm(GemmProblem::new(Shape { m: 19, n: 35, k: 23, layout }));
             for count in [1, 2] {
                 let context = Context::with_isa(Isa::best()).threads(threads::count(count));

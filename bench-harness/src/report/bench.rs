@@ -23,6 +23,8 @@ pub(crate) fn table(records: &[Record]) -> String {
     let unit = if records.iter().any(|record| record.gflops.is_some()) { "GFLOP/s" } else { "GB/s" };
     let mut header = vec![format!("case, {unit}")];
     header.extend(labels.iter().cloned());
+    let reading = records.iter().any(|record| record.percent_of_read.is_some());
+    header.extend(reading.then(|| "of reading".to_owned()));
     header.extend(["of peak", "spread", "best peer / ours"].map(str::to_owned));
     let mut table = Table::new(header);
     for row in &rows {
@@ -36,7 +38,9 @@ pub(crate) fn table(records: &[Record]) -> String {
             let interval = ratio_interval(&best.samples_ns, &first.samples_ns);
             format!("{:.2} [{:.2}, {:.2}]", best.median_ns / first.median_ns, interval.low, interval.high)
         });
-        table.row([row.case.to_owned()].into_iter().chain(rates).chain([
+        let read =
+            reading.then(|| first.percent_of_read.map_or(String::new(), |percent| format!("{percent:.0} %")));
+        table.row([row.case.to_owned()].into_iter().chain(rates).chain(read).chain([
             peak,
             format!("{spread:.1} %"),
             ratio,
@@ -130,6 +134,7 @@ mod tests {
             gflops: Some(1000.0 / ns),
             gbps: Some(1.0),
             percent_of_peak: Some(50.0),
+            percent_of_read: None,
         }
     }
 

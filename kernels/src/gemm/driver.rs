@@ -9,10 +9,10 @@ use crate::context::Context;
 use crate::isa::Isa;
 
 /// Multiply-adds below which a task is not worth handing to another thread (about 20 µs).
-const MIN_TASK_WORK: usize = 1 << 20;
+pub(super) const MIN_TASK_WORK: usize = 1 << 20;
 /// A product of fewer rows takes as long as one of this many: it waits for memory. With it a second thread gains
 /// from 768×768 on and is not called for 512×512 (docs/decisions/002-gemm.md).
-const MEMORY_BOUND_ROWS: usize = 4;
+pub(super) const MEMORY_BOUND_ROWS: usize = 4;
 
 /// Computes all of C.
 pub(super) fn run(ctx: &Context, problem: &Problem<'_>) {
@@ -49,7 +49,7 @@ fn grid(problem: &Problem<'_>, threads: usize) -> (usize, usize) {
 }
 
 /// Slab `index` of `parts` of `0..len`, cut at multiples of `tile`.
-fn slab(len: usize, tile: usize, parts: usize, index: usize) -> std::ops::Range<usize> {
+pub(super) fn slab(len: usize, tile: usize, parts: usize, index: usize) -> std::ops::Range<usize> {
     let tiles = len.div_ceil(tile);
     let edge = |i: usize| (tiles * i / parts * tile).min(len);
     edge(index)..edge(index + 1)

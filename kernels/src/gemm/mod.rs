@@ -8,7 +8,8 @@
 //! `|ĉ − c| ≤ γ_k·(|A|·|B|)` element by element: each element is a chain of fused multiply-adds
 //! over `p` within a block of K, and the blocks are added in order. The result has the same bits for
 //! any number of threads, for a row alone or in any batch, and for plain or packed weights. A
-//! [`Precision`](crate::Precision) is a floor of accuracy: every kernel here is f32 and serves all of them.
+//! [`Precision`](crate::Precision) is a floor of accuracy: every kernel with an A in f32 serves all of them, and
+//! [`gemm_int8`], which rounds A, is asked for by name.
 //!
 //! # Source
 //! Goto and van de Geijn, *Anatomy of High-Performance Matrix Multiplication*, 2008; the macrokernel
@@ -18,6 +19,7 @@ mod batched;
 mod blocking;
 mod driver;
 mod epilogue;
+mod int8;
 mod macrokernel;
 pub(crate) mod microkernel;
 mod pack;
@@ -30,6 +32,7 @@ mod tests;
 pub use crate::rowwise::Activation;
 pub use batched::gemm_batched;
 pub use epilogue::{Accum, Epilogue};
+pub use int8::{INT8_MAX_DEPTH, Int8Rows, gemm_int8, int8_kernel_name};
 pub use microkernel::{KernelInfo, Storage};
 pub use packed::PackedWeights;
 pub use quantise::WeightFormat;

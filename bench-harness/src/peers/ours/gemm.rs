@@ -2,7 +2,9 @@
 
 use std::borrow::Cow;
 
-use kavanam_kernels::gemm::{Accum, Epilogue, PackedWeights, gemm, gemm_packed};
+use kavanam_kernels::gemm::{
+    Accum, Epilogue, Int8Rows, PackedWeights, WeightFormat, gemm, gemm_int8, gemm_packed, int8_kernel_name,
+};
 use kavanam_kernels::{Context, MatMut, MatRef, ShapeError};
 
 use crate::cases::gemm::{Layout, Problem, Shape};
@@ -15,7 +17,13 @@ pub(super) fn prepare(problem: &Problem, context: Context) -> Result<Box<dyn Wor
     let ([a_row, a_col], [b_row, b_col]) = (problem.shape.a_strides(), problem.shape.b_strides());
     let a = MatRef::with_strides(&problem.a, m, k, a_row, a_col)?;
     let b = MatRef::with_strides(&problem.b, k, n, b_row, b_col)?;
-    let packed = (layout == Layout::Packed).then(|| PackedWeights::pack(&context, b)).transpose()?;
+    let format = match layout {
+        Layout::Packed => Some(WeightFormat::F32),
+        Layout::Stored(format) => Some(format),
+        Layout::Int8 => Some(WeightFormat::Int8),
+        _ => None,
+    };
+    let packed = format.map(|format| PackedWeights::pack_as(&context, b, format)).transpose()?;
     Ok(Box::new(Product { context, a, b, packed, shape: problem.shape, c: vec![f32::NAN; m * n] }))
 }
 
@@ -33,6 +41,10 @@ impl Workload for Product<'_> {
         let c = MatMut::new(&mut self.c, self.shape.m, self.shape.n);
         let epilogue = Epilogue::default();
         let done = c.and_then(|c| match &self.packed {
+            Some(packed) if self.shape.layout == Layout::Int8 => {
+                let a = Int8Rows::Quantise(self.a);
+                gemm_int8(&self.context, a, packed, c, Accum::Overwrite, &epilogue)
+            }
             Some(packed) => gemm_packed(&self.context, self.a, packed, c, Accum::Overwrite, &epilogue),
             None => gemm(&self.context, self.a, self.b, c, Accum::Overwrite, &epilogue),
         });
@@ -44,6 +56,10 @@ impl Workload for Product<'_> {
     }
 
     fn kernel(&self) -> String {
-        kavanam_kernels::gemm::kernel_name(&self.context).to_owned()
+        if self.shape.layout == Layout::Int8 {
+            return int8_kernel_name(&self.context).to_owned();
+        }
+        let of_context = || kavanam_kernels::gemm::kernel_name(&self.context);
+        self.packed.as_ref().map_or_else(of_context, PackedWeights::kernel_name).to_owned()
     }
 }

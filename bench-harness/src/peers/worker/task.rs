@@ -1,6 +1,7 @@
 //! What is sent of a case: the operation in words, its sizes, the operands as they lie in memory.
 
 use kavanam_kernels::Context;
+use kavanam_kernels::gemm::WeightFormat;
 use kavanam_kernels::rnn::Cell;
 use kavanam_kernels::rnn::min_rnn::MinCell;
 use kavanam_model::Seq2Seq;
@@ -47,9 +48,18 @@ fn gemm_task(problem: &gemm::Problem) -> Task<'_> {
         gemm::Layout::TransposedA => ("transposed_a", [k, m], [k, n]),
         gemm::Layout::TransposedB => ("transposed_b", [m, k], [n, k]),
         gemm::Layout::Packed => ("packed", [m, k], [k, n]),
+        gemm::Layout::Stored(_) => ("stored", [m, k], [k, n]),
+        gemm::Layout::Int8 => ("int8", [m, k], [k, n]),
     };
+    let (weights, group) = match layout {
+        gemm::Layout::Stored(WeightFormat::Bf16) => ("bf16", k),
+        gemm::Layout::Stored(WeightFormat::Int8) => ("int8", k),
+        gemm::Layout::Stored(WeightFormat::Int4 { group }) => ("int4", group),
+        _ => ("f32", k),
+    };
+    let shape = json!({"m": m, "n": n, "k": k, "weights": weights, "group": group});
     let tensors = vec![f32s("a", &a, &problem.a), f32s("b", &b, &problem.b)];
-    task(["gemm", operation], json!({"m": m, "n": n, "k": k}), tensors, vec![m * n])
+    task(["gemm", operation], shape, tensors, vec![m * n])
 }
 
 fn attention_task(problem: &attention::Problem) -> Task<'_> {

@@ -10,6 +10,7 @@
 //! - Any number of rows with 1 to NR columns, few rows with any number of panels, any depth (0 included) work.
 
 mod outer_product;
+mod pairs;
 pub(crate) mod prefetch;
 mod stored;
 
@@ -18,6 +19,7 @@ use std::marker::PhantomData;
 use pulp::{Simd, WithSimd};
 
 use outer_product::OuterProduct;
+pub(crate) use pairs::{PairProducts, PairStrip, PairVisitor, Pairs, RowScale, WordBlock, with_pairs};
 pub use stored::Storage;
 pub(crate) use stored::{Bf16, F32, Int4, Int8, Stored};
 
@@ -33,6 +35,8 @@ pub struct KernelInfo {
     pub name: &'static str,
     /// The instruction set that it needs.
     pub isa: IsaName,
+    /// How it reads A: as f32, or as int8 with a scale a row.
+    pub left: Storage,
     /// How it reads B.
     pub storage: Storage,
     /// The most exact precision that it serves. It serves the others too: precision is a floor.
@@ -57,11 +61,16 @@ const fn f32_sums(
     storage: Storage,
     (isa, [mr, nr, lanes]): (IsaName, [usize; 3]),
 ) -> KernelInfo {
-    KernelInfo { name, isa, storage, precision: Precision::Strict, mr, nr, lanes }
+    KernelInfo { name, isa, left: Storage::F32, storage, precision: Precision::Strict, mr, nr, lanes }
+}
+
+/// A kernel with i32 sums of int8 products. What is rounded is A, and the caller asks for it by name.
+const fn i32_sums(name: &'static str, tile: (IsaName, [usize; 3])) -> KernelInfo {
+    KernelInfo { left: Storage::Int8, ..f32_sums(name, Storage::Int8, tile) }
 }
 
 /// Every kernel of this crate, whether or not this CPU can run it.
-pub(crate) const KERNELS: [KernelInfo; 16] = [
+pub(crate) const KERNELS: [KernelInfo; 20] = [
     f32_sums("f32_4x4_scalar", Storage::F32, SCALAR),
     f32_sums("f32_8x12_neon", Storage::F32, NEON),
     f32_sums("f32_6x16_avx2", Storage::F32, AVX2),
@@ -78,11 +87,23 @@ pub(crate) const KERNELS: [KernelInfo; 16] = [
     f32_sums("int4w_8x12_neon", Storage::Int4, NEON),
     f32_sums("int4w_6x16_avx2", Storage::Int4, AVX2),
     f32_sums("int4w_8x48_avx512", Storage::Int4, AVX512),
+    i32_sums("int8_4x4_scalar", SCALAR),
+    i32_sums("int8_8x12_neon", NEON),
+    i32_sums("int8_6x16_avx2", AVX2),
+    i32_sums("int8_8x48_avx512", AVX512),
 ];
 
-/// The kernel of that instruction set for a right operand that is stored so.
+/// The kernel of that instruction set for int8 on both sides.
+pub(crate) fn int8_kernel_of(isa: IsaName) -> &'static KernelInfo {
+    let found = KERNELS.iter().find(|kernel| kernel.isa == isa && kernel.left == Storage::Int8);
+    found.expect("the table has one for each instruction set")
+}
+
+/// The kernel of that instruction set for a left operand in f32 and a right operand that is stored so.
 pub(crate) fn kernel_of(isa: IsaName, storage: Storage) -> &'static KernelInfo {
-    let found = KERNELS.iter().find(|kernel| kernel.isa == isa && kernel.storage == storage);
+    let fits =
+        |kernel: &&KernelInfo| (kernel.isa, kernel.left, kernel.storage) == (isa, Storage::F32, storage);
+    let found = KERNELS.iter().find(fits);
     found.expect("the table has every pair")
 }
 
@@ -244,7 +265,8 @@ mod tests {
     #[test]
     fn the_kernel_that_runs_is_the_one_in_the_table() {
         for isa in Isa::available() {
-            let of_isa: Vec<_> = KERNELS.iter().filter(|info| info.isa == isa.name()).collect();
+            let in_f32 = KERNELS.iter().filter(|info| info.left == Storage::F32);
+            let of_isa: Vec<_> = in_f32.filter(|info| info.isa == isa.name()).collect();
             assert_eq!(of_isa.len(), 4);
             for info in of_isa {
                 assert_eq!(kernel_of(isa.name(), info.storage), info);
@@ -252,6 +274,26 @@ mod tests {
                 assert_eq!(with_kernel(isa, info.storage, Shape), shape);
                 assert!(info.name.ends_with(&format!("_{}x{}_{isa}", info.mr, info.nr)));
             }
+        }
+    }
+
+    struct PairShape<'a>(&'a mut [usize; 3]);
+    impl PairVisitor for PairShape<'_> {
+        #[inline(always)]
+        fn visit<S: PairProducts, const MR: usize, const VECS: usize>(self, _: Pairs<S, MR, VECS>) {
+            *self.0 = [MR, Pairs::<S, MR, VECS>::NR, S::F32_LANES];
+        }
+    }
+
+    #[test]
+    fn int8_on_both_sides_has_the_tiles_of_int8_weights() {
+        for isa in Isa::available() {
+            let (info, weights) = (int8_kernel_of(isa.name()), kernel_of(isa.name(), Storage::Int8));
+            assert_eq!((info.mr, info.nr, info.lanes), (weights.mr, weights.nr, weights.lanes));
+            let mut shape = [0; 3];
+            with_pairs(isa, PairShape(&mut shape));
+            assert_eq!(shape, [info.mr, info.nr, info.lanes]);
+            assert_eq!(info.name, format!("int8_{}x{}_{isa}", info.mr, info.nr));
         }
     }
 }

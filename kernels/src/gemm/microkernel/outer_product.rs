@@ -174,9 +174,14 @@ impl<S: Simd, T: Stored, const MR: usize, const VECS: usize> WithSimd for Thin<'
 
     #[inline(always)]
     fn with_simd<U: Simd>(self, _: U) {
-        match self.strip.rows {
-            1 => self.panels::<1, 4>(),
-            _ => self.panels::<2, 2>(),
+        // Words of several elements stay in registers while their elements are taken, each beside its sums: with four
+        // panels 8 words and 8 sums would leave none for the constants of widening.
+        match (self.strip.rows, T::PER_WORD) {
+            (1, 1) => self.panels::<1, 4>(),
+            (1, 2) => self.panels::<1, 3>(),
+            (1, _) => self.panels::<1, 2>(),
+            (_, 1 | 2) => self.panels::<2, 2>(),
+            _ => self.panels::<2, 1>(),
         }
     }
 }
@@ -453,14 +458,14 @@ impl<S: Simd> WithSimd for Activate<'_, S> {
 }
 
 /// A tile that is not made of whole contiguous vectors of C: the same operations, a vector at a time.
-struct EdgeTile<'a, S: Simd> {
-    simd: S,
-    tile: &'a [S::f32s],
-    width: usize,
-    first: usize,
-    cols: usize,
-    finish: &'a Finish<'a>,
-    out: Out<f32>,
+pub(super) struct EdgeTile<'a, S: Simd> {
+    pub(super) simd: S,
+    pub(super) tile: &'a [S::f32s],
+    pub(super) width: usize,
+    pub(super) first: usize,
+    pub(super) cols: usize,
+    pub(super) finish: &'a Finish<'a>,
+    pub(super) out: Out<f32>,
 }
 
 impl<S: Simd> WithSimd for EdgeTile<'_, S> {

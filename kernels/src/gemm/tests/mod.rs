@@ -1,5 +1,6 @@
 //! The properties of the product, on every ISA of the machine.
 
+mod int8;
 mod stored;
 
 use std::num::NonZeroUsize;
