@@ -219,6 +219,7 @@ impl Problem {
             scale: f64::from(self.shape.scale()),
             bias: None,
             sees: &sees,
+            factor: None,
         };
         let ours = |tensor: &[f32], positions: &[usize]| -> Vec<f32> {
             self.rows(tensor, positions).into_iter().map(|x| x as f32).collect()

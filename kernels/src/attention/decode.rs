@@ -330,7 +330,7 @@ impl Tasks<'_> {
                         let later = q.layout().seq - 1 - (first + r) % q.layout().seq;
                         let end = total.saturating_sub(later).clamp(first_key, keys.end);
                         let whole = end == vectors.end * S::F32_LANES;
-                        (!whole).then(|| Row { bias: None, visible: 0..end - first_key })
+                        (!whole).then(|| Row { bias: None, alibi: None, visible: 0..end - first_key })
                     },
                     carried,
                 );

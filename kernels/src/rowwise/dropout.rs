@@ -42,25 +42,40 @@ pub struct Dropout {
     pub stream: u64,
 }
 
+/// Where the words of some elements come from: element `64·b + 16·w + l` has word w of counter
+/// `base + 16·b + l`, whose upper half is `high`, under `key`.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Source {
+    /// Words below this fall.
+    pub(crate) threshold: u32,
+    /// 1/(1 − p).
+    pub(crate) scale: f32,
+    pub(crate) key: u64,
+    pub(crate) base: u64,
+    pub(crate) high: u64,
+}
+
 impl Dropout {
+    /// The words of a buffer.
+    pub(crate) fn source(&self) -> Source {
+        // In 0 ..= 2³² − 1 because p < 1.
+        let threshold = (f64::from(self.p) * (1u64 << 32) as f64) as u32;
+        Source { threshold, scale: 1.0 / (1.0 - self.p), key: self.seed, base: 0, high: self.stream }
+    }
+
     /// `Ok` when p is a probability below 1.
-    pub(super) fn check(&self) -> Result<(), ShapeError> {
+    pub(crate) fn check(&self) -> Result<(), ShapeError> {
         if (0.0..1.0).contains(&self.p) {
             return Ok(());
         }
         let value = self.p.to_string();
         Err(ShapeError::Value { argument: "p", value, expected: "a number in 0..1" })
     }
-
-    /// Words below this fall. In 0 ..= 2³² − 1 because p < 1.
-    fn threshold(&self) -> u32 {
-        (f64::from(self.p) * (1u64 << 32) as f64) as u32
-    }
 }
 
 /// The four words of `counter`, a vector of counters.
 #[inline(always)]
-fn philox<S: Simd>(simd: S, mut counter: [S::u32s; 4], seed: u64) -> [S::u32s; 4] {
+pub(crate) fn philox<S: Simd>(simd: S, mut counter: [S::u32s; 4], seed: u64) -> [S::u32s; 4] {
     let mut key = [seed as u32, (seed >> 32) as u32];
     let multipliers = [simd.splat_u32s(MULTIPLIERS[0]), simd.splat_u32s(MULTIPLIERS[1])];
     for _ in 0..ROUNDS {
@@ -81,29 +96,29 @@ fn philox<S: Simd>(simd: S, mut counter: [S::u32s; 4], seed: u64) -> [S::u32s; 4
 ///
 /// `space` holds [`factors_space`] elements; the part that is returned begins somewhere in its first block.
 #[inline(always)]
-pub(super) fn factors<'a, S: Simd>(
+pub(crate) fn factors<'a, S: Simd>(
     simd: S,
-    spec: &Dropout,
+    source: &Source,
     range: Range<u64>,
     space: &'a mut [f32],
 ) -> &'a [f32] {
-    let Dropout { p, seed, stream } = *spec;
+    let Source { key, base, high, .. } = *source;
     let zero = simd.splat_f32s(0.0);
-    let scale = simd.splat_f32s(1.0 / (1.0 - p));
-    let threshold = simd.splat_u32s(spec.threshold());
+    let scale = simd.splat_f32s(source.scale);
+    let threshold = simd.splat_u32s(source.threshold);
     let offsets: [u32; COUNTERS] = std::array::from_fn(|l| l as u32);
     let (offsets, _) = S::as_simd_u32s(&offsets);
-    let high = [simd.splat_u32s(stream as u32), simd.splat_u32s((stream >> 32) as u32)];
+    let high = [simd.splat_u32s(high as u32), simd.splat_u32s((high >> 32) as u32)];
     let first_block = range.start / BLOCK as u64;
     let blocks = range.end.div_ceil(BLOCK as u64) - first_block;
     let (parts, _) = space[..blocks as usize * BLOCK].as_chunks_mut::<BLOCK>();
     for (block, part) in (first_block..).zip(parts) {
-        let counter = block * COUNTERS as u64;
+        let counter = base + block * COUNTERS as u64;
         let (low, next) = (simd.splat_u32s(counter as u32), simd.splat_u32s((counter >> 32) as u32));
         let (part, _) = S::as_mut_simd_f32s(part);
         for (l, &offset) in offsets.iter().enumerate() {
             // 16 divides the counter, so this sum carries nothing.
-            let words = philox(simd, [simd.add_u32s(low, offset), next, high[0], high[1]], seed);
+            let words = philox(simd, [simd.add_u32s(low, offset), next, high[0], high[1]], key);
             for (w, word) in words.into_iter().enumerate() {
                 let falls = simd.less_than_u32s(word, threshold);
                 part[w * offsets.len() + l] = simd.select_f32s(falls, zero, scale);
@@ -115,7 +130,7 @@ pub(super) fn factors<'a, S: Simd>(
 }
 
 /// What [`factors`] needs for `len` elements, wherever they begin.
-pub(super) fn factors_space(len: usize) -> usize {
+pub(crate) const fn factors_space(len: usize) -> usize {
     len.next_multiple_of(BLOCK) + BLOCK
 }
 
@@ -127,7 +142,7 @@ pub(super) fn keep<S: Simd>(simd: S, x: S::f32s, factor: S::f32s) -> S::f32s {
 }
 
 struct Apply<'a> {
-    spec: Dropout,
+    source: Source,
     /// The place of `x` in the whole buffer.
     first: u64,
     x: &'a [f32],
@@ -145,7 +160,7 @@ impl WithSimd for Apply<'_> {
         let mut space = [0.0f32; HELD + BLOCK];
         for (i, (x, y)) in self.x.chunks(HELD).zip(self.y.chunks_mut(HELD)).enumerate() {
             let first = self.first + (i * HELD) as u64;
-            let factors = factors(simd, &self.spec, first..first + x.len() as u64, &mut space);
+            let factors = factors(simd, &self.source, first..first + x.len() as u64, &mut space);
             lanes::zip(
                 simd,
                 x,
@@ -175,7 +190,7 @@ pub fn apply(ctx: &Context, spec: &Dropout, x: &[f32], y: &mut [f32]) -> Result<
     }
     view::for_each_chunk(ctx, y, CHUNK, |index, y| {
         let x = &x[index * CHUNK..][..y.len()];
-        ctx.isa().dispatch(Apply { spec: *spec, first: (index * CHUNK) as u64, x, y });
+        ctx.isa().dispatch(Apply { source: spec.source(), first: (index * CHUNK) as u64, x, y });
     });
     Ok(())
 }

@@ -181,7 +181,7 @@ fn with_factors<S: Simd>(
     (first, rows, cols): (usize, usize, usize),
     mut row: impl FnMut(usize, &[f32]),
 ) {
-    let Some(spec) = dropout else {
+    let Some(source) = dropout.map(|dropout| dropout.source()) else {
         (0..rows).for_each(
             #[inline(always)]
             |i| row(i, &[]),
@@ -193,7 +193,7 @@ fn with_factors<S: Simd>(
     for start in (0..rows).step_by(together.max(1)) {
         let end = (start + together).min(rows);
         let range = ((first + start) * cols) as u64..((first + end) * cols) as u64;
-        let factors = dropout::factors(simd, &spec, range, &mut space);
+        let factors = dropout::factors(simd, &source, range, &mut space);
         for i in start..end {
             row(i, &factors[(i - start) * cols..][..cols]);
         }
