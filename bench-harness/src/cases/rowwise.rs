@@ -273,7 +273,7 @@ impl Problem {
             }
             RowOp::AdamW => {
                 let mut state: Vec<[f64; 3]> =
-                    (0..cols).map(|j| with_second(j)).map(|[x, v, _]| [x, 0.0, v]).collect();
+                    (0..cols).map(with_second).map(|[x, v, _]| [x, 0.0, v]).collect();
                 let grad: Vec<f64> = (0..cols).map(|j| f64::from(d_y.at(0, j))).collect();
                 reference::adamw_step(&adamw_reference(), ADAMW_T, &grad, &mut state);
                 (0..3).map(|k| state.iter().map(|state| state[k]).collect()).collect()

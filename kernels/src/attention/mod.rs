@@ -37,6 +37,7 @@ mod packed;
 mod probabilities;
 mod problem;
 mod stage;
+mod stored;
 #[cfg(test)]
 mod tests;
 mod tile;

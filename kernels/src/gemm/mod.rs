@@ -19,11 +19,11 @@ mod blocking;
 mod driver;
 mod epilogue;
 mod macrokernel;
-mod microkernel;
+pub(crate) mod microkernel;
 mod pack;
 mod packed;
 mod placement;
-mod quantise;
+pub(crate) mod quantise;
 #[cfg(test)]
 mod tests;
 

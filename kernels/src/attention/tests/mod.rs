@@ -3,6 +3,7 @@
 mod bits;
 mod blocks;
 mod decode;
+mod decode_stored;
 mod packed;
 
 use super::*;

@@ -11,12 +11,15 @@ use crate::testing::{Guarded, uniform};
 const EPS: f32 = 1e-5;
 const MASKS: [Option<Dropout>; 2] = [None, Some(Dropout { p: 0.25, seed: 7, stream: 3 })];
 
+/// x, what forward saved, d_y.
+type Inputs<'a, T> = (MatRef<'a>, &'a [T], MatRef<'a>);
+
 /// A norm and its two kernels apart.
 struct Apart<N: Norm> {
     norm: N,
     forward: fn(&Context, &N, MatRef<'_>, MatMut<'_>, &mut [N::Stats]),
     /// Writes d_x and adds to d_gamma and d_beta.
-    backward: fn(&Context, &N, (MatRef<'_>, &[N::Stats], MatRef<'_>), MatMut<'_>, [&mut [f32]; 2]),
+    backward: fn(&Context, &N, Inputs<'_, N::Stats>, MatMut<'_>, [&mut [f32]; 2]),
 }
 
 fn layernorm_apart<'a>(gamma: &'a [f32], beta: &'a [f32]) -> Apart<LayerNorm<'a>> {
