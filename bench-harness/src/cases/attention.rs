@@ -44,7 +44,7 @@ pub(crate) struct Shape {
 }
 
 /// batch, heads, positions, elements of a head; whether causal; whether `--quick` measures it.
-const SHAPES: [([usize; 4], bool, bool); 14] = [
+const SHAPES: [([usize; 4], bool, bool); 15] = [
     ([64, 4, 12, 32], false, true),
     ([64, 4, 12, 32], true, false),
     ([8, 8, 128, 64], false, false),
@@ -53,6 +53,7 @@ const SHAPES: [([usize; 4], bool, bool); 14] = [
     ([1, 12, 512, 64], true, true),
     ([1, 8, 4096, 64], false, false),
     ([1, 8, 4096, 64], true, false),
+    ([1, 8, 8192, 64], false, false),
     ([32, 12, 128, 64], false, false),
     ([32, 12, 128, 64], true, false),
     ([1, 16, 1024, 128], false, false),
@@ -70,10 +71,12 @@ const CACHES: [([usize; 4], bool); 4] = [
 ];
 
 /// The same of BigBird's pattern, from the length where it begins to pay to long documents.
-const PATTERNS: [([usize; 4], bool); 4] = [
+const PATTERNS: [([usize; 4], bool); 6] = [
     ([1, 8, 1024, 64], true),
     ([1, 8, 4096, 64], false),
+    ([1, 8, 8192, 64], false),
     ([1, 8, 16384, 64], false),
+    ([1, 8, 32768, 64], false),
     ([1, 8, 65536, 64], false),
 ];
 

@@ -140,7 +140,6 @@ impl Rowwise<'_> {
         let (x, weight) = (MatRef::new(x, rows, dim)?, MatRef::new(second, cols, dim)?);
         let projection = Projection { x, weight, bias: None };
         let spec = CrossEntropy { label_smoothing: 0.0, ignore_index: None };
-        projected::forward(&self.context, &projection, targets, &spec, losses)?;
         // As above.
         d_weight.fill(0.0);
         let grads = projected::Grads {
@@ -148,7 +147,8 @@ impl Rowwise<'_> {
             d_weight: MatMut::new(d_weight, cols, dim)?,
             d_bias: None,
         };
-        projected::backward(&self.context, &projection, targets, &spec, &d_y[..rows], grads)
+        let loss = (&spec, &d_y[..rows]);
+        projected::forward_and_backward(&self.context, &projection, targets, loss, losses, grads)
     }
 }
 

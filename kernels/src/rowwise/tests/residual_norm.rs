@@ -14,12 +14,14 @@ const MASKS: [Option<Dropout>; 2] = [None, Some(Dropout { p: 0.25, seed: 7, stre
 /// x, what forward saved, d_y.
 type Inputs<'a, T> = (MatRef<'a>, &'a [T], MatRef<'a>);
 
+/// Writes d_x and adds to d_gamma and d_beta.
+type BackwardApart<N> = fn(&Context, &N, Inputs<'_, <N as Norm>::Stats>, MatMut<'_>, [&mut [f32]; 2]);
+
 /// A norm and its two kernels apart.
 struct Apart<N: Norm> {
     norm: N,
     forward: fn(&Context, &N, MatRef<'_>, MatMut<'_>, &mut [N::Stats]),
-    /// Writes d_x and adds to d_gamma and d_beta.
-    backward: fn(&Context, &N, Inputs<'_, N::Stats>, MatMut<'_>, [&mut [f32]; 2]),
+    backward: BackwardApart<N>,
 }
 
 fn layernorm_apart<'a>(gamma: &'a [f32], beta: &'a [f32]) -> Apart<LayerNorm<'a>> {
