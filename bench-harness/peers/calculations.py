@@ -138,6 +138,10 @@ def attention(task, tensors):
     backward = task["operation"] == "backward"
     if task["operation"] == "bigbird":
         raise Declined("it has no attention over a list of blocks on a CPU")
+    if task["operation"] == "decode_int8":
+        raise Declined("it has no attention with a cache of integers on a CPU")
+    if task["operation"] == "decode_bf16":
+        dtype = torch.bfloat16
 
     def heads_first(tensor):
         return tensor.to(dtype).transpose(1, 2)
@@ -146,7 +150,7 @@ def attention(task, tensors):
         return [tensor.transpose(1, 2) for tensor in tensors]
 
     q, k, v = (heads_first(tensors[name]) for name in "qkv")
-    if task["operation"] == "decode":
+    if task["operation"].startswith("decode"):
         # A cache lies head by head.
         k, v = k.contiguous(), v.contiguous()
     q, k, v = (tensor.requires_grad_(backward) for tensor in (q, k, v))

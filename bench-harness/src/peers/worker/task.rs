@@ -1,6 +1,7 @@
 //! What is sent of a case: the operation in words, its sizes, the operands as they lie in memory.
 
 use kavanam_kernels::Context;
+use kavanam_kernels::attention::cache::CacheFormat;
 use kavanam_kernels::rnn::Cell;
 use kavanam_kernels::rnn::min_rnn::MinCell;
 use kavanam_model::Seq2Seq;
@@ -66,6 +67,8 @@ fn attention_task(problem: &attention::Problem) -> Task<'_> {
         attention::Pass::Forward => ("forward", vec![shape.elements()]),
         attention::Pass::Backward => ("backward", vec![shape.elements(); 3]),
         attention::Pass::Decode => ("decode", vec![shape.query_elements()]),
+        attention::Pass::DecodeStored(CacheFormat::Bf16) => ("decode_bf16", vec![shape.query_elements()]),
+        attention::Pass::DecodeStored(CacheFormat::Int8) => ("decode_int8", vec![shape.query_elements()]),
         attention::Pass::BigBird => ("bigbird", vec![shape.elements()]),
     };
     task(["attention", operation], json!({"causal": causal, "scale": shape.scale()}), tensors, outputs)
