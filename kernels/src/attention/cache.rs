@@ -4,8 +4,9 @@
 //! keys   [sequences, kv_heads, capacity / PANEL, dim, PANEL]      key j at [j / PANEL, :, j mod PANEL]
 //! values [sequences, kv_heads, capacity, v_dim]
 //! ```
-//! In fewer bits, a row of keys (one element of the keys of a panel) or of values stands in groups of 16 words
-//! ([`super::stored`]); int8 has one scale for each position and head of the keys, and one of the values.
+//! In fewer bits, a row of keys (one element of the keys of a panel) or of values stands in groups of 16 words:
+//! element `at` of word `w` is column `16·at + w` of its group. int8 has one scale for each position and head of the
+//! keys, and one of the values.
 //!
 //! Decoding reads each byte of a cache once, so nothing pays for transposing keys on the way: they are written
 //! transposed, a panel of [`PANEL`] keys at a time, when they are appended. A head's keys and values are each one
