@@ -190,6 +190,10 @@ def attention(task, tensors):
     backward = task["operation"] == "backward"
     if task["operation"] == "bigbird":
         raise Declined("it has no attention over a list of blocks on a CPU")
+    if task["operation"] == "decode_int8":
+        raise Declined("it has no attention with a cache of integers on a CPU")
+    if task["operation"] == "decode_bf16":
+        dtype = torch.bfloat16
 
     def heads_first(tensor):
         return tensor.to(dtype).transpose(1, 2)
@@ -198,7 +202,7 @@ def attention(task, tensors):
         return [tensor.transpose(1, 2) for tensor in tensors]
 
     q, k, v = (heads_first(tensors[name]) for name in "qkv")
-    if task["operation"] == "decode":
+    if task["operation"].startswith("decode"):
         # A cache lies head by head.
         k, v = k.contiguous(), v.contiguous()
     q, k, v = (tensor.requires_grad_(backward) for tensor in (q, k, v))
@@ -360,8 +364,17 @@ def rowwise(task, tensors):
         "cross_entropy": cross_entropy,
         "cross_entropy_backward": cross_entropy_backward,
         "gelu": gelu,
+        "gelu_backward": gelu_backward,
+        "rmsnorm": rmsnorm,
+        "residual_layernorm": residual_layernorm,
+        "swiglu": swiglu,
+        "swiglu_backward": swiglu_backward,
+        "adamw": adamw,
+        "projected_cross_entropy": projected_cross_entropy,
     }
-    return operations[task["operation"]](tensors, task["shape"]["eps"])
+    shape = task["shape"]
+    given = shape["adamw"] if task["operation"] == "adamw" else shape["eps"]
+    return operations[task["operation"]](tensors, given)
 
 
 def softmax(tensors, _):
@@ -442,10 +455,107 @@ def gelu(tensors, _):
     return Calculation("gelu", lambda: torch.ops.aten.gelu.out(x, approximate="none", out=y), lambda: [y])
 
 
+def gelu_backward(tensors, _):
+    x, d_y = tensors["x"], tensors["d_y"]
+    d_x = torch.empty_like(x)
+    operator = torch.ops.aten.gelu_backward.grad_input
+    return Calculation(
+        "gelu_backward", lambda: operator(d_y, x, approximate="none", grad_input=d_x), lambda: [d_x]
+    )
+
+
+def rmsnorm(tensors, eps):
+    x, gamma = tensors["x"], tensors["gamma"]
+    return keeping("rms_norm", torch.nn.functional.rms_norm, x, gamma.shape, gamma, eps)
+
+
+def residual_layernorm(tensors, eps):
+    """The stream after a block, and its norm."""
+    x, stream, gamma, beta = (tensors[name] for name in ("x", "d_y", "gamma", "beta"))
+    arguments = (gamma.shape, gamma, beta, eps)
+    total, y = torch.empty_like(x), torch.empty_like(x)
+    _, mean, rstd = torch.ops.aten.native_layer_norm(x, *arguments)
+    operator = torch.ops.aten.native_layer_norm.out
+
+    def both():
+        torch.add(stream, x, out=total)
+        operator(total, *arguments, out0=y, out1=mean, out2=rstd)
+
+    return Calculation("add+layer_norm_out", both, lambda: [total, y])
+
+
+def swiglu(tensors, _):
+    gate, up = tensors["x"], tensors["second"]
+    inner, y = torch.empty_like(gate), torch.empty_like(gate)
+
+    def out():
+        torch.ops.aten.silu.out(gate, out=inner)
+        torch.mul(inner, up, out=y)
+
+    forms = [
+        keeping("silu*up", lambda: torch.nn.functional.silu(gate) * up),
+        Calculation("silu_out+mul_out", out, lambda: [y]),
+    ]
+    return fastest(forms)
+
+
+def swiglu_backward(tensors, _):
+    """The three products that autograd makes, into memory that is there."""
+    gate, up, d_y = tensors["x"], tensors["second"], tensors["d_y"]
+    inner, d_gate, d_up = torch.empty_like(gate), torch.empty_like(gate), torch.empty_like(gate)
+    silu = torch.nn.functional.silu(gate)
+
+    def backward():
+        torch.mul(d_y, silu, out=d_up)
+        torch.mul(d_y, up, out=inner)
+        torch.ops.aten.silu_backward.grad_input(inner, gate, grad_input=d_gate)
+
+    return Calculation("mul+mul+silu_backward", backward, lambda: [d_gate, d_up])
+
+
+def adamw(tensors, given):
+    """The fused step of torch.optim.AdamW(fused=True). What is checked is one step from the case's state."""
+    initial = [tensors["x"], torch.zeros_like(tensors["x"]), tensors["second"]]
+    state, grad = [tensor.clone() for tensor in initial], tensors["d_y"]
+    names = ("lr", "beta1", "beta2", "weight_decay", "eps")
+    settings = {name: given[name] for name in names}
+    settings.update(amsgrad=False, maximize=False)
+    steps = [torch.tensor(float(given["t"]))]
+
+    def step():
+        torch._fused_adamw_([state[0]], [grad], [state[1]], [state[2]], [], steps, **settings)
+
+    def outputs():
+        for tensor, value in zip(state, initial):
+            tensor.copy_(value)
+        step()
+        return state
+
+    return Calculation("fused_adamw", step, outputs)
+
+
+def projected_cross_entropy(tensors, _):
+    """linear, cross_entropy and their backward pass; the gradients are new tensors in each call."""
+    x, weight = (tensors[name].requires_grad_() for name in ("x", "second"))
+    targets, d_loss = tensors["targets"], tensors["d_y"]
+
+    def step():
+        logits = torch.nn.functional.linear(x, weight)
+        losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+        return (losses,) + torch.autograd.grad(losses, (x, weight), d_loss)
+
+    return keeping("linear+cross_entropy", step, outputs=list)
+
+
 # What every family needs.
 
 FAMILIES = {"gemm": product, "attention": attention, "rnn": recurrent, "rowwise": rowwise}
-WITH_GRADIENTS = [("attention", "backward"), ("rnn", "train"), ("rnn", "rnnsearch")]
+WITH_GRADIENTS = [
+    ("attention", "backward"),
+    ("rnn", "train"),
+    ("rnn", "rnnsearch"),
+    ("rowwise", "projected_cross_entropy"),
+]
 
 
 def operand_type(task):

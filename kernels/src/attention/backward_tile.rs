@@ -7,7 +7,8 @@ use std::ops::Range;
 
 use pulp::Simd;
 
-use super::flash::{groups, vectors};
+use super::dropout::{HeadDropout, SPACE, Space};
+use super::flash::{groups, times, vectors};
 use super::flash_backward::{Backward, clear};
 use super::mask::Sight;
 use super::online::{Row, score, seen, shift};
@@ -25,6 +26,7 @@ pub(super) struct Head<'a> {
     pub(super) d_out: MatRef<'a>,
     pub(super) lse: &'a [f32],
     pub(super) first_row: usize,
+    pub(super) dropout: Option<HeadDropout>,
     /// The region's rows, of which the first is `first_row`.
     pub(super) d_q: Option<MatMut<'a>>,
 }
@@ -102,7 +104,12 @@ impl Tile<'_, '_> {
             let seen = self.block.sight.rows(&rows, &self.block.keys);
             self.products(simd, &rows, &seen);
             for i in rows {
+                let mut space = SPACE;
+                let factors = self.factors(simd, i, &seen, &mut space);
+                let place = (i - self.rows.start) * self.block.stride + self.columns::<S>(&seen).start;
+                times(simd, factors, &mut self.scores.d_s[place..][..factors.len()]);
                 self.row(simd, i, bias, &seen);
+                times(simd, factors, &mut self.scores.p[place..][..factors.len()]);
             }
         }
         if self.block.d_k.is_some() {
@@ -118,6 +125,21 @@ impl Tile<'_, '_> {
     fn columns<S: Simd>(&self, seen: &Range<usize>) -> Range<usize> {
         let vectors = vectors::<S>(seen, &self.block.keys);
         vectors.start * S::F32_LANES..vectors.end * S::F32_LANES
+    }
+
+    /// What dropout multiplies the probabilities of row `i` by, from the group's first column on; empty without.
+    #[inline(always)]
+    fn factors<'s, S: Simd>(
+        &self,
+        simd: S,
+        i: usize,
+        seen_by_group: &Range<usize>,
+        space: &'s mut Space,
+    ) -> &'s [f32] {
+        let Some(dropout) = &self.head.dropout else { return &[] };
+        let (keys, columns) = (&self.block.keys, self.columns::<S>(seen_by_group));
+        let end = keys.end.min(keys.start + columns.end);
+        dropout.factors(simd, i, keys.start + columns.start..end, space)
     }
 
     /// Q·Kᵀ and dO·Vᵀ of at most six rows, in the vectors that hold `seen`.
@@ -167,17 +189,18 @@ impl Tile<'_, '_> {
         let visible = visible.start.max(from) - from..visible.end.max(from) - from;
         let mask = &self.problem.spec.mask;
         let bias_row = mask.bias.map(|b| &b.row(self.head.index, i, seq_q, seq_k)[from..keys.end]);
+        let alibi = mask.alibi.map(|alibi| alibi.line(self.head.index, i, from));
         let lse = simd.splat_f32s(shift(self.head.lse[i]));
         let p = S::as_mut_simd_f32s(&mut p[columns.clone()]).0;
         let d_s = S::as_mut_simd_f32s(&mut d_s[columns]).0;
-        if !bias && bias_row.is_none() && visible == (0..p.len() * S::F32_LANES) {
+        if !bias && bias_row.is_none() && alibi.is_none() && visible == (0..p.len() * S::F32_LANES) {
             for (p, d_s) in p.iter_mut().zip(d_s) {
                 *p = exp_flushed(simd, simd.sub_f32s(*p, lse));
                 *d_s = simd.mul_f32s(*p, simd.sub_f32s(*d_s, delta));
             }
             return;
         }
-        let row = Row { bias: bias_row, visible };
+        let row = Row { bias: bias_row, alibi, visible };
         for (v, (p, d_s)) in p.iter_mut().zip(d_s.iter_mut()).enumerate() {
             *p = exp_flushed(simd, simd.sub_f32s(score(simd, *p, v, &row), lse));
             *d_s = simd.mul_f32s(*p, simd.sub_f32s(seen(simd, *d_s, v, &row.visible), delta));

@@ -13,19 +13,22 @@
 //!   a thread too, but their sum would not have the bits of the full pass.
 //! - Scores of all keys are held: `rows × keys` numbers, where K and V are `keys × (dim + v_dim)`.
 
+use std::marker::PhantomData;
 use std::ops::Range;
 
 use pulp::{Simd, WithSimd};
 
-use super::cache::{Cache, CacheLayout, PANEL};
+use super::cache::{Cache, CacheFormat, CacheLayout, PANEL, Rows};
 use super::online::{self, Carried, Row};
 use super::problem::{KEY_BLOCK, Shape, Shared, deal, piece};
+use super::stored::{GROUP_WORDS, Product};
 use super::tile::{Dest, Extent, GROUP, Left, Onto, Right, product};
 use crate::context::Context;
 use crate::error::{ShapeError, expect_dim};
+use crate::gemm::microkernel::{Bf16, Int8};
 use crate::lanes;
 use crate::scratch::ScratchBuf;
-use crate::view::{HeadsLayout, HeadsMut, HeadsRef};
+use crate::view::{HeadsLayout, HeadsMut, HeadsRef, MatRef};
 
 /// Keys whose scores one task makes when heads are split: a fixed number, whatever the threads.
 const KEYS_PER_TASK: usize = 8 * KEY_BLOCK;
@@ -167,7 +170,14 @@ impl Decode<'_> {
         let keys = self.keys.min(KEYS_PER_TASK);
         run(Step::Scores, self.keys.div_ceil(KEYS_PER_TASK), rows.saturating_mul(keys * self.dim));
         run(Step::Weights, 1, rows.saturating_mul(16 * self.keys));
-        run(Step::Output, self.v_dim.div_ceil(COLS_PER_TASK), rows.saturating_mul(self.keys * COLS_PER_TASK));
+        let cols = self.cols_per_task();
+        run(Step::Output, self.v_dim.div_ceil(cols), rows.saturating_mul(self.keys * cols));
+    }
+
+    /// [`COLS_PER_TASK`], or a group of columns of integers, which is larger.
+    #[inline(always)]
+    fn cols_per_task(&self) -> usize {
+        if self.parts.iter().any(|part| part.cache.is_int8()) { 4 * GROUP_WORDS } else { COLS_PER_TASK }
     }
 
     /// Rows of a unit; row `r` is query `r mod seq_q` of the group's head `r / seq_q`.
@@ -227,7 +237,7 @@ impl WithSimd for Tasks<'_> {
             match self.step {
                 Step::Scores => self.scores(simd, unit, &piece(index, KEYS_PER_TASK, keys)),
                 Step::Weights => self.weights(simd, unit),
-                Step::Output => self.output(simd, unit, piece(index, COLS_PER_TASK, v_dim)),
+                Step::Output => self.output(simd, unit, piece(index, self.problem.cols_per_task(), v_dim)),
                 Step::All => {
                     self.scores(simd, unit, &(0..keys));
                     self.weights(simd, unit);
@@ -271,7 +281,16 @@ impl Tasks<'_> {
             while at < seen.end {
                 let (panel, first) = ((at - start) / PANEL, (at - start) % PANEL);
                 let cols = (PANEL - first).min(seen.end - at);
-                let k = part.cache.panel(part.sequences[b], kv, panel);
+                let k = match part.cache.panel(part.sequences[b], kv, panel) {
+                    Rows::F32(k) => k,
+                    Rows::Stored(format, words, scales) => {
+                        let place = unit * self.places.len + at;
+                        let columns = first..first + cols;
+                        self.stored_scores(simd, &scaled, (format, words, scales), columns, place);
+                        at += cols;
+                        continue;
+                    }
+                };
                 let extent = Extent { rows, cols, depth: dim };
                 // SAFETY: `scaled` is [rows, dim], the panel [dim, PANEL] of which these are columns; the unit's
                 // scores are [rows, stride], of which columns from `at` belong to this task alone.
@@ -284,6 +303,27 @@ impl Tasks<'_> {
                 at += cols;
             }
             start = end;
+        }
+    }
+
+    /// The scores of some columns of a panel in fewer bits, for all rows of a unit, whose first is at `place`.
+    #[inline(always)]
+    fn stored_scores<S: Simd>(
+        &self,
+        simd: S,
+        q: &[f32],
+        (format, words, scales): (CacheFormat, &[u32], &[f32]),
+        columns: Range<usize>,
+        place: usize,
+    ) {
+        let dim = self.problem.dim;
+        for r in 0..self.problem.rows() {
+            let mut acc = [0.0; PANEL];
+            multiply(simd, format, &q[r * dim..][..dim], (words, PANEL / format.per_word()), &mut acc);
+            acc.iter_mut().zip(scales).for_each(|(score, scale)| *score *= scale);
+            // SAFETY: these columns of the unit's row of scores belong to this task alone.
+            let scores = unsafe { self.memory.part(place + r * self.places.stride, columns.len()) };
+            scores.copy_from_slice(&acc[columns.clone()]);
         }
     }
 
@@ -322,7 +362,7 @@ impl Tasks<'_> {
                         let later = q.layout().seq - 1 - (first + r) % q.layout().seq;
                         let end = total.saturating_sub(later).clamp(first_key, keys.end);
                         let whole = end == vectors.end * S::F32_LANES;
-                        (!whole).then(|| Row { bias: None, visible: 0..end - first_key })
+                        (!whole).then(|| Row { bias: None, alibi: None, visible: 0..end - first_key })
                     },
                     carried,
                 );
@@ -345,7 +385,9 @@ impl Tasks<'_> {
         let Places { stride, alpha, inverse, len, .. } = self.places;
         let (b, kv) = self.place(unit);
         let (rows, total) = (self.problem.rows(), self.problem.total(b));
-        let mut acc = ScratchBuf::zeroed(rows * cols.len());
+        // Stored values come in whole groups of columns.
+        let width = cols.len().next_multiple_of(4 * GROUP_WORDS);
+        let mut acc = ScratchBuf::zeroed(rows * width);
         let mut start = 0;
         for part in parts {
             let end = start + part.lengths[b];
@@ -354,6 +396,31 @@ impl Tasks<'_> {
             while at < end {
                 let (block, first) = (at / KEY_BLOCK, at % KEY_BLOCK);
                 let depth = (KEY_BLOCK - first).min(end - at);
+                let values = match values {
+                    Rows::F32(values) => values,
+                    Rows::Stored(format, words, scales) => {
+                        // SAFETY: P and α of this unit are complete and only read now.
+                        let memory = unsafe { self.memory.part(unit * len, len) };
+                        if first == 0 && block > 0 {
+                            let alpha = &memory[alpha + block * rows..][..rows];
+                            for (acc, alpha) in acc.chunks_exact_mut(width).zip(alpha) {
+                                acc.iter_mut().for_each(|x| *x *= alpha);
+                            }
+                        }
+                        let p = MatRef::with_strides(&memory[at..], rows, depth, stride, 1);
+                        let p = p.expect("P holds these keys");
+                        let keys = at - start..at - start + depth;
+                        stored_output(
+                            simd,
+                            p,
+                            (format, words, scales),
+                            (keys, v_dim, cols.clone()),
+                            &mut acc,
+                        );
+                        at += depth;
+                        continue;
+                    }
+                };
                 // SAFETY: P [rows, stride] and α [blocks, rows] of this unit are complete and only read now; the
                 // values hold these keys, of which `cols` are columns; `acc` has been cut for rows and columns.
                 unsafe {
@@ -366,7 +433,7 @@ impl Tasks<'_> {
                         (0, _) => Onto::Scaled(unit.add(alpha + block * rows)),
                         _ => Onto::Sum,
                     };
-                    let o = Dest { ptr: acc.as_mut_ptr(), stride: cols.len() };
+                    let o = Dest { ptr: acc.as_mut_ptr(), stride: width };
                     product(simd, Extent { rows, cols: cols.len(), depth }, p, v, o, onto);
                 }
                 at += depth;
@@ -374,7 +441,7 @@ impl Tasks<'_> {
             start = end;
         }
         debug_assert_eq!(start, total, "the parts are all keys");
-        for (r, acc) in acc.chunks_exact(cols.len().max(1)).enumerate() {
+        for (r, acc) in acc.chunks_exact(width.max(1)).enumerate() {
             let (head, i) = (kv * group + r / q.layout().seq, r % q.layout().seq);
             // SAFETY: this task alone writes these columns of this row; 1/l is complete and only read.
             let (out, inverse) =
@@ -382,11 +449,54 @@ impl Tasks<'_> {
             let inverse = simd.splat_f32s(inverse);
             lanes::map(
                 simd,
-                acc,
+                &acc[..cols.len()],
                 out.sub(0..1, cols.clone()).row_mut(0),
                 #[inline(always)]
                 |x| simd.mul_f32s(x, inverse),
             );
         }
+    }
+}
+
+/// `acc += a·rows` of words `stride` apart.
+#[inline(always)]
+fn multiply<S: Simd>(
+    simd: S,
+    format: CacheFormat,
+    a: &[f32],
+    (words, stride): (&[u32], usize),
+    acc: &mut [f32],
+) {
+    match format {
+        CacheFormat::Bf16 => simd.vectorize(Product { a, words, stride, acc, stored: PhantomData::<Bf16> }),
+        CacheFormat::Int8 => simd.vectorize(Product { a, words, stride, acc, stored: PhantomData::<Int8> }),
+    }
+}
+
+/// `acc[r] += p[r]·V` over `keys` of a head's values in fewer bits, and over the columns `cols` of `v_dim`; a row of
+/// `acc` is a multiple of every group.
+#[inline(always)]
+fn stored_output<S: Simd>(
+    simd: S,
+    p: MatRef<'_>,
+    (format, words, scales): (CacheFormat, &[u32], &[f32]),
+    (keys, v_dim, cols): (Range<usize>, usize, Range<usize>),
+    acc: &mut [f32],
+) {
+    let (stride, width) = (format.words(v_dim), acc.len() / p.rows().max(1));
+    let words = &words[keys.start * stride + cols.start / format.per_word()..keys.end * stride];
+    let columns = format.words(cols.len()) * format.per_word();
+    for r in 0..p.rows() {
+        let acc = &mut acc[r * width..][..columns];
+        if format == CacheFormat::Bf16 {
+            multiply(simd, format, p.row(r), (words, stride), acc);
+            continue;
+        }
+        let mut scaled = [0.0; KEY_BLOCK];
+        let scaled = &mut scaled[..keys.len()];
+        for ((to, p), scale) in scaled.iter_mut().zip(p.row(r)).zip(&scales[keys.clone()]) {
+            *to = p * scale;
+        }
+        multiply(simd, format, scaled, (words, stride), acc);
     }
 }

@@ -20,9 +20,10 @@ use std::ops::Range;
 use pulp::{Simd, WithSimd};
 
 use super::blocks::BlockList;
-use super::mask::{Coverage, Sight};
+use super::dropout::{HeadDropout, SPACE};
+use super::mask::{Coverage, Mask, Sight};
 use super::online::{self, Carried, Row};
-use super::problem::{KEY_BLOCK, ROW_TILE, Shape, Shared, cut, deal, piece};
+use super::problem::{KEY_BLOCK, ROW_TILE, Shape, Shared, cut, deal, piece, pieces_of};
 use super::tile::{Dest, Extent, GROUP, Left, Onto, Right, product, right};
 use super::{AttentionSpec, stage};
 use crate::context::Context;
@@ -44,22 +45,34 @@ pub(super) struct Forward<'a> {
 }
 
 impl Forward<'_> {
-    /// Runs all of it.
-    pub(super) fn run(&self, ctx: &Context) {
-        let Shape { batch, heads, seq_q, seq_k, dim, v_dim, .. } = self.shape;
-        // Under a list, the rows that share its entry.
+    /// Rows of a unit: under a list, the rows that share its entry.
+    fn chunk(&self, threads: usize) -> usize {
         let list = self.spec.mask.blocks.and_then(<[_]>::first);
-        let chunk = list.map_or_else(|| self.shape.row_chunk(ctx.thread_count()), BlockList::block);
-        let units = batch * heads * seq_q.div_ceil(chunk);
-        let work = seq_q.min(chunk).saturating_mul(seq_k.saturating_mul(dim + v_dim));
-        deal(ctx, units, work, |units| Units { problem: *self, chunk, units });
+        list.map_or_else(|| self.shape.row_chunk(threads), BlockList::block)
+    }
+
+    fn units(&self, threads: usize) -> usize {
+        let Shape { batch, heads, seq_q, .. } = self.shape;
+        batch * heads * seq_q.div_ceil(self.chunk(threads))
+    }
+
+    fn work(&self) -> usize {
+        let Shape { batch, heads, seq_q, seq_k, dim, v_dim, .. } = self.shape;
+        (batch * heads * seq_q).saturating_mul(seq_k.saturating_mul(dim + v_dim))
     }
 }
 
+/// Runs all of several problems, whose units are dealt together.
+pub(super) fn run(ctx: &Context, problems: &[Forward<'_>]) {
+    let threads = ctx.thread_count();
+    let units = problems.iter().map(|problem| problem.units(threads)).sum::<usize>();
+    let work = problems.iter().fold(0usize, |sum, problem| sum.saturating_add(problem.work()));
+    deal(ctx, units, work / units.max(1), |units| Units { problems, threads, units });
+}
+
 struct Units<'a> {
-    problem: Forward<'a>,
-    /// Rows of a unit.
-    chunk: usize,
+    problems: &'a [Forward<'a>],
+    threads: usize,
     units: Range<usize>,
 }
 
@@ -68,9 +81,19 @@ impl WithSimd for Units<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Shape { heads, seq_q, dim, v_dim, .. } = self.problem.shape;
-        let chunks = seq_q.div_ceil(self.chunk);
-        let rows = seq_q.min(self.chunk);
+        for (problem, units) in pieces_of(self.problems, &self.units, |problem| problem.units(self.threads)) {
+            problem.run(simd, problem.chunk(self.threads), units);
+        }
+    }
+}
+
+impl Forward<'_> {
+    /// Some units, each of at most `chunk` rows.
+    #[inline(always)]
+    fn run<S: Simd>(&self, simd: S, chunk: usize, units: Range<usize>) {
+        let Shape { heads, seq_q, dim, v_dim, .. } = self.shape;
+        let chunks = seq_q.div_ceil(chunk);
+        let rows = seq_q.min(chunk);
         let stride = KEY_BLOCK.next_multiple_of(S::F32_LANES);
         let rows_of_tile = rows.min(ROW_TILE);
         let [keys, values, scores] = [dim * stride, KEY_BLOCK * v_dim, rows_of_tile * stride];
@@ -79,10 +102,10 @@ impl WithSimd for Units<'_> {
         let mut scratch = ScratchBuf::take(lens.iter().sum());
         let [keys, values, scores, alpha, l, acc, q, m] = cut(&mut scratch, lens);
         let mut state = State { keys, values, q, rows: Rows { first: 0, scores, alpha, acc, l, m } };
-        for unit in self.units {
+        for unit in units {
             let (batch, head) = (unit / chunks / heads, unit / chunks % heads);
-            let rows = piece(unit % chunks, self.chunk, seq_q);
-            Chunk::new(&self.problem, batch, head, rows).run(simd, &mut state);
+            let rows = piece(unit % chunks, chunk, seq_q);
+            Chunk::new(self, batch, head, rows).run(simd, &mut state);
         }
     }
 }
@@ -128,6 +151,7 @@ struct Chunk<'a> {
     out: MatMut<'a>,
     lse: &'a mut [f32],
     sight: Sight,
+    dropout: Option<HeadDropout>,
 }
 
 impl<'a> Chunk<'a> {
@@ -150,6 +174,7 @@ impl<'a> Chunk<'a> {
             out,
             lse,
             sight: problem.spec.mask.sight(batch, seq_k),
+            dropout: problem.spec.mask.dropout.map(|dropout| dropout.head(batch, head)),
             rows,
         }
     }
@@ -238,8 +263,9 @@ impl<'a> Chunk<'a> {
             product(simd, extent, q, k, s, Onto::Zero);
         }
         let from = keys.start + columns.start;
-        let bias = self.problem.spec.mask.bias;
+        let Mask { bias, alibi, .. } = self.problem.spec.mask;
         let plain = bias.is_none()
+            && alibi.is_none()
             && columns.end <= keys.len()
             && self.sight.classify(&rows, &(from..keys.start + columns.end)) == Coverage::Full;
         let n = rows.len();
@@ -262,10 +288,19 @@ impl<'a> Chunk<'a> {
                 let visible = visible.start.max(from) - from..visible.end.max(from) - from;
                 let bias =
                     bias.map(|bias| &bias.row(self.head, rows.start + r, seq_q, seq_k)[from..keys.end]);
-                Some(Row { bias, visible })
+                let alibi = alibi.map(|alibi| alibi.line(self.head, rows.start + r, from));
+                Some(Row { bias, alibi, visible })
             },
             carried,
         );
+        if let Some(dropout) = &self.dropout {
+            let dropped = from..keys.end.min(keys.start + columns.end);
+            let mut space = SPACE;
+            for (r, p) in scores.chunks_exact_mut(stride).enumerate() {
+                let factors = dropout.factors(simd, rows.start + r, dropped.clone(), &mut space);
+                times(simd, factors, &mut p[columns.start..][..dropped.len()]);
+            }
+        }
     }
 
     /// `o = P·V`, or `o = α·o + P·V` when `add`, of at most six rows; `v` is the block's values.
@@ -326,6 +361,18 @@ impl<'a> Chunk<'a> {
             );
         }
     }
+}
+
+/// `x = factors ∘ x`.
+#[inline(always)]
+pub(super) fn times<S: Simd>(simd: S, factors: &[f32], x: &mut [f32]) {
+    lanes::update(
+        simd,
+        factors,
+        x,
+        #[inline(always)]
+        |factor, x| simd.mul_f32s(factor, x),
+    );
 }
 
 /// The rows of a tile, six at a time.

@@ -22,7 +22,7 @@ use pulp::{Simd, WithSimd};
 
 use super::backward_tile::{Block, Head, Scores, Tile};
 use super::blocks::BlockList;
-use super::problem::{KEY_BLOCK, ROW_CHUNK, ROW_TILE, Shape, Shared, cut, deal, piece};
+use super::problem::{KEY_BLOCK, ROW_CHUNK, ROW_TILE, Shape, Shared, cut, deal, piece, pieces_of};
 use super::{AttentionSpec, Saved, stage};
 use crate::context::Context;
 use crate::scratch::ScratchBuf;
@@ -65,40 +65,46 @@ enum Cut {
     BiasRows,
 }
 
+/// Runs all of several problems, whose units are dealt together.
+pub(super) fn run(ctx: &Context, problems: &[Backward<'_>]) {
+    let threads = ctx.thread_count();
+    let pairs = problems.iter().map(|problem| problem.shape.batch * problem.shape.kv_heads).sum::<usize>();
+    let bias = problems.iter().any(|problem| problem.d_bias.is_some());
+    let deal = |cut: Cut| {
+        let units = problems.iter().map(|problem| problem.units(cut)).sum::<usize>();
+        let work = problems.iter().fold(0usize, |sum, problem| sum.saturating_add(problem.work()));
+        deal(ctx, units, work / units.max(1), |units| Units { problems, cut, units });
+    };
+    if threads > 1 && pairs < 2 * threads {
+        deal(Cut::Keys);
+        deal(Cut::Rows);
+    } else {
+        deal(Cut::Heads { bias: bias && threads == 1 });
+    }
+    if bias && threads > 1 {
+        deal(Cut::BiasRows);
+    }
+}
+
 impl Backward<'_> {
-    /// Runs all of it.
-    pub(super) fn run(&self, ctx: &Context) {
-        let Shape { batch, heads, kv_heads, seq_q, seq_k, dim, v_dim } = self.shape;
-        let pairs = batch * kv_heads;
-        let score_work =
-            |rows: usize, keys: usize| rows.saturating_mul(keys).saturating_mul(2 * (dim + v_dim));
-        let split = ctx.thread_count() > 1 && pairs < 2 * ctx.thread_count();
-        let run = |units: usize, work: usize, cut: Cut| {
-            deal(ctx, units, work, |units| Units { problem: *self, cut, units });
-        };
-        let bias = self.d_bias.is_some();
-        if split {
-            let rows = seq_q.saturating_mul(self.shape.group());
-            run(pairs * seq_k.div_ceil(KEY_CHUNK), score_work(rows, seq_k.min(KEY_CHUNK)), Cut::Keys);
-            run(
-                batch * heads * seq_q.div_ceil(ROW_CHUNK),
-                score_work(seq_q.min(ROW_CHUNK), seq_k),
-                Cut::Rows,
-            );
-        } else {
-            let rows = seq_q.saturating_mul(self.shape.group());
-            run(pairs, score_work(rows, seq_k), Cut::Heads { bias: bias && ctx.thread_count() == 1 });
+    fn units(&self, cut: Cut) -> usize {
+        let Shape { batch, heads, kv_heads, seq_q, seq_k, .. } = self.shape;
+        match cut {
+            Cut::Heads { .. } => batch * kv_heads,
+            Cut::Keys => batch * kv_heads * seq_k.div_ceil(KEY_CHUNK),
+            Cut::Rows => batch * heads * seq_q.div_ceil(ROW_CHUNK),
+            Cut::BiasRows => self.bias_heads() * seq_q.div_ceil(ROW_CHUNK),
         }
-        if bias && ctx.thread_count() > 1 {
-            let bias_heads = self.bias_heads();
-            let rows = seq_q.min(ROW_CHUNK).saturating_mul(batch * heads / bias_heads.max(1));
-            run(bias_heads * seq_q.div_ceil(ROW_CHUNK), score_work(rows, seq_k), Cut::BiasRows);
-        }
+    }
+
+    fn work(&self) -> usize {
+        let Shape { batch, heads, seq_q, seq_k, dim, v_dim, .. } = self.shape;
+        (batch * heads * seq_q).saturating_mul(seq_k.saturating_mul(2 * (dim + v_dim)))
     }
 }
 
 struct Units<'a> {
-    problem: Backward<'a>,
+    problems: &'a [Backward<'a>],
     cut: Cut,
     units: Range<usize>,
 }
@@ -108,7 +114,17 @@ impl WithSimd for Units<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Shape { seq_q, dim, v_dim, .. } = self.problem.shape;
+        for (problem, units) in pieces_of(self.problems, &self.units, |problem| problem.units(self.cut)) {
+            problem.run(simd, self.cut, units);
+        }
+    }
+}
+
+impl Backward<'_> {
+    /// Some units of one cut.
+    #[inline(always)]
+    fn run<S: Simd>(&self, simd: S, cut_into: Cut, units: Range<usize>) {
+        let Shape { seq_q, dim, v_dim, .. } = self.shape;
         let stride = KEY_BLOCK.next_multiple_of(S::F32_LANES);
         let rows = seq_q.min(ROW_TILE);
         let lens = [dim * stride, v_dim * stride, KEY_BLOCK * dim, rows * dim, rows * v_dim, rows * stride];
@@ -117,9 +133,9 @@ impl WithSimd for Units<'_> {
         let mut scratch = ScratchBuf::take(lens.iter().sum());
         let [keys, values, k_rows, q_rows, d_out_rows, p, d_s, delta] = cut(&mut scratch, lens);
         let mut state = State { keys, values, k_rows, q_rows, d_out_rows, p, d_s, delta };
-        for unit in self.units.clone() {
-            for step in 0..self.steps() {
-                self.problem.region(simd, self.region(unit, step), &mut state);
+        for unit in units {
+            for step in 0..self.steps(cut_into) {
+                self.region(simd, self.region_of(cut_into, unit, step), &mut state);
             }
         }
     }
@@ -148,23 +164,23 @@ struct Region {
     parts: Parts,
 }
 
-impl Units<'_> {
+impl Backward<'_> {
     /// Regions of one unit, in order.
     #[inline(always)]
-    fn steps(&self) -> usize {
-        let Shape { batch, heads, .. } = self.problem.shape;
-        match self.cut {
-            Cut::BiasRows => batch * heads / self.problem.bias_heads().max(1),
+    fn steps(&self, cut: Cut) -> usize {
+        let Shape { batch, heads, .. } = self.shape;
+        match cut {
+            Cut::BiasRows => batch * heads / self.bias_heads().max(1),
             _ => 1,
         }
     }
 
     #[inline(always)]
-    fn region(&self, unit: usize, step: usize) -> Region {
-        let Shape { heads, kv_heads, seq_q, seq_k, .. } = self.problem.shape;
-        let group = self.problem.shape.group();
+    fn region_of(&self, cut: Cut, unit: usize, step: usize) -> Region {
+        let Shape { heads, kv_heads, seq_q, seq_k, .. } = self.shape;
+        let group = self.shape.group();
         let (rows, keys) = (0..seq_q, 0..seq_k);
-        match self.cut {
+        match cut {
             Cut::Heads { bias } => {
                 let (batch, kv) = (unit / kv_heads, unit % kv_heads);
                 let parts = Parts { q: true, kv: true, bias };
@@ -187,7 +203,7 @@ impl Units<'_> {
             Cut::BiasRows => {
                 let chunks = seq_q.div_ceil(ROW_CHUNK);
                 let rows = piece(unit % chunks, ROW_CHUNK, seq_q);
-                let shared = heads / self.problem.bias_heads();
+                let shared = heads / self.bias_heads();
                 let (batch, head) = (step / shared, unit / chunks + step % shared);
                 let parts = Parts { q: false, kv: false, bias: true };
                 Region { batch, kv: head / group, heads: head..head + 1, rows, keys, parts }
@@ -267,6 +283,7 @@ impl Backward<'_> {
             d_out: self.d_out.head(batch, index),
             lse: &self.saved.lse[(batch * heads + index) * seq_q..][..seq_q],
             first_row: region.rows.start,
+            dropout: self.spec.mask.dropout.map(|dropout| dropout.head(batch, index)),
             // SAFETY: the unit owns these rows of dQ, and no other view of them is alive in it.
             d_q: region.parts.q.then(|| unsafe { self.d_q.rows_unsync(batch, index, region.rows.clone()) }),
         }

@@ -7,6 +7,7 @@
 use std::ops::Range;
 
 use super::blocks::BlockList;
+use super::dropout::ScoreDropout;
 use crate::error::{ShapeError, expect_dim};
 
 /// Query row `i` sees the keys `j ≤ i + offset`.
@@ -37,6 +38,33 @@ pub struct Bias<'a> {
     pub heads: usize,
 }
 
+/// Adds `−slope·|i + offset − j|` to the score of query row `i` and key `j`: attention with linear biases.
+///
+/// # Source
+/// Press, Smith and Lewis 2022, arXiv:2108.12409, section 3: under a causal mask this is their bias.
+#[derive(Debug, Clone, Copy)]
+pub struct Alibi<'a> {
+    /// One slope for each query head.
+    pub slopes: &'a [f32],
+    /// The position of query row 0 among the keys.
+    pub offset: usize,
+}
+
+impl Alibi<'_> {
+    /// The slope of one head, and how far its query row `i` stands after key `first`.
+    #[inline(always)]
+    pub(super) fn line(&self, head: usize, i: usize, first: usize) -> Line {
+        Line { slope: self.slopes[head], ahead: (i + self.offset) as f32 - first as f32 }
+    }
+}
+
+/// A row's linear bias: `−slope·|ahead − c|` in column c of some scores.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Line {
+    pub(super) slope: f32,
+    pub(super) ahead: f32,
+}
+
 /// What is hidden from whom. The default hides nothing.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Mask<'a> {
@@ -50,6 +78,10 @@ pub struct Mask<'a> {
     pub blocks: Option<&'a [BlockList]>,
     /// Add to the scores.
     pub bias: Option<Bias<'a>>,
+    /// Add to the scores what is linear in the distance.
+    pub alibi: Option<Alibi<'a>>,
+    /// Drop some of the probabilities, in training.
+    pub dropout: Option<ScoreDropout>,
 }
 
 impl<'a> Mask<'a> {
@@ -87,6 +119,18 @@ impl<'a> Mask<'a> {
         Mask { bias: Some(bias), ..self }
     }
 
+    /// The same with a linear bias.
+    #[must_use]
+    pub fn with_alibi(self, alibi: Alibi<'a>) -> Mask<'a> {
+        Mask { alibi: Some(alibi), ..self }
+    }
+
+    /// The same with dropout of the probabilities.
+    #[must_use]
+    pub fn with_dropout(self, dropout: ScoreDropout) -> Mask<'a> {
+        Mask { dropout: Some(dropout), ..self }
+    }
+
     /// The mask fits these shapes.
     pub(super) fn check(
         &self,
@@ -121,6 +165,12 @@ impl<'a> Mask<'a> {
             let len = bias.heads.checked_mul(seq_q).and_then(|n| n.checked_mul(seq_k));
             let len = len.ok_or(ShapeError::Overflow { argument: "mask.bias" })?;
             expect_dim("mask.bias", "elements", len, bias.values.len())?;
+        }
+        if let Some(alibi) = self.alibi {
+            expect_dim("mask.alibi", "slopes", heads, alibi.slopes.len())?;
+        }
+        if let Some(dropout) = self.dropout {
+            dropout.dropout.check()?;
         }
         Ok(())
     }
@@ -231,6 +281,7 @@ impl Sight {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rowwise::dropout::Dropout;
 
     fn masks(lengths: &[usize]) -> Vec<Mask<'_>> {
         let mut all = Vec::new();
@@ -307,5 +358,12 @@ mod tests {
         assert!(Mask::none().with_bias(bias).check(2, 2, 3, 5).is_ok());
         assert!(Mask::none().with_bias(bias).check(2, 4, 3, 5).is_err());
         assert!(Mask::none().with_bias(Bias { heads: 1, ..bias }).check(2, 4, 3, 5).is_err());
+        let alibi = Alibi { slopes: &[0.5; 3], offset: 0 };
+        let error = Mask::none().with_alibi(alibi).check(2, 4, 3, 5).unwrap_err();
+        assert!(error.to_string().contains("mask.alibi: slopes is 3, expected 4"), "{error}");
+        let dropout = Dropout { p: 1.5, seed: 0, stream: 0 };
+        let dropout = ScoreDropout { dropout, first_sequence: 0 };
+        let error = Mask::none().with_dropout(dropout).check(2, 4, 3, 5).unwrap_err();
+        assert!(error.to_string().contains("p is 1.5"), "{error}");
     }
 }

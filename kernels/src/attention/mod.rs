@@ -1,8 +1,10 @@
 //! Scaled dot-product attention in the manner of FlashAttention: forward, backward, probabilities.
 //!
 //! ```text
-//! s_ij = scale·q_i·k_j + bias_ij       P = softmax_j(s) over the keys that row i sees       O = P·V
+//! s_ij = scale·q_i·k_j + bias_ij       P = softmax_j(s) over the keys that row i sees       O = (P ∘ z)·V
 //! ```
+//!
+//! z is 1 without dropout of the probabilities ([`ScoreDropout`]), and 0 or 1/(1 − p) with it.
 //!
 //! # Shapes
 //! q [batch, seq_q, heads, dim], k [batch, seq_k, kv_heads, dim], v [batch, seq_k, kv_heads, v_dim], in any
@@ -12,7 +14,7 @@
 //!
 //! # Contract
 //! - Same bits for any number of threads, for any batch that a sequence stands in, padded to any length
-//!   (with `key_lengths`) or not, and for a row of a causal pass or of a decoding step with the keys so far.
+//!   (with `key_lengths`), packed without padding ([`forward_packed`]) or not, and for a row of a causal pass or of a decoding step with the keys so far.
 //! - A row that sees no key, or only keys with bias −∞, gives zeros, lse −∞ and zero gradients. Keys beyond
 //!   `key_lengths` are never read into a result; other hidden keys must be finite.
 //! - A NaN or +∞ among the visible scores of a row makes that row NaN.
@@ -26,20 +28,25 @@ mod backward_tile;
 mod blocks;
 pub mod cache;
 mod decode;
+mod dropout;
 mod flash;
 mod flash_backward;
 mod mask;
 mod online;
+mod packed;
 mod probabilities;
 mod problem;
 mod stage;
+mod stored;
 #[cfg(test)]
 mod tests;
 mod tile;
 
 pub use blocks::{BigBird, BlockList};
 pub use decode::{Part, decode};
-pub use mask::{Bias, Causal, Mask, Window};
+pub use dropout::ScoreDropout;
+pub use mask::{Alibi, Bias, Causal, Mask, Window};
+pub use packed::{Packed, backward_packed, forward_packed};
 
 use flash::Forward;
 use flash_backward::Backward;
@@ -132,7 +139,7 @@ pub fn forward(
     shape.expect_out("out", out.layout())?;
     shape.expect_mask(&spec.mask)?;
     expect_dim("lse", "elements", shape.rows()?, lse.len())?;
-    Forward { shape, q, k, v, spec: *spec, out: &out, lse: Shared::new(lse) }.run(ctx);
+    flash::run(ctx, &[Forward { shape, q, k, v, spec: *spec, out: &out, lse: Shared::new(lse) }]);
     Ok(())
 }
 
@@ -154,6 +161,20 @@ pub fn backward(
     spec: &AttentionSpec<'_>,
     grads: Grads<'_>,
 ) -> Result<(), ShapeError> {
+    let shape = check_backward(saved, &d_out, spec, &grads)?;
+    let (d_q, d_k, d_v) = (&grads.d_q, &grads.d_k, &grads.d_v);
+    let d_bias = grads.d_bias.map(Shared::new);
+    flash_backward::run(ctx, &[Backward { shape, saved, d_out, spec: *spec, d_q, d_k, d_v, d_bias }]);
+    Ok(())
+}
+
+/// The shape that all arguments of a backward pass agree on.
+fn check_backward(
+    saved: &Saved<'_>,
+    d_out: &HeadsRef<'_>,
+    spec: &AttentionSpec<'_>,
+    grads: &Grads<'_>,
+) -> Result<Shape, ShapeError> {
     let shape = Shape::of(&saved.q, &saved.k, &saved.v)?;
     shape.expect_out("out", saved.out.layout())?;
     shape.expect_out("d_out", d_out.layout())?;
@@ -166,10 +187,7 @@ pub fn backward(
         let len = spec.mask.bias.map_or(0, |bias| bias.values.len());
         expect_dim("d_bias", "elements", len, d_bias.len())?;
     }
-    let (d_q, d_k, d_v) = (&grads.d_q, &grads.d_k, &grads.d_v);
-    let d_bias = grads.d_bias.map(Shared::new);
-    Backward { shape, saved, d_out, spec: *spec, d_q, d_k, d_v, d_bias }.run(ctx);
-    Ok(())
+    Ok(shape)
 }
 
 /// The probabilities of one query head of one sequence, named by `(batch, head)`: `out[i][j] = P_ij`, 0 where

@@ -14,6 +14,7 @@ use std::ops::Range;
 
 use pulp::Simd;
 
+use super::mask::Line;
 use super::tile::GROUP;
 use crate::lanes;
 use crate::math::exp_flushed;
@@ -23,6 +24,7 @@ use crate::math::exp_flushed;
 pub(super) struct Row<'a> {
     /// Added to the scores, one for each real key of the block's columns; may be shorter than the scores.
     pub(super) bias: Option<&'a [f32]>,
+    pub(super) alibi: Option<Line>,
     /// The keys that the row sees, counted from the first column.
     pub(super) visible: Range<usize>,
 }
@@ -41,13 +43,23 @@ fn hidden<S: Simd>(simd: S, visible: &Range<usize>, v: usize) -> Option<S::m32s>
     Some(simd.mask_between_m32s(start as u32, end as u32).mask())
 }
 
-/// `x + bias`, and −∞ where nothing is visible.
+/// The lanes' places.
+const PLACES: [f32; 16] =
+    [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0];
+
+/// `x` plus both biases, and −∞ where nothing is visible.
 #[inline(always)]
 pub(super) fn score<S: Simd>(simd: S, mut x: S::f32s, v: usize, row: &Row<'_>) -> S::f32s {
     if let Some(bias) = row.bias {
         let start = (v * S::F32_LANES).min(bias.len());
         let end = (start + S::F32_LANES).min(bias.len());
         x = simd.add_f32s(x, simd.partial_load_f32s(&bias[start..end]));
+    }
+    if let Some(Line { slope, ahead }) = row.alibi {
+        // Exact below 2²⁴, as the distance is.
+        let first = simd.splat_f32s(ahead - (v * S::F32_LANES) as f32);
+        let distance = simd.abs_f32s(simd.sub_f32s(first, S::as_simd_f32s(&PLACES).0[0]));
+        x = simd.negate_mul_add_e_f32s(simd.splat_f32s(slope), distance, x);
     }
     match hidden(simd, &row.visible, v) {
         None => x,

@@ -3,11 +3,12 @@
 //! ```text
 //! p_ij = exp(s_ij − max_j s_ij) / Σ_j exp(s_ij − max_j s_ij)      over the visible keys, 0 elsewhere
 //! ```
-//! A pass of its own: the ordinary forward pass stores no probability and pays nothing for this one.
+//! Dropout of the mask is left out: these are the probabilities before any falls. A pass of its own: the ordinary forward pass stores no probability and pays nothing for this one.
 
 use pulp::{Simd, WithSimd};
 
 use super::blocks::BlockList;
+use super::mask::Line;
 use super::online;
 use super::problem::{KEY_BLOCK, Shape, piece};
 use super::tile::{Dest, Extent, GROUP, Onto, Right, left, product};
@@ -73,6 +74,7 @@ impl Probabilities<'_> {
         row[..visible.start].fill(0.0);
         row[visible.end..].fill(0.0);
         let first_key = visible.start;
+        let line = self.spec.mask.alibi.map(|alibi| alibi.line(self.head, i, first_key));
         let row = &mut row[visible];
         let scale = simd.splat_f32s(self.spec.scale);
         match bias {
@@ -89,6 +91,11 @@ impl Probabilities<'_> {
                 #[inline(always)]
                 |b, x| simd.add_f32s(simd.mul_f32s(x, scale), b),
             ),
+        }
+        if let Some(Line { slope, ahead }) = line {
+            for (c, score) in row.iter_mut().enumerate() {
+                *score -= slope * (ahead - c as f32).abs();
+            }
         }
         if let Some(list) = self.spec.mask.list(self.head) {
             weigh(list, i, first_key, row);

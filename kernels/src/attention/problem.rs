@@ -141,6 +141,24 @@ pub(super) fn deal<Op: WithSimd<Output = ()>>(
     });
 }
 
+/// The problems that some of the units of all of them belong to, each with its own units among them, counted from its
+/// first. `len` counts the units of a problem.
+#[inline(always)]
+pub(super) fn pieces_of<'a, P>(
+    problems: &'a [P],
+    units: &Range<usize>,
+    len: impl Fn(&P) -> usize,
+) -> impl Iterator<Item = (&'a P, Range<usize>)> {
+    let units = units.clone();
+    let mut first = 0;
+    problems.iter().filter_map(move |problem| {
+        let all = first..first + len(problem);
+        first = all.end;
+        let mine = units.start.max(all.start)..units.end.min(all.end);
+        (mine.start < mine.end).then(|| (problem, mine.start - all.start..mine.end - all.start))
+    })
+}
+
 /// Cuts scratch memory into parts of these lengths.
 #[inline(always)]
 pub(super) fn cut<const N: usize>(mut memory: &mut [f32], lens: [usize; N]) -> [&mut [f32]; N] {
@@ -170,6 +188,11 @@ impl Shared {
     #[inline(always)]
     pub(super) fn at(self, start: usize) -> *mut f32 {
         self.0.wrapping_add(start)
+    }
+
+    /// What lies from element `start` on.
+    pub(super) fn from(self, start: usize) -> Shared {
+        Shared(self.at(start))
     }
 
     /// `len` elements from `start` on.

@@ -25,7 +25,7 @@ pub(crate) mod microkernel;
 mod pack;
 mod packed;
 mod placement;
-mod quantise;
+pub(crate) mod quantise;
 #[cfg(test)]
 mod tests;
 

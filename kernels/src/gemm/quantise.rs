@@ -67,13 +67,13 @@ impl WeightFormat {
 }
 
 /// The scale with which integers up to `largest` reach `max`: rounded up to 16 significant bits.
-pub(super) fn scale_of(max: f32, largest: u32) -> f32 {
+pub(crate) fn scale_of(max: f32, largest: u32) -> f32 {
     let least = (max / largest as f32).max(f32::MIN_POSITIVE);
     f32::from_bits((least.to_bits() + 0xff) & !0xff)
 }
 
 /// The bits of `x` in a word of that storage, lowest first. `scale` is used by the integers alone.
-pub(super) fn encode(storage: Storage, x: f32, scale: f32) -> u32 {
+pub(crate) fn encode(storage: Storage, x: f32, scale: f32) -> u32 {
     match storage {
         Storage::F32 => x.to_bits(),
         Storage::Bf16 => bf16_bits(x),

@@ -31,6 +31,8 @@ pub struct Attention<'a, T = f64> {
     pub bias: Option<&'a [T]>,
     /// Whether query `i` of a sequence sees key `j`: `sees(batch, i, j)`.
     pub sees: &'a dyn Fn(usize, usize, usize) -> bool,
+    /// What dropout multiplies the probability of `(batch, head, query, key)` by before P·V.
+    pub factor: Option<&'a dyn Fn([usize; 4]) -> T>,
 }
 
 /// The gradients of one attention problem, each of the shape of its input.
@@ -98,6 +100,12 @@ impl<T: Real> Attention<'_, T> {
     }
 }
 
+impl<T: Real> Attention<'_, T> {
+    fn factor(&self, at: [usize; 4]) -> T {
+        self.factor.map_or(T::from(1.0), |factor| factor(at))
+    }
+}
+
 /// `P = softmax(scale·Q·Kᵀ + bias)` over the keys seen, 0 elsewhere and in rows that see nothing.
 ///
 /// # Shapes
@@ -114,7 +122,7 @@ pub fn attention_probabilities<T: Real>(a: &Attention<'_, T>) -> Vec<T> {
     all
 }
 
-/// `O = P·V` and the log-sum-exp of each row (−∞ where nothing is seen).
+/// `O = (P ∘ factor)·V` and the log-sum-exp of each row (−∞ where nothing is seen).
 ///
 /// # Shapes
 /// O [batch, seq_q, heads, v_dim], log-sum-exp [batch, heads, seq_q].
@@ -127,6 +135,7 @@ pub fn attention_forward<T: Real>(a: &Attention<'_, T>) -> (Vec<T>, Vec<T>) {
                 let (p, row_lse) = a.row(b, h, i);
                 lse.push(row_lse);
                 for (j, &p) in p.iter().enumerate() {
+                    let p = p * a.factor([b, h, i, j]);
                     for d in 0..a.v_dim {
                         let o = &mut out[a.out_at(b, i, h) + d];
                         *o += p * a.v[a.v_at(b, j, h) + d];
@@ -138,7 +147,7 @@ pub fn attention_forward<T: Real>(a: &Attention<'_, T>) -> (Vec<T>, Vec<T>) {
     (out, lse)
 }
 
-/// The gradients, by `dP = dO·Vᵀ`, `dS = P ∘ (dP − Σ_j P∘dP)`.
+/// The gradients, by `dP = factor ∘ dO·Vᵀ`, `dS = P ∘ (dP − Σ_j P∘dP)`.
 ///
 /// # Shapes
 /// `d_out` as O; each gradient as its input.
@@ -170,11 +179,13 @@ fn backward_row<T: Real>(
     let mut d_p = vec![T::zero(); a.seq_k];
     let mut delta = T::zero();
     for j in 0..a.seq_k {
+        let factor = a.factor([b, h, i, j]);
         for (d, &g) in d_out.iter().enumerate() {
             d_p[j] += g * a.v[a.v_at(b, j, h) + d];
             let d_v = &mut grads.d_v[a.v_at(b, j, h) + d];
-            *d_v += p[j] * g;
+            *d_v += p[j] * factor * g;
         }
+        d_p[j] = d_p[j] * factor;
         delta += p[j] * d_p[j];
     }
     for j in 0..a.seq_k {
@@ -206,6 +217,7 @@ mod tests {
         inputs: &'a Inputs,
         kv_heads: usize,
         sees: &'a dyn Fn(usize, usize, usize) -> bool,
+        factor: Option<&'a dyn Fn([usize; 4]) -> f64>,
     ) -> Attention<'a> {
         let [q, k, v, bias] = inputs;
         Attention {
@@ -222,20 +234,23 @@ mod tests {
             scale: 0.7,
             bias: (!bias.is_empty()).then_some(bias),
             sees,
+            factor,
         }
     }
 
     #[test]
     fn gradients_are_the_central_differences() {
         let sees = |b: usize, i: usize, j: usize| j <= i + 1 && j < [3, 4][b] && i != 2;
-        for (kv_heads, bias_heads) in [(1, 2), (2, 1), (2, 0)] {
+        let dropout = |[b, h, i, j]: [usize; 4]| [0.0, 1.5, 2.0][(b + 2 * h + i + j) % 3];
+        for (kv_heads, bias_heads, dropped) in [(1, 2, false), (2, 1, true), (2, 0, false)] {
+            let factor: Option<&dyn Fn([usize; 4]) -> f64> = if dropped { Some(&dropout) } else { None };
             let lens = [2 * 3 * 2 * 3, 2 * 4 * kv_heads * 3, 2 * 4 * kv_heads * 2, bias_heads * 3 * 4];
             let mut inputs: Inputs = [0, 1, 2, 3].map(|i| values(lens[i], i as u64));
             let w = values(2 * 3 * 2 * 2, 5);
-            let grads = attention_backward(&problem(&inputs, kv_heads, &sees), &w);
+            let grads = attention_backward(&problem(&inputs, kv_heads, &sees, factor), &w);
             let grads = [grads.d_q, grads.d_k, grads.d_v, grads.d_bias];
             let loss = |inputs: &Inputs| -> f64 {
-                attention_forward(&problem(inputs, kv_heads, &sees))
+                attention_forward(&problem(inputs, kv_heads, &sees, factor))
                     .0
                     .iter()
                     .zip(&w)
@@ -277,6 +292,7 @@ mod tests {
             scale: 1.0,
             bias: None,
             sees: &sees,
+            factor: None,
         };
         assert_eq!(attention_forward(&sizes), (vec![0.0], vec![f64::NEG_INFINITY]));
         assert_eq!(attention_probabilities(&sizes), [0.0]);

@@ -29,6 +29,19 @@ pub fn dropout_keeps(p: f64, seed: u64, stream: u64, index: u64) -> bool {
     f64::from(words[(index % 64 / 16) as usize]) >= (p * 4_294_967_296.0).floor()
 }
 
+/// Whether dropout of probabilities keeps that of `[sequence, head, query, key]`: word `(key mod 64)/16` of the counter
+/// `[16·(key/64) + key mod 16, query, head, sequence]`, if it is at least p·2³². The key of the generator are the first two
+/// words of the counter `[stream, 0, 0]` under the seed.
+pub fn attention_dropout_keeps(p: f64, seed: u64, stream: u64, at: [usize; 4]) -> bool {
+    let halves = |x: u64| [x as u32, (x >> 32) as u32];
+    let [low, high] = halves(stream);
+    let [first, second, ..] = philox4x32([low, high, 0, 0], halves(seed));
+    let [sequence, head, query, key] = at.map(|x| x as u32);
+    let counter = [key / 64 * 16 + key % 16, query, head, sequence];
+    let words = philox4x32(counter, [first, second]);
+    f64::from(words[(key % 64 / 16) as usize]) >= (p * 4_294_967_296.0).floor()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

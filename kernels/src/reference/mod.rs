@@ -22,7 +22,7 @@ pub use additive_attention::{
 pub use attention::{
     Attention, AttentionGrads, attention_backward, attention_forward, attention_probabilities,
 };
-pub use dropout::{dropout_keeps, philox4x32};
+pub use dropout::{attention_dropout_keeps, dropout_keeps, philox4x32};
 pub use elman::{elman_backward, elman_forward};
 pub use gemm::{gemm, gemm_abs};
 pub use gru::{gru_backward, gru_forward};

@@ -55,35 +55,41 @@ impl WithSimd for Forward<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(mut self, simd: S) {
-        let LayerNorm { gamma, beta, eps } = self.norm;
-        let n = self.x.cols() as f32;
         for i in 0..self.x.rows() {
-            let (x, y) = (self.x.row(i), self.y.row_mut(i));
-            let mean = lanes::sum(simd, x) / n;
-            let center = simd.splat_f32s(mean);
-            let [squares] = lanes::sums(
-                simd,
-                x,
-                #[inline(always)]
-                |x| {
-                    let d = simd.sub_f32s(x, center);
-                    [simd.mul_f32s(d, d)]
-                },
-            );
-            let rstd = 1.0 / (squares / n + eps).sqrt();
-            self.stats.row_mut(i)[0] = RowStats { mean, rstd };
-            let rstd = simd.splat_f32s(rstd);
-            lanes::visit(
-                simd,
-                [x, gamma, beta],
-                [y],
-                #[inline(always)]
-                |[x, gamma, beta], _| {
-                    let normal = simd.mul_f32s(simd.sub_f32s(x, center), rstd);
-                    [simd.mul_add_e_f32s(normal, gamma, beta)]
-                },
-            );
+            self.stats.row_mut(i)[0] = self.norm.row(simd, self.x.row(i), self.y.row_mut(i));
         }
+    }
+}
+
+impl LayerNorm<'_> {
+    /// One row of [`forward`].
+    #[inline(always)]
+    pub(super) fn row<S: Simd>(&self, simd: S, x: &[f32], y: &mut [f32]) -> RowStats {
+        let n = x.len() as f32;
+        let mean = lanes::sum(simd, x) / n;
+        let center = simd.splat_f32s(mean);
+        let [squares] = lanes::sums(
+            simd,
+            x,
+            #[inline(always)]
+            |x| {
+                let d = simd.sub_f32s(x, center);
+                [simd.mul_f32s(d, d)]
+            },
+        );
+        let stats = RowStats { mean, rstd: 1.0 / (squares / n + self.eps).sqrt() };
+        let rstd = simd.splat_f32s(stats.rstd);
+        lanes::visit(
+            simd,
+            [x, self.gamma, self.beta],
+            [y],
+            #[inline(always)]
+            |[x, gamma, beta], _| {
+                let normal = simd.mul_f32s(simd.sub_f32s(x, center), rstd);
+                [simd.mul_add_e_f32s(normal, gamma, beta)]
+            },
+        );
+        stats
     }
 }
 
@@ -102,45 +108,56 @@ impl WithSimd for Backward<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(mut self, simd: S) {
-        let cols = self.x.cols();
-        let n = 1.0 / cols as f32;
-        let (d_gamma, d_beta) = self.sums.split_at_mut(cols);
-        d_gamma.fill(0.0);
-        d_beta.fill(0.0);
+        self.sums.fill(0.0);
         for (i, stats) in self.stats.iter().enumerate() {
-            let (x, d_y, d_x) = (self.x.row(i), self.d_y.row(i), self.d_x.row_mut(i));
-            let (mean, rstd) = (simd.splat_f32s(stats.mean), simd.splat_f32s(stats.rstd));
-            let mut sum_g = simd.splat_f32s(0.0);
-            let mut sum_gx = simd.splat_f32s(0.0);
-            lanes::visit(
-                simd,
-                [x, d_y, self.gamma],
-                [&mut *d_gamma, &mut *d_beta],
-                #[inline(always)]
-                |[x, d_y, gamma], [d_gamma, d_beta]| {
-                    let normal = simd.mul_f32s(simd.sub_f32s(x, mean), rstd);
-                    let g = simd.mul_f32s(d_y, gamma);
-                    sum_g = simd.add_f32s(sum_g, g);
-                    sum_gx = simd.mul_add_e_f32s(g, normal, sum_gx);
-                    [simd.mul_add_e_f32s(d_y, normal, d_gamma), simd.add_f32s(d_beta, d_y)]
-                },
-            );
-            let mean_g = simd.splat_f32s(simd.reduce_sum_f32s(sum_g) * n);
-            let mean_gx = simd.splat_f32s(simd.reduce_sum_f32s(sum_gx) * n);
-            lanes::visit(
-                simd,
-                [x, d_y, self.gamma],
-                [d_x],
-                #[inline(always)]
-                |[x, d_y, gamma], _| {
-                    let normal = simd.mul_f32s(simd.sub_f32s(x, mean), rstd);
-                    let g = simd.mul_f32s(d_y, gamma);
-                    let inner = simd.negate_mul_add_e_f32s(normal, mean_gx, simd.sub_f32s(g, mean_g));
-                    [simd.mul_f32s(rstd, inner)]
-                },
-            );
+            let d_x = self.d_x.row_mut(i);
+            row_backward(simd, self.gamma, *stats, (self.x.row(i), self.d_y.row(i)), d_x, self.sums);
         }
     }
+}
+
+/// One row of [`backward`]: from x and d_y; adds to `sums`, the row's part of d_gamma and then of d_beta.
+#[inline(always)]
+pub(super) fn row_backward<S: Simd>(
+    simd: S,
+    gamma: &[f32],
+    stats: RowStats,
+    (x, d_y): (&[f32], &[f32]),
+    d_x: &mut [f32],
+    sums: &mut [f32],
+) {
+    let n = 1.0 / x.len() as f32;
+    let (d_gamma, d_beta) = sums.split_at_mut(x.len());
+    let (mean, rstd) = (simd.splat_f32s(stats.mean), simd.splat_f32s(stats.rstd));
+    let mut sum_g = simd.splat_f32s(0.0);
+    let mut sum_gx = simd.splat_f32s(0.0);
+    lanes::visit(
+        simd,
+        [x, d_y, gamma],
+        [d_gamma, d_beta],
+        #[inline(always)]
+        |[x, d_y, gamma], [d_gamma, d_beta]| {
+            let normal = simd.mul_f32s(simd.sub_f32s(x, mean), rstd);
+            let g = simd.mul_f32s(d_y, gamma);
+            sum_g = simd.add_f32s(sum_g, g);
+            sum_gx = simd.mul_add_e_f32s(g, normal, sum_gx);
+            [simd.mul_add_e_f32s(d_y, normal, d_gamma), simd.add_f32s(d_beta, d_y)]
+        },
+    );
+    let mean_g = simd.splat_f32s(simd.reduce_sum_f32s(sum_g) * n);
+    let mean_gx = simd.splat_f32s(simd.reduce_sum_f32s(sum_gx) * n);
+    lanes::visit(
+        simd,
+        [x, d_y, gamma],
+        [d_x],
+        #[inline(always)]
+        |[x, d_y, gamma], _| {
+            let normal = simd.mul_f32s(simd.sub_f32s(x, mean), rstd);
+            let g = simd.mul_f32s(d_y, gamma);
+            let inner = simd.negate_mul_add_e_f32s(normal, mean_gx, simd.sub_f32s(g, mean_g));
+            [simd.mul_f32s(rstd, inner)]
+        },
+    );
 }
 
 /// `y[i][j] = (x[i][j] − mean_i)/√(var_i + eps)·gamma[j] + beta[j]`; saves mean and 1/√(…) a row.

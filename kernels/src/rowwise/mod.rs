@@ -14,6 +14,7 @@ pub mod layernorm;
 pub mod log_softmax;
 pub mod projected_cross_entropy;
 pub mod reduce;
+pub mod residual_norm;
 pub mod rmsnorm;
 pub mod softmax;
 

@@ -7,7 +7,8 @@
 //! That is the naive form. With 32,000 classes the logits of 4,096 tokens take 500 MB, and their gradient as much.
 //! Here the rows go by chunks whose logits hold at most 2²³ elements; the
 //! next chunk takes their place.
-//! - Backward makes the logits again: one product of four more, but forward and backward stay two calls.
+//! - Backward makes the logits again: a product more than three, but forward and backward stay two calls. Who knows
+//!   d_loss beforehand, as training with one loss at the end does, takes [`forward_and_backward`], which makes them once.
 //! - A chunk is not smaller because each chunk packs all of W, for which 256 rows pay with a tenth of their products.
 //! - The number of rows in a chunk depends on the classes alone. It is part of the numerical result of d_W, which adds
 //!   chunk by chunk; losses and d_x have the bits of the naive form.
@@ -130,15 +131,36 @@ pub fn backward(
     grads: Grads<'_>,
 ) -> Result<(), ShapeError> {
     let rows_per_chunk = projection.rows_per_chunk();
-    backward_in_chunks(ctx, projection, targets, (spec, d_loss), grads, rows_per_chunk)
+    backward_in_chunks(ctx, projection, (targets, spec, d_loss), None, grads, rows_per_chunk)
 }
 
-/// [`backward`] with chunks of another size.
-pub(super) fn backward_in_chunks(
+/// [`forward`] and [`backward`] in one call, for a `d_loss` that depends on no loss: the logits are made once.
+///
+/// # Shapes
+/// As in both.
+///
+/// # Errors
+/// As both.
+///
+/// Accuracy: the bits of both (`rowwise::tests::projected`).
+pub fn forward_and_backward(
     ctx: &Context,
     projection: &Projection<'_>,
     targets: &[u32],
     (spec, d_loss): (&CrossEntropy, &[f32]),
+    losses: &mut [f32],
+    grads: Grads<'_>,
+) -> Result<(), ShapeError> {
+    let rows_per_chunk = projection.rows_per_chunk();
+    backward_in_chunks(ctx, projection, (targets, spec, d_loss), Some(losses), grads, rows_per_chunk)
+}
+
+/// [`backward`] with chunks of another size, and the losses on the way where they are asked for.
+pub(super) fn backward_in_chunks(
+    ctx: &Context,
+    projection: &Projection<'_>,
+    (targets, spec, d_loss): (&[u32], &CrossEntropy, &[f32]),
+    mut losses: Option<&mut [f32]>,
     grads: Grads<'_>,
     rows_per_chunk: usize,
 ) -> Result<(), ShapeError> {
@@ -146,6 +168,9 @@ pub(super) fn backward_in_chunks(
     let (rows, dim, classes) = (projection.x.rows(), projection.x.cols(), projection.classes());
     projection.check(targets, spec)?;
     expect_dim("d_loss", "length", rows, d_loss.len())?;
+    if let Some(losses) = &losses {
+        expect_dim("losses", "length", rows, losses.len())?;
+    }
     expect_dim("d_x", "rows", rows, d_x.rows())?;
     expect_dim("d_x", "columns", dim, d_x.cols())?;
     expect_dim("d_weight", "rows", classes, d_weight.rows())?;
@@ -158,6 +183,9 @@ pub(super) fn backward_in_chunks(
     projection.for_each_chunk(ctx, rows_per_chunk, |rows, logits| {
         let d_logits = &mut d_logits[..rows.len() * classes];
         let to = MatMut::new(d_logits, rows.len(), classes)?;
+        if let Some(losses) = &mut losses {
+            cross_entropy::forward(ctx, logits, &targets[rows.clone()], spec, &mut losses[rows.clone()])?;
+        }
         cross_entropy::backward(ctx, logits, &targets[rows.clone()], spec, &d_loss[rows.clone()], to)?;
         let d_logits = MatRef::new(d_logits, rows.len(), classes)?;
         let x = projection.x.sub(rows.clone(), 0..dim);

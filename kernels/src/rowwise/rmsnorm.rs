@@ -20,10 +20,18 @@ use crate::lanes;
 use crate::scratch::ScratchBuf;
 use crate::view::{self, MatMut, MatRef};
 
+/// The learned scale of a normalised row, and the number that keeps 1/√(…) finite.
+#[derive(Debug, Clone, Copy)]
+pub struct RmsNorm<'a> {
+    /// Scale, one for each column.
+    pub gamma: &'a [f32],
+    /// Added to the mean of the squares.
+    pub eps: f32,
+}
+
 struct Forward<'a> {
     x: MatRef<'a>,
-    gamma: &'a [f32],
-    eps: f32,
+    norm: RmsNorm<'a>,
     y: MatMut<'a>,
     rstd: &'a mut [f32],
 }
@@ -33,20 +41,27 @@ impl WithSimd for Forward<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(mut self, simd: S) {
-        let n = self.x.cols() as f32;
         for (i, rstd) in self.rstd.iter_mut().enumerate() {
-            let (x, y) = (self.x.row(i), self.y.row_mut(i));
-            *rstd = 1.0 / (lanes::dot(simd, x, x) / n + self.eps).sqrt();
-            let rstd = simd.splat_f32s(*rstd);
-            lanes::zip(
-                simd,
-                x,
-                self.gamma,
-                y,
-                #[inline(always)]
-                |x, gamma| simd.mul_f32s(simd.mul_f32s(x, rstd), gamma),
-            );
+            *rstd = self.norm.row(simd, self.x.row(i), self.y.row_mut(i));
         }
+    }
+}
+
+impl RmsNorm<'_> {
+    /// One row of [`forward`]; its 1/√(…).
+    #[inline(always)]
+    pub(super) fn row<S: Simd>(&self, simd: S, x: &[f32], y: &mut [f32]) -> f32 {
+        let rstd = 1.0 / (lanes::dot(simd, x, x) / x.len() as f32 + self.eps).sqrt();
+        let scale = simd.splat_f32s(rstd);
+        lanes::zip(
+            simd,
+            x,
+            self.gamma,
+            y,
+            #[inline(always)]
+            |x, gamma| simd.mul_f32s(simd.mul_f32s(x, scale), gamma),
+        );
+        rstd
     }
 }
 
@@ -64,37 +79,50 @@ impl WithSimd for Backward<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(mut self, simd: S) {
-        let n = 1.0 / self.x.cols() as f32;
         self.d_gamma.fill(0.0);
-        for (i, rstd) in self.rstd.iter().enumerate() {
-            let (x, d_y, d_x) = (self.x.row(i), self.d_y.row(i), self.d_x.row_mut(i));
-            let rstd = simd.splat_f32s(*rstd);
-            let mut sum = simd.splat_f32s(0.0);
-            lanes::visit(
-                simd,
-                [x, d_y, self.gamma],
-                [&mut *self.d_gamma],
-                #[inline(always)]
-                |[x, d_y, gamma], [d_gamma]| {
-                    let normal = simd.mul_f32s(x, rstd);
-                    sum = simd.mul_add_e_f32s(simd.mul_f32s(d_y, gamma), normal, sum);
-                    [simd.mul_add_e_f32s(d_y, normal, d_gamma)]
-                },
-            );
-            let mean = simd.splat_f32s(simd.reduce_sum_f32s(sum) * n);
-            lanes::visit(
-                simd,
-                [x, d_y, self.gamma],
-                [d_x],
-                #[inline(always)]
-                |[x, d_y, gamma], _| {
-                    let normal = simd.mul_f32s(x, rstd);
-                    let inner = simd.negate_mul_add_e_f32s(normal, mean, simd.mul_f32s(d_y, gamma));
-                    [simd.mul_f32s(rstd, inner)]
-                },
-            );
+        for (i, &rstd) in self.rstd.iter().enumerate() {
+            let d_x = self.d_x.row_mut(i);
+            row_backward(simd, self.gamma, rstd, (self.x.row(i), self.d_y.row(i)), d_x, self.d_gamma);
         }
     }
+}
+
+/// One row of [`backward`]: from x and d_y; adds the row's part to d_gamma.
+#[inline(always)]
+pub(super) fn row_backward<S: Simd>(
+    simd: S,
+    gamma: &[f32],
+    rstd: f32,
+    (x, d_y): (&[f32], &[f32]),
+    d_x: &mut [f32],
+    d_gamma: &mut [f32],
+) {
+    let n = 1.0 / x.len() as f32;
+    let rstd = simd.splat_f32s(rstd);
+    let mut sum = simd.splat_f32s(0.0);
+    lanes::visit(
+        simd,
+        [x, d_y, gamma],
+        [d_gamma],
+        #[inline(always)]
+        |[x, d_y, gamma], [d_gamma]| {
+            let normal = simd.mul_f32s(x, rstd);
+            sum = simd.mul_add_e_f32s(simd.mul_f32s(d_y, gamma), normal, sum);
+            [simd.mul_add_e_f32s(d_y, normal, d_gamma)]
+        },
+    );
+    let mean = simd.splat_f32s(simd.reduce_sum_f32s(sum) * n);
+    lanes::visit(
+        simd,
+        [x, d_y, gamma],
+        [d_x],
+        #[inline(always)]
+        |[x, d_y, gamma], _| {
+            let normal = simd.mul_f32s(x, rstd);
+            let inner = simd.negate_mul_add_e_f32s(normal, mean, simd.mul_f32s(d_y, gamma));
+            [simd.mul_f32s(rstd, inner)]
+        },
+    );
 }
 
 /// `y[i][j] = x[i][j]·rstd[i]·gamma[j]`, `rstd[i] = 1/√(Σⱼ x[i][j]²/cols + eps)`, which is saved.
@@ -109,14 +137,13 @@ impl WithSimd for Backward<'_> {
 pub fn forward(
     ctx: &Context,
     x: MatRef,
-    gamma: &[f32],
-    eps: f32,
+    norm: &RmsNorm,
     y: MatMut,
     rstd: &mut [f32],
 ) -> Result<(), ShapeError> {
     let (rows, cols) = (x.rows(), x.cols());
     x.expect_contiguous_rows("x")?;
-    expect_dim("gamma", "length", cols, gamma.len())?;
+    expect_dim("gamma", "length", cols, norm.gamma.len())?;
     expect_rows("y", y.as_ref(), rows, cols)?;
     expect_dim("rstd", "length", rows, rstd.len())?;
     let block = rows_per_block(cols);
@@ -126,7 +153,7 @@ pub fn forward(
         let first = index * block;
         let x = x.sub(first..first + rstd.rows(), 0..cols);
         let rstd = rstd.as_mut_slice().expect("a block of a slice is a slice");
-        ctx.isa().dispatch(Forward { x, gamma, eps, y, rstd });
+        ctx.isa().dispatch(Forward { x, norm: *norm, y, rstd });
     });
     Ok(())
 }

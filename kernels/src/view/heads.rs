@@ -128,6 +128,23 @@ impl<'a> HeadsRef<'a> {
     }
 }
 
+impl<'a> HeadsRef<'a> {
+    /// The positions `range` of every sequence.
+    ///
+    /// # Panics
+    /// When there are no such positions.
+    #[inline]
+    pub fn positions(&self, range: Range<usize>) -> HeadsRef<'a> {
+        let layout = &self.layout;
+        assert!(range.start <= range.end && range.end <= layout.seq, "positions {range:?} of {layout:?}");
+        let empty = layout.shape().contains(&0) || range.is_empty();
+        let offset = if empty { 0 } else { range.start * layout.seq_stride };
+        // SAFETY: the first of these positions exists unless the offset is 0, so its first element lies in the buffer.
+        let ptr = unsafe { self.ptr.add(offset) };
+        HeadsRef { ptr, layout: HeadsLayout { seq: range.len(), ..self.layout }, ..*self }
+    }
+}
+
 /// A [batch, seq, heads, dim] tensor to write; no two indices name the same element.
 #[derive(Debug)]
 pub struct HeadsMut<'a> {
@@ -184,6 +201,19 @@ impl<'a> HeadsMut<'a> {
             HeadsMut { layout: HeadsLayout { heads: at, ..self.layout }, ..self },
             HeadsMut { ptr, layout: HeadsLayout { heads: heads - at, ..self.layout }, lifetime: PhantomData },
         )
+    }
+
+    /// The positions from each offset to the next one, of every sequence: packed sequences, to hand to threads.
+    ///
+    /// # Panics
+    /// When the offsets descend, or one is beyond the positions.
+    pub fn split_positions(self, offsets: &[usize]) -> Vec<Self> {
+        let whole = HeadsRef { ptr: self.ptr, layout: self.layout, lifetime: PhantomData };
+        let parts = offsets.windows(2).map(|pair| whole.positions(pair[0]..pair[1]));
+        // No two indices of the whole meet and the ranges are disjoint, so the parts are; `self` is consumed.
+        parts
+            .map(|part| HeadsMut { ptr: part.ptr.cast_mut(), layout: part.layout, lifetime: PhantomData })
+            .collect()
     }
 
     /// Every head of every sequence, head by head within a sequence: disjoint parts to hand to threads.
@@ -258,6 +288,22 @@ mod tests {
         let bhsd = HeadsRef::new(&data, HeadsLayout::batch_heads_seq(batch, heads, seq, dim)).unwrap();
         assert_eq!(bshd.head(1, 2).at(2, 3), (((3 + 2) * 4 + 2) * 5 + 3) as f32);
         assert_eq!(bhsd.head(1, 2).at(2, 3), (((4 + 2) * 3 + 2) * 5 + 3) as f32);
+    }
+
+    #[test]
+    fn packed_sequences_are_disjoint_positions() {
+        let mut data = vec![0.0f32; 6 * 2 * 3];
+        let layout = HeadsLayout::batch_seq_heads(1, 6, 2, 3);
+        let mut parts = HeadsMut::new(&mut data, layout).unwrap().split_positions(&[0, 2, 2, 6]);
+        assert_eq!(parts.iter().map(|part| part.layout().seq).collect::<Vec<_>>(), [2, 0, 4]);
+        parts[0].head_mut(0, 1).row_mut(1).fill(1.0);
+        parts[2].head_mut(0, 0).row_mut(3).fill(2.0);
+        assert_eq!(data[9..12], [1.0; 3]);
+        assert_eq!(data[30..33], [2.0; 3]);
+        assert_eq!(data.iter().sum::<f32>(), 9.0);
+        let view = HeadsRef::new(&data, layout).unwrap().positions(5..6);
+        assert_eq!(view.head(0, 0).row(0), [2.0; 3]);
+        assert_eq!(HeadsRef::new(&data, layout).unwrap().positions(6..6).layout().seq, 0);
     }
 
     #[test]

@@ -2,7 +2,9 @@
 
 use std::borrow::Cow;
 
-use kavanam_kernels::attention::cache::{Cache, CacheLayout, CacheMut, PANEL};
+use kavanam_kernels::attention::cache::{
+    Cache, CacheFormat, CacheLayout, CacheMut, PANEL, StoredBuffers, StoredBuffersMut, StoredSizes,
+};
 use kavanam_kernels::attention::{self, AttentionSpec, BlockList, Grads, Inputs, Mask, Part, Saved};
 use kavanam_kernels::{Context, HeadsLayout, HeadsMut, HeadsRef, ShapeError};
 
@@ -13,8 +15,10 @@ use crate::measure::workload::Workload;
 /// Allocates the outputs; for the backward pass runs the forward pass once.
 pub(super) fn prepare(problem: &Problem, context: Context) -> Result<Box<dyn Workload + '_>, ShapeError> {
     let shape = problem.shape;
-    if shape.pass == Pass::Decode {
-        return Ok(Box::new(Decode::new(problem, context)?));
+    match shape.pass {
+        Pass::Decode => return Ok(Box::new(Decode::new(problem, context, None)?)),
+        Pass::DecodeStored(format) => return Ok(Box::new(Decode::new(problem, context, Some(format))?)),
+        _ => {}
     }
     let layout = HeadsLayout::batch_seq_heads(shape.batch, shape.seq, shape.heads, shape.dim);
     let zeros = || vec![0.0; shape.elements()];
@@ -98,16 +102,52 @@ struct Decode<'a> {
     context: Context,
     problem: &'a Problem,
     cache: CacheLayout,
-    keys: Vec<f32>,
-    values: Vec<f32>,
+    contents: Contents,
     sequences: Vec<usize>,
     lengths: Vec<usize>,
     out: Vec<f32>,
     lse: Vec<f32>,
 }
 
+/// The buffers of a cache: keys and values.
+enum Contents {
+    F32([Vec<f32>; 2]),
+    Stored(CacheFormat, [Vec<u32>; 2], [Vec<f32>; 2]),
+}
+
+impl Contents {
+    fn new(cache: CacheLayout, format: Option<CacheFormat>) -> Result<Contents, ShapeError> {
+        let Some(format) = format else { return Ok(Contents::F32(cache.sizes()?.map(|len| vec![0.0; len]))) };
+        let StoredSizes { keys, values, scales } = cache.stored_sizes(format)?;
+        Ok(Contents::Stored(format, [vec![0; keys], vec![0; values]], [vec![0.0; scales], vec![0.0; scales]]))
+    }
+
+    fn writer(&mut self, cache: CacheLayout) -> Result<CacheMut<'_>, ShapeError> {
+        match self {
+            Contents::F32([keys, values]) => CacheMut::new(cache, keys, values),
+            Contents::Stored(format, [keys, values], [key_scales, value_scales]) => {
+                let buffers = StoredBuffersMut { keys, values, key_scales, value_scales };
+                CacheMut::stored(cache, *format, buffers)
+            }
+        }
+    }
+
+    fn reader(&self, cache: CacheLayout) -> Result<Cache<'_>, ShapeError> {
+        match self {
+            Contents::F32([keys, values]) => Cache::new(cache, keys, values),
+            Contents::Stored(format, [keys, values], [key_scales, value_scales]) => {
+                Cache::stored(cache, *format, StoredBuffers { keys, values, key_scales, value_scales })
+            }
+        }
+    }
+}
+
 impl<'a> Decode<'a> {
-    fn new(problem: &'a Problem, context: Context) -> Result<Decode<'a>, ShapeError> {
+    fn new(
+        problem: &'a Problem,
+        context: Context,
+        format: Option<CacheFormat>,
+    ) -> Result<Decode<'a>, ShapeError> {
         let shape = problem.shape;
         let cache = CacheLayout {
             sequences: shape.batch,
@@ -116,17 +156,16 @@ impl<'a> Decode<'a> {
             dim: shape.dim,
             v_dim: shape.dim,
         };
-        let [mut keys, mut values] = cache.sizes()?.map(|len| vec![0.0; len]);
+        let mut contents = Contents::new(cache, format)?;
         let layout = HeadsLayout::batch_seq_heads(shape.batch, shape.seq, shape.heads, shape.dim);
         let (k, v) = (HeadsRef::new(&problem.k, layout)?, HeadsRef::new(&problem.v, layout)?);
-        let mut writer = CacheMut::new(cache, &mut keys, &mut values)?;
+        let mut writer = contents.writer(cache)?;
         (0..shape.batch).try_for_each(|sequence| writer.append(sequence, 0, (k, v), sequence))?;
         Ok(Decode {
             context,
             problem,
             cache,
-            keys,
-            values,
+            contents,
             sequences: (0..shape.batch).collect(),
             lengths: vec![shape.seq; shape.batch],
             out: vec![f32::NAN; shape.query_elements()],
@@ -139,7 +178,7 @@ impl Workload for Decode<'_> {
     fn run(&mut self) -> Result<(), HarnessError> {
         let shape = self.problem.shape;
         let layout = HeadsLayout::batch_seq_heads(shape.batch, 1, shape.heads, shape.dim);
-        let cache = Cache::new(self.cache, &self.keys, &self.values)?;
+        let cache = self.contents.reader(self.cache)?;
         let part = Part { cache, sequences: &self.sequences, lengths: &self.lengths };
         let (q, out) = (HeadsRef::new(&self.problem.q, layout)?, HeadsMut::new(&mut self.out, layout)?);
         Ok(attention::decode(&self.context, q, &[part], shape.scale(), out, &mut self.lse)?)

@@ -1,6 +1,7 @@
 //! What is sent of a case: the operation in words, its sizes, the operands as they lie in memory.
 
 use kavanam_kernels::Context;
+use kavanam_kernels::attention::cache::CacheFormat;
 use kavanam_kernels::gemm::WeightFormat;
 use kavanam_kernels::rnn::Cell;
 use kavanam_kernels::rnn::min_rnn::MinCell;
@@ -8,7 +9,7 @@ use kavanam_model::Seq2Seq;
 use serde_json::json;
 
 use crate::cases::rnn::Kind;
-use crate::cases::rowwise::{EPS, RowOp};
+use crate::cases::rowwise::{ADAMW, ADAMW_T, EPS, RowOp};
 use crate::cases::{Problem, attention, gemm, rnn, rnnsearch, rowwise};
 use crate::peers::worker::protocol::{Data, Task, Tensor};
 
@@ -76,6 +77,8 @@ fn attention_task(problem: &attention::Problem) -> Task<'_> {
         attention::Pass::Forward => ("forward", vec![shape.elements()]),
         attention::Pass::Backward => ("backward", vec![shape.elements(); 3]),
         attention::Pass::Decode => ("decode", vec![shape.query_elements()]),
+        attention::Pass::DecodeStored(CacheFormat::Bf16) => ("decode_bf16", vec![shape.query_elements()]),
+        attention::Pass::DecodeStored(CacheFormat::Int8) => ("decode_int8", vec![shape.query_elements()]),
         attention::Pass::BigBird => ("bigbird", vec![shape.elements()]),
     };
     task(["attention", operation], json!({"causal": causal, "scale": shape.scale()}), tensors, outputs)
@@ -130,23 +133,39 @@ fn rowwise_task(problem: &rowwise::Problem) -> Task<'_> {
     let rowwise::Shape { op, rows, cols } = problem.shape;
     let x = f32s("x", &[rows, cols], &problem.x);
     let d_y = |dims: &[usize]| f32s("d_y", dims, &problem.d_y[..dims.iter().product::<usize>()]);
+    let of_matrix = || d_y(&[rows, cols]);
+    let second = |dims: &[usize]| f32s("second", dims, &problem.second);
     let gamma = f32s("gamma", &[cols], &problem.gamma);
     let beta = f32s("beta", &[cols], &problem.beta);
     let targets = Tensor { name: "targets", dims: vec![rows], data: Data::U32(&problem.targets) };
-    let (operation, tensors, outputs) = match op {
-        RowOp::Softmax => ("softmax", vec![x], vec![rows * cols]),
-        RowOp::SoftmaxBackward => ("softmax_backward", vec![x, d_y(&[rows, cols])], vec![rows * cols]),
-        RowOp::LayerNorm => ("layernorm", vec![x, gamma, beta], vec![rows * cols]),
-        RowOp::LayerNormBackward => {
-            ("layernorm_backward", vec![x, d_y(&[rows, cols]), gamma, beta], vec![rows * cols, cols, cols])
+    let (operation, tensors) = match op {
+        RowOp::Softmax => ("softmax", vec![x]),
+        RowOp::SoftmaxBackward => ("softmax_backward", vec![x, of_matrix()]),
+        RowOp::LayerNorm => ("layernorm", vec![x, gamma, beta]),
+        RowOp::LayerNormBackward => ("layernorm_backward", vec![x, of_matrix(), gamma, beta]),
+        RowOp::CrossEntropy => ("cross_entropy", vec![x, targets]),
+        RowOp::CrossEntropyBackward => ("cross_entropy_backward", vec![x, d_y(&[rows]), targets]),
+        RowOp::Gelu => ("gelu", vec![x]),
+        RowOp::GeluBackward => ("gelu_backward", vec![x, of_matrix()]),
+        RowOp::RmsNorm => ("rmsnorm", vec![x, gamma]),
+        RowOp::ResidualLayerNorm => ("residual_layernorm", vec![x, of_matrix(), gamma, beta]),
+        RowOp::Swiglu => ("swiglu", vec![x, second(&[rows, cols])]),
+        RowOp::SwigluBackward => ("swiglu_backward", vec![x, second(&[rows, cols]), of_matrix()]),
+        RowOp::AdamW => ("adamw", vec![x, of_matrix(), second(&[rows, cols])]),
+        RowOp::ProjectedCrossEntropy { dim } => {
+            let x = f32s("x", &[rows, dim], &problem.x);
+            ("projected_cross_entropy", vec![x, second(&[cols, dim]), d_y(&[rows]), targets])
         }
-        RowOp::CrossEntropy => ("cross_entropy", vec![x, targets], vec![rows]),
-        RowOp::CrossEntropyBackward => {
-            ("cross_entropy_backward", vec![x, d_y(&[rows]), targets], vec![rows * cols])
-        }
-        RowOp::Gelu => ("gelu", vec![x], vec![rows * cols]),
     };
-    task(["rowwise", operation], json!({"eps": EPS}), tensors, outputs)
+    let adamw = json!({
+        "lr": ADAMW.lr,
+        "beta1": ADAMW.beta1,
+        "beta2": ADAMW.beta2,
+        "eps": ADAMW.eps,
+        "weight_decay": ADAMW.weight_decay,
+        "t": ADAMW_T,
+    });
+    task(["rowwise", operation], json!({"eps": EPS, "adamw": adamw}), tensors, problem.shape.output_lengths())
 }
 
 #[cfg(test)]

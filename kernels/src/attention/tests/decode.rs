@@ -38,7 +38,7 @@ impl Owned {
     }
 }
 
-fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     let shapes = [
         (2, 4, 4, 5, 8, 8),
         (2, 4, 2, 130, 12, 20),
@@ -59,11 +59,11 @@ fn cases() -> Vec<Case> {
 }
 
 /// `data` [batch, seq, width], rows `keys` of each sequence.
-fn rows_of(data: &[f32], seq: usize, width: usize, rows: std::ops::Range<usize>) -> Vec<f32> {
+pub(super) fn rows_of(data: &[f32], seq: usize, width: usize, rows: std::ops::Range<usize>) -> Vec<f32> {
     data.chunks_exact(seq * width).flat_map(|s| s[rows.start * width..rows.end * width].to_vec()).collect()
 }
 
-fn run(ctx: &Context, case: &Case, queries: usize, parts: &[Part<'_>]) -> (Vec<f32>, Vec<f32>) {
+pub(super) fn run(ctx: &Context, case: &Case, queries: usize, parts: &[Part<'_>]) -> (Vec<f32>, Vec<f32>) {
     let Shape { batch, heads, seq_q, dim, v_dim, .. } = case.shape;
     let q = rows_of(&case.data.q, seq_q, heads * dim, seq_q - queries..seq_q);
     let mut out = Guarded::poisoned(batch * queries * heads * v_dim);

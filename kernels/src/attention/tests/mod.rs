@@ -3,12 +3,15 @@
 mod bits;
 mod blocks;
 mod decode;
+mod decode_stored;
+mod packed;
 
 use super::*;
 use crate::Context;
 use crate::reference::{
     self, AttentionGrads, Real, attention_backward, attention_forward, attention_probabilities,
 };
+use crate::rowwise::dropout::Dropout;
 use crate::testing::{Guarded, assert_within, for_each_isa, uniform};
 use crate::view::HeadsLayout;
 
@@ -21,6 +24,9 @@ struct Case {
     lengths: Option<Vec<usize>>,
     bias_heads: usize,
     lists: Vec<BlockList>,
+    /// A slope for each head and the position of query 0; empty without.
+    slopes: (Vec<f32>, usize),
+    dropout: Option<ScoreDropout>,
     /// Multiplies the queries: large values make extreme logits.
     magnitude: f32,
     data: Data,
@@ -55,6 +61,8 @@ impl Case {
             lengths: None,
             bias_heads: 0,
             lists: Vec::new(),
+            slopes: (Vec::new(), 0),
+            dropout: None,
             magnitude: 1.0,
             data: Data::default(),
         };
@@ -80,6 +88,9 @@ impl Case {
             key_lengths: self.lengths.as_deref(),
             blocks: (!self.lists.is_empty()).then_some(&self.lists),
             bias: (self.bias_heads > 0).then_some(Bias { values: &self.data.bias, heads: self.bias_heads }),
+            alibi: (!self.slopes.0.is_empty())
+                .then_some(Alibi { slopes: &self.slopes.0, offset: self.slopes.1 }),
+            dropout: self.dropout,
         };
         AttentionSpec::scaled(self.shape.dim).with_mask(mask)
     }
@@ -135,7 +146,27 @@ impl Case {
         let Shape { batch, heads, kv_heads, seq_q, seq_k, dim, v_dim } = self.shape;
         let convert = |x: &[f32]| -> Vec<T> { x.iter().map(|&x| T::from(x)).collect() };
         let [q, k, v] = [&self.data.q, &self.data.k, &self.data.v].map(|x| convert(x));
-        let bias = convert(&self.data.bias);
+        let mut bias = convert(&self.data.bias);
+        let (slopes, offset) = &self.slopes;
+        if !slopes.is_empty() {
+            assert!(
+                self.bias_heads == 0 || self.bias_heads == heads,
+                "one bias for all has no room for slopes"
+            );
+            bias.resize(heads * seq_q * seq_k, T::zero());
+            for (x, bias) in bias.iter_mut().enumerate() {
+                let (h, i, j) = (x / seq_k / seq_q, x / seq_k % seq_q, x % seq_k);
+                *bias = *bias - T::from(slopes[h]) * T::from((i + offset).abs_diff(j) as f32);
+            }
+        }
+        let factor = |at: [usize; 4]| {
+            let ScoreDropout { dropout: Dropout { p, seed, stream }, first_sequence } = self.dropout.unwrap();
+            let at = [at[0] + first_sequence, at[1], at[2], at[3]];
+            let keeps = reference::attention_dropout_keeps(f64::from(p), seed, stream, at);
+            T::from(if keeps { 1.0 / (1.0 - p) } else { 0.0 })
+        };
+        let factor: Option<&dyn Fn([usize; 4]) -> T> =
+            if self.dropout.is_some() { Some(&factor) } else { None };
         let sees = |b: usize, i: usize, j: usize| {
             self.causal.is_none_or(|offset| j <= i + offset)
                 && self.lengths.as_ref().is_none_or(|lengths| j < lengths[b])
@@ -143,7 +174,7 @@ impl Case {
                     .window
                     .is_none_or(|w| j + w.left >= i + w.offset && j <= (i + w.offset).saturating_add(w.right))
         };
-        let bias = (self.bias_heads > 0).then_some(&bias[..]);
+        let bias = (!bias.is_empty()).then_some(&bias[..]);
         let scale = T::from(self.spec().scale);
         let sees = &sees;
         let (q, k, v) = (&q[..], &k[..], &v[..]);
@@ -161,6 +192,7 @@ impl Case {
             scale,
             bias,
             sees,
+            factor,
         };
         f(&problem, &convert(&self.data.d_out))
     }
@@ -284,6 +316,26 @@ fn varied() -> Vec<Case> {
 #[test]
 fn masks_biases_groups_and_widths() {
     varied().iter().for_each(Case::check);
+}
+
+#[test]
+fn linear_biases() {
+    for (k, mut case) in varied().into_iter().enumerate() {
+        if case.bias_heads == 1 {
+            continue;
+        }
+        case.slopes = (vec![0.5, 0.25, 0.0, 0.01], [0, 3, 70][k % 3]);
+        case.check();
+    }
+}
+
+#[test]
+fn dropped_probabilities() {
+    for (k, mut case) in varied().into_iter().enumerate() {
+        let dropout = Dropout { p: [0.1, 0.5][k % 2], seed: 1 << 40 | 7, stream: k as u64 };
+        case.dropout = Some(ScoreDropout { dropout, first_sequence: 5 * k });
+        case.check();
+    }
 }
 
 #[test]

@@ -5,6 +5,7 @@ mod elements;
 mod gated;
 mod norms;
 mod projected;
+mod residual_norm;
 mod softmax;
 
 use std::num::NonZeroUsize;

@@ -3,7 +3,7 @@
 use super::*;
 use crate::reference;
 use crate::rowwise::layernorm::{self, LayerNorm, RowStats};
-use crate::rowwise::rmsnorm;
+use crate::rowwise::rmsnorm::{self, RmsNorm};
 use crate::testing::{Guarded, assert_within, gamma, uniform};
 
 const EPS: f32 = 1e-5;
@@ -143,7 +143,8 @@ fn rmsnorm_both() {
         let mut y = Guarded::poisoned(x.len());
         let mut rstd = Guarded::poisoned(ROWS);
         let out = mat_mut(y.body_mut(), cols);
-        rmsnorm::forward(ctx, mat(&x, cols), &gamma_, EPS, out, rstd.body_mut()).unwrap();
+        let norm = RmsNorm { gamma: &gamma_, eps: EPS };
+        rmsnorm::forward(ctx, mat(&x, cols), &norm, out, rstd.body_mut()).unwrap();
         y.check();
         rstd.check();
         let exact = reference::rmsnorm_forward(mat(&x, cols), &gamma_, f64::from(EPS));
@@ -198,7 +199,8 @@ fn rows_do_not_depend_on_each_other_nor_on_threads() {
         let (mut d_gamma, mut d_beta) = ([0.0; C], [0.0; C]);
         let saved = layernorm::Saved { x, gamma: &gamma_, stats: &stats };
         layernorm::backward(ctx, &saved, d_y, mat_mut(d_x, C), &mut d_gamma, &mut d_beta).unwrap();
-        rmsnorm::forward(ctx, x, &gamma_, EPS, mat_mut(rms_y, C), &mut rstd).unwrap();
+        rmsnorm::forward(ctx, x, &RmsNorm { gamma: &gamma_, eps: EPS }, mat_mut(rms_y, C), &mut rstd)
+            .unwrap();
         let saved = rmsnorm::Saved { x, gamma: &gamma_, rstd: &rstd };
         rmsnorm::backward(ctx, &saved, d_y, mat_mut(rms_d, C), &mut d_gamma).unwrap();
         (0..rows.len())

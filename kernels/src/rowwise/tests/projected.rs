@@ -4,7 +4,9 @@ use super::*;
 use crate::gemm::{Accum, Epilogue, gemm};
 use crate::reference;
 use crate::rowwise::cross_entropy::{self, CrossEntropy};
-use crate::rowwise::projected_cross_entropy::{Grads, Projection, backward, backward_in_chunks, forward};
+use crate::rowwise::projected_cross_entropy::{
+    Grads, Projection, backward, backward_in_chunks, forward, forward_and_backward,
+};
 use crate::testing::{Guarded, assert_within, gamma, uniform};
 
 struct Case {
@@ -46,10 +48,27 @@ impl Case {
             d_weight: mat_mut(d_weight.body_mut(), dim),
             d_bias: Some(d_bias.body_mut()),
         };
-        let loss = (&self.spec, &self.d_loss[..]);
-        backward_in_chunks(ctx, &self.projection(), &self.targets, loss, grads, chunk).unwrap();
+        let loss = (&self.targets[..], &self.spec, &self.d_loss[..]);
+        backward_in_chunks(ctx, &self.projection(), loss, None, grads, chunk).unwrap();
         [&d_x, &d_weight, &d_bias].into_iter().for_each(Guarded::check);
         [d_x, d_weight, d_bias].map(|grad| grad.body().to_vec())
+    }
+}
+
+impl Case {
+    /// losses, d_x, d_weight, d_bias in one call.
+    fn both(&self, ctx: &Context) -> [Vec<f32>; 4] {
+        let [rows, dim, classes] = self.dims;
+        let (mut losses, mut d_x) = (vec![f32::NAN; rows], vec![f32::NAN; rows * dim]);
+        let (mut d_weight, mut d_bias) = (vec![1.0; classes * dim], vec![1.0; classes]);
+        let grads = Grads {
+            d_x: mat_mut(&mut d_x, dim),
+            d_weight: mat_mut(&mut d_weight, dim),
+            d_bias: Some(&mut d_bias),
+        };
+        let loss = (&self.spec, &self.d_loss[..]);
+        forward_and_backward(ctx, &self.projection(), &self.targets, loss, &mut losses, grads).unwrap();
+        [losses, d_x, d_weight, d_bias]
     }
 }
 
@@ -88,6 +107,11 @@ fn projected_cross_entropy_is_the_product_and_the_loss() {
             let d_weight = reference::gemm(d_logits.t(), x);
             let scale = reference::gemm_abs(d_logits.t(), x);
             let exact: Vec<f64> = d_weight.iter().map(|x| x + 1.0).collect();
+            let [both_losses, both @ ..] = case.both(ctx);
+            assert_same_bits(&both_losses, &expected);
+            for (both, alone) in both.iter().zip(case.gradients(ctx, 4096)) {
+                assert_same_bits(both, &alone);
+            }
             for chunk in [rows, 6, 64] {
                 let [got_x, got_weight, got_bias] = case.gradients(ctx, chunk);
                 assert_same_bits(&got_x, &d_x);
