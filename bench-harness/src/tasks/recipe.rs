@@ -4,7 +4,7 @@
 
 use kavanam_model::ModelConfig;
 use kavanam_model::models::{
-    AttentionKind, Bridge, CellKind, DropoutRates, RnnSeq2SeqConfig, TransformerConfig,
+    AttentionKind, Bridge, CellKind, ContextTo, DropoutRates, RnnSeq2SeqConfig, TransformerConfig,
 };
 use kavanam_model::train::{Decay, Schedule, TrainerConfig};
 use serde_json::{Map, Value};
@@ -197,14 +197,23 @@ pub(crate) fn describe(model: &ModelConfig) -> String {
                 CellKind::MinGru => "minGRU",
                 CellKind::MinLstm => "minLSTM",
             };
-            let direction = if c.bidirectional { "bidirectional" } else { "forward" };
+            let direction = match (c.bidirectional, c.only_first_bidirectional && c.layers > 1) {
+                (false, _) => "forward",
+                (true, false) => "bidirectional",
+                (true, true) => "bidirectional at the bottom",
+            };
             let attention = match c.attention {
                 AttentionKind::None => "through one fixed vector",
                 AttentionKind::Additive => "additive attention",
                 AttentionKind::Dot => "dot attention",
             };
+            let context = match c.context {
+                ContextTo::Bottom => "",
+                ContextTo::All => " to all layers",
+            };
+            let residual = if c.is_residual(c.layers - 1) { "residual " } else { "" };
             format!(
-                "{cell} encoder ({direction}, {}) and decoder ({}), {} + {} layers, {attention}",
+                "{cell} encoder ({direction}, {}) and decoder ({}), {} + {} {residual}layers, {attention}{context}",
                 c.annotation(),
                 c.hidden,
                 c.layers,

@@ -13,7 +13,7 @@ use kavanam_kernels::{Activation, Context, HeadsLayout, HeadsMut, HeadsRef, MatM
 
 use crate::error::ModelError;
 use crate::models::rnn_seq2seq::Layers;
-use crate::models::{DecoderState, Encoded, sources_of};
+use crate::models::{DecoderState, Encoded, RnnSeq2SeqConfig, sources_of};
 use crate::nn::additive_attention::AdditiveAttention;
 use crate::nn::rnn::{CellWeights, ScanWeights};
 use crate::ops::{self, Tokens};
@@ -129,7 +129,7 @@ impl RnnState {
         &mut self,
         tape: &mut Tape<'_>,
         packed: &Packed,
-        layers: &Layers,
+        (config, layers): (&RnnSeq2SeqConfig, &Layers),
         tokens: &[u32],
     ) -> Result<(Var, Option<Tensor>), ModelError> {
         expect_dim("tokens", "length", self.rows, tokens.len())?;
@@ -137,44 +137,45 @@ impl RnnState {
         let embedded = layers.target.forward(tape, &tokens)?;
         let mut weights = None;
         let mut context = None;
-        let mut input = tape.value(embedded).to_vec();
+        // What the layer below gives.
+        let mut x = tape.value(embedded).to_vec();
         for l in 0..layers.decoder.len() {
-            let cell = match &packed.cells[l] {
-                StepCell::Recurrent(cell) => cell,
-                StepCell::Scan(weights) => {
-                    input = self.scan(tape, weights, l, &input)?;
-                    continue;
+            let mut y = match &packed.cells[l] {
+                StepCell::Scan(weights) => self.scan(tape, weights, l, &x)?,
+                StepCell::Recurrent(cell) => {
+                    let columns = cell.cell().gate_columns(self.hidden);
+                    let mut gates = tape.buffer(self.rows * columns);
+                    if let (0, Some(attention)) = (l, &layers.attention) {
+                        let (looked, alpha) = self.look(tape, packed, attention)?;
+                        weights = Some(alpha);
+                        let token_cell = packed.token_cell.as_ref().expect("packed with additive attention");
+                        let into = MatMut::new(&mut gates, self.rows, columns)?;
+                        rnn::project_with(tape.context(), token_cell, tape.matrix(embedded), into)?;
+                        let looked = context.insert(looked);
+                        self.step(tape.context(), cell, (l, Accum::Add), looked, &mut gates)?
+                    } else {
+                        let looked = context.as_deref().filter(|_| config.reads_context(l));
+                        let both = looked.map(|looked| side_by_side(tape, self.rows, &[&x, looked]));
+                        let input = both.as_deref().unwrap_or(&x);
+                        self.step(tape.context(), cell, (l, Accum::Overwrite), input, &mut gates)?
+                    }
                 }
             };
-            let columns = cell.cell().gate_columns(self.hidden);
-            let mut gates = tape.buffer(self.rows * columns);
-            let mut accum = Accum::Overwrite;
-            if let (0, Some(attention)) = (l, &layers.attention) {
-                let (looked, alpha) = self.look(tape, packed, attention)?;
-                weights = Some(alpha);
-                let token_cell = packed.token_cell.as_ref().expect("packed with additive attention");
-                let gates = MatMut::new(&mut gates, self.rows, columns)?;
-                rnn::project_with(tape.context(), token_cell, tape.matrix(embedded), gates)?;
-                accum = Accum::Add;
-                input = looked.to_vec();
-                context = Some(looked);
+            if config.is_residual(l) {
+                y.iter_mut().zip(&x).for_each(|(y, x)| *y += x);
             }
-            input = self.step(tape.context(), cell, (l, accum), &input, &mut gates)?;
+            x = y;
         }
         self.position += 1;
-        let top = &self.states[self.states.len() - self.vectors];
         let wanted = self.attention_wanted;
-        let read = match (layers.attention.is_some(), layers.readout.is_some()) {
-            (true, _) => {
-                let context = context.expect("the bottom layer attended");
-                side_by_side(tape, self.rows, &[top, tape.value(embedded), &context])
-            }
-            (false, true) => {
-                let (context, alpha) = self.look_back(tape, top, wanted)?;
+        let read = match (config.has_readout(), &context) {
+            (false, _) => side_by_side(tape, self.rows, &[&x]),
+            (true, Some(context)) => side_by_side(tape, self.rows, &[&x, tape.value(embedded), context]),
+            (true, None) => {
+                let (context, alpha) = self.look_back(tape, &x, wanted)?;
                 weights = alpha;
-                side_by_side(tape, self.rows, &[&context, top])
+                side_by_side(tape, self.rows, &[&context, &x])
             }
-            (false, false) => side_by_side(tape, self.rows, &[top]),
         };
         let cols = read.len() / self.rows.max(1);
         let read = tape.push_inference(read, self.rows, cols);

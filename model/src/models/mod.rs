@@ -13,7 +13,7 @@ use kavanam_kernels::{Context, ShapeError};
 
 pub use batch::{BOS, Batch, EOS, PAD, UNK};
 pub use config::{
-    AttentionKind, Bridge, CellKind, ClassifierConfig, ClassifierEncoder, DropoutRates,
+    AttentionKind, Bridge, CellKind, ClassifierConfig, ClassifierEncoder, ContextTo, DropoutRates,
     FeedForwardActivation, ModelConfig, NormPlacement, Pooling, Positions, RnnSeq2SeqConfig,
     TransformerConfig,
 };
