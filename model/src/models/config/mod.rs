@@ -1,9 +1,11 @@
 //! [`ModelConfig`]: what config.json holds, checked, with exact parameter counts before anything is built.
 
+mod char_lm;
 mod classifier;
 mod rnn;
 mod transformer;
 
+pub use char_lm::CharLmConfig;
 pub use classifier::{ClassifierConfig, ClassifierEncoder, Pooling};
 pub use rnn::{AttentionKind, Bridge, CellKind, ContextTo, RnnSeq2SeqConfig};
 pub use transformer::{DropoutRates, FeedForwardActivation, NormPlacement, Positions, TransformerConfig};
@@ -69,7 +71,7 @@ impl ModelConfig {
     }
 }
 
-pub(super) fn wrong(field: &'static str, value: impl ToString, expected: String) -> ModelError {
+pub(crate) fn wrong(field: &'static str, value: impl ToString, expected: String) -> ModelError {
     ModelError::Config { field, value: value.to_string(), expected }
 }
 
