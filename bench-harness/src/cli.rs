@@ -10,7 +10,7 @@ use regex::Regex;
 use crate::cases::Family;
 use crate::error::HarnessError;
 pub(crate) use crate::import_args::ImportArgs;
-pub(crate) use crate::task_args::{CompareArgs, PronounceArgs, ScoreArgs, TrainArgs};
+pub(crate) use crate::task_args::{CompareArgs, PronounceArgs, SampleArgs, ScoreArgs, TrainArgs};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -18,6 +18,8 @@ Examples:
   kavanam compare --preset full          larger models, twelve minutes of training each
   kavanam pronounce thought through      letters to phones, by the newest trained model
   kavanam train --model transformer --out DIR --seconds 120
+  kavanam train --task chars --data text.txt --out DIR
+  kavanam sample --model DIR --prompt 'The '
   kavanam score --model DIR              phone and word error rates on held-out words
   kavanam import --format g2p-en g2p_en/checkpoint20.npz --out DIR
   kavanam bench gemm --quick             our matrix products against three other crates, a minute
@@ -49,6 +51,8 @@ pub(crate) enum Command {
     Pronounce(PronounceArgs),
     /// Measure a trained model's errors on the dictionary's held-out words
     Score(ScoreArgs),
+    /// Write on from a prompt, by a trained language model of characters
+    Sample(SampleArgs),
     /// Turn a recurrent model of another program into a folder that pronounce and score read
     Import(ImportArgs),
     /// Measure a family of kernels against its peers

@@ -4,15 +4,18 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
+use kavanam_model::train::TrainerConfig;
 
 use crate::cli::ContextArgs;
-use crate::tasks::recipe::{Family, Preset, Recipe};
+use crate::tasks::recipe::{Family, Preset};
 
 /// The tasks that there is data for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Task {
     /// Letters to phones: the embedded CMU pronouncing dictionary
     G2p,
+    /// The next character of a text, by a recurrent language model: the text is --data
+    Chars,
 }
 
 /// Arguments of `kavanam compare`.
@@ -62,9 +65,12 @@ pub(crate) struct TrainArgs {
     /// What to learn
     #[arg(long, value_enum, default_value = "g2p")]
     pub(crate) task: Task,
-    /// Which model
-    #[arg(long, value_enum, default_value = "transformer")]
-    pub(crate) model: Family,
+    /// The text to learn from, in UTF-8, for the task chars; its last tenth is for validation
+    #[arg(long, value_name = "FILE")]
+    pub(crate) data: Option<PathBuf>,
+    /// Which model, for the task g2p [default: transformer]; that of chars is an LSTM, or --config '{"cell": "gru"}'
+    #[arg(long, value_enum)]
+    pub(crate) model: Option<Family>,
     /// Folder of the checkpoint: config.json, vocab.json, model.safetensors, training.safetensors
     #[arg(long, value_name = "DIR")]
     pub(crate) out: PathBuf,
@@ -104,10 +110,10 @@ pub(crate) struct TrainArgs {
     /// Points of the validation curve
     #[arg(long, default_value_t = 8, value_name = "N")]
     pub(crate) points: u64,
-    /// Validation words for each point
+    /// Validation words for each point, for the task g2p
     #[arg(long, default_value_t = 800, value_name = "N")]
     pub(crate) valid_words: usize,
-    /// Beam width of the final validation, beside the greedy one
+    /// Beam width of the final validation, beside the greedy one, for the task g2p
     #[arg(long, default_value = "5", value_name = "N")]
     pub(crate) beam: NonZeroUsize,
     /// How kernels run.
@@ -116,22 +122,14 @@ pub(crate) struct TrainArgs {
 }
 
 impl TrainArgs {
-    /// Puts the flags that were given into the recipe.
-    ///
-    /// # Errors
-    /// When `--config` has a field that the model's configuration lacks or refuses.
-    pub(crate) fn tune(&self, recipe: &mut Recipe) -> Result<(), crate::error::HarnessError> {
-        let trainer = &mut recipe.trainer;
+    /// Puts the flags that were given into the trainer's settings.
+    pub(crate) fn tune(&self, trainer: &mut TrainerConfig) {
         let schedule = &mut trainer.schedule;
         schedule.peak_lr = self.lr.unwrap_or(schedule.peak_lr);
         schedule.warmup_steps = self.warmup_steps.unwrap_or(schedule.warmup_steps);
         schedule.cooldown = self.cooldown.unwrap_or(schedule.cooldown);
         trainer.batch_tokens = self.batch_tokens.unwrap_or(trainer.batch_tokens);
         trainer.label_smoothing = self.label_smoothing.unwrap_or(trainer.label_smoothing);
-        match &self.config {
-            Some(changes) => recipe.change_model(changes),
-            None => Ok(()),
-        }
     }
 }
 
@@ -175,6 +173,32 @@ pub(crate) struct ScoreArgs {
     /// Hypotheses kept while decoding; 1 is greedy
     #[arg(long, default_value = "5", value_name = "N")]
     pub(crate) beam: NonZeroUsize,
+    /// How kernels run.
+    #[command(flatten)]
+    pub(crate) context: ContextArgs,
+}
+
+/// Arguments of `kavanam sample`.
+#[derive(Debug, Args)]
+pub(crate) struct SampleArgs {
+    /// Folder of a model that `kavanam train --task chars` has written
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: PathBuf,
+    /// What the text begins with
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    pub(crate) prompt: String,
+    /// Characters to write after it
+    #[arg(long, value_name = "N", default_value_t = 500)]
+    pub(crate) length: usize,
+    /// Below 1 likely characters become likelier; 0 always takes the likeliest
+    #[arg(long, value_name = "T", default_value_t = 0.8)]
+    pub(crate) temperature: f32,
+    /// Draw from the N likeliest characters only [default: all]
+    #[arg(long, value_name = "N")]
+    pub(crate) top_k: Option<NonZeroUsize>,
+    /// Seed of the draws
+    #[arg(long, default_value_t = 1)]
+    pub(crate) seed: u64,
     /// How kernels run.
     #[command(flatten)]
     pub(crate) context: ContextArgs,

@@ -1,5 +1,5 @@
-//! Sequence-to-sequence models on [`kavanam_kernels`]: transformers and recurrent encoder–decoders,
-//! built, trained and decoded without another library.
+//! Sequence models on [`kavanam_kernels`]: transformers and recurrent encoder–decoders, language models and
+//! classifiers, built, trained and decoded without another library.
 //!
 //! # Map
 //! | room | what it holds |
@@ -23,6 +23,7 @@ pub mod ops;
 pub mod packed;
 pub mod param;
 pub mod pool;
+mod random;
 pub mod tape;
 pub mod tensor;
 pub mod train;

@@ -8,6 +8,7 @@ use std::ops::Range;
 use kavanam_kernels::MatRef;
 
 use crate::error::ModelError;
+use crate::random::SplitMix64;
 
 /// Names one tensor of a [`ParamStore`]: its index in the fixed order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -243,38 +244,6 @@ fn fnv1a(name: &str) -> u64 {
     name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
     })
-}
-
-/// A counter with a mixing function. Source: Steele, Lea and Flood 2014.
-struct SplitMix64(u64);
-
-impl SplitMix64 {
-    fn new(seed: u64) -> SplitMix64 {
-        SplitMix64(seed)
-    }
-
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// Uniform in (0, 1).
-    fn unit(&mut self) -> f64 {
-        ((self.next() >> 11) as f64 + 0.5) / (1u64 << 53) as f64
-    }
-
-    /// Uniform in (−1, 1).
-    fn symmetric(&mut self) -> f32 {
-        (2.0 * self.unit() - 1.0) as f32
-    }
-
-    /// Normal with mean 0 and variance 1 (Box and Muller 1958, one of the two values).
-    fn normal(&mut self) -> f32 {
-        let radius = (-2.0 * self.unit().ln()).sqrt();
-        (radius * (std::f64::consts::TAU * self.unit()).cos()) as f32
-    }
 }
 
 #[cfg(test)]

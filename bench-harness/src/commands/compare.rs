@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use kavanam_kernels::Context;
-use kavanam_model::ParamStore;
 use kavanam_model::train::{Example, Trainer};
+use kavanam_model::{ParamStore, Seq2Seq};
 
 use crate::cli::CompareArgs;
 use crate::error::HarnessError;
@@ -13,8 +13,8 @@ use crate::measure::fingerprint::Machine;
 use crate::measure::statistics::median;
 use crate::measure::{clock, threads};
 use crate::report;
-use crate::report::results::{CompareResults, DataSummary, Environment, FORMAT, ModelResult};
-use crate::tasks::evaluate::{self, Decoding};
+use crate::report::results::{CompareResults, CurvePoint, DataSummary, Environment, FORMAT, ModelResult};
+use crate::tasks::evaluate::{self, Decoding, Words};
 use crate::tasks::fit::{self, Fit, Length, Outcome};
 use crate::tasks::g2p::{self, Entry, G2p};
 use crate::tasks::latency;
@@ -182,12 +182,13 @@ impl Run<'_> {
     ) -> Result<ModelResult, HarnessError> {
         let folder: PathBuf = self.folder.join("models").join(family.name());
         let seconds = self.scale.seconds;
-        let mut trainer = fit::prepare(recipe, examples, Length::Seconds(seconds))?;
+        let length = Length::Seconds(seconds);
+        let mut trainer = fit::prepare::<dyn Seq2Seq>(&recipe.model, recipe.trainer, examples, length)?;
         let valid = spread(&self.data.valid, self.scale.valid_words);
         let outcome = Fit {
             ctx: self.ctx,
             label: family.name(),
-            valid: &valid,
+            judge: &Words { valid: &valid },
             points: self.scale.curve_points,
             folder: &folder,
             vocabs: &self.data.vocabs,
@@ -203,7 +204,7 @@ impl Run<'_> {
         family: Family,
         recipe: &Recipe,
         trainer: &Trainer,
-        outcome: Outcome,
+        outcome: Outcome<CurvePoint>,
     ) -> Result<ModelResult, HarnessError> {
         let model = trainer.model();
         let test = spread(&self.data.test, self.scale.test_words);

@@ -7,5 +7,6 @@ pub(crate) mod import;
 pub(crate) mod machine;
 pub(crate) mod pronounce;
 pub(crate) mod report;
+pub(crate) mod sample;
 pub(crate) mod score;
 pub(crate) mod train;

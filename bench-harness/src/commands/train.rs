@@ -4,16 +4,20 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use kavanam_kernels::Context;
-use kavanam_model::train::{Trainer, checkpoint};
+use kavanam_model::Seq2Seq;
+use kavanam_model::models::{CharLm, CharLmConfig};
+use kavanam_model::train::{Example, Trainable, Trainer, TrainerConfig, checkpoint};
 
 use super::compare::spread;
 use crate::cli::TrainArgs;
 use crate::error::HarnessError;
 use crate::measure::threads;
-use crate::tasks::evaluate::{self, Decoding};
-use crate::tasks::fit::{self, Fit, Length};
+use crate::task_args::Task;
+use crate::tasks::chars::{self, HeldOut, Text};
+use crate::tasks::evaluate::{self, Decoding, Words};
+use crate::tasks::fit::{self, Fit, Judge, Length};
 use crate::tasks::g2p::G2p;
-use crate::tasks::recipe::Recipe;
+use crate::tasks::recipe::{Family, Recipe, changed};
 use crate::tasks::score::rates;
 
 /// The length of a new run when no flag says it.
@@ -36,29 +40,120 @@ pub(crate) fn stop_on_interrupt() -> Result<Arc<AtomicBool>, HarnessError> {
     Ok(stop)
 }
 
-/// Trains and says how well the model does on validation words.
+/// Trains and says how well the model does on what it has not seen.
 pub(crate) fn run(args: &TrainArgs) -> Result<(), HarnessError> {
     let ctx = args.context.context()?;
-    threads::run_on(threads::count(ctx.thread_count()), || train(args, &ctx))?
+    threads::run_on(threads::count(ctx.thread_count()), || match args.task {
+        Task::G2p => g2p(args, &ctx),
+        Task::Chars => chars(args, &ctx),
+    })?
 }
 
-fn train(args: &TrainArgs, ctx: &Context) -> Result<(), HarnessError> {
+fn g2p(args: &TrainArgs, ctx: &Context) -> Result<(), HarnessError> {
+    if args.data.is_some() {
+        return Err(HarnessError::Usage("--data is for --task chars: g2p has its dictionary".to_owned()));
+    }
+    check_folder(args)?;
+    let data = G2p::load()?;
+    let family = args.model.unwrap_or(Family::Transformer);
+    let mut run = Run::<dyn Seq2Seq>::open(args, data.training_examples(), || {
+        let vocabs = (data.vocabs.source.len(), data.vocabs.target.len());
+        let mut recipe = Recipe::new(args.preset, family, vocabs, args.seed);
+        args.tune(&mut recipe.trainer);
+        if let Some(changes) = &args.config {
+            recipe.change_model(changes)?;
+        }
+        eprintln!("{} parameters: {}", recipe.model.parameter_count(), recipe.description);
+        Ok((recipe.model, recipe.trainer))
+    })?;
+    let valid = spread(&data.valid, args.valid_words);
+    run.fit(args, ctx, family.name(), &Words { valid: &valid }, &data.vocabs)?;
+    for beam in [1, args.beam.get()] {
+        let scores = evaluate::score(ctx, run.trainer.model(), &data.valid, Decoding { beam })?;
+        let rates = rates(&scores);
+        println!(
+            "validation, {} words, beam {beam}: PER {:.2} %, WER {:.2} %",
+            data.valid.len(),
+            100.0 * rates.per,
+            100.0 * rates.wer
+        );
+    }
+    run.report(args, "target tokens");
+    Ok(())
+}
+
+fn chars(args: &TrainArgs, ctx: &Context) -> Result<(), HarnessError> {
+    let usage = |text: &str| HarnessError::Usage(text.to_owned());
+    if args.model.is_some() {
+        return Err(usage(r#"--model is for --task g2p: name the cell, as in --config '{"cell": "gru"}'"#));
+    }
+    let file =
+        args.data.as_deref().ok_or_else(|| usage("--task chars needs --data FILE, a text in UTF-8"))?;
+    check_folder(args)?;
+    let text = Text::load(file)?;
+    let mut run = Run::<CharLm>::open(args, text.training_examples(), || {
+        let (mut model, mut trainer) = chars::recipe(args.preset, text.vocab.len(), args.seed);
+        args.tune(&mut trainer);
+        if let Some(changes) = &args.config {
+            model = changed(&model, changes, CharLmConfig::validate)?;
+        }
+        if model.vocab != text.vocab.len() {
+            return Err(usage("--config: vocab is that of the text"));
+        }
+        eprintln!("{} parameters: {}", model.parameter_count(), chars::describe(&model));
+        Ok((model, trainer))
+    })?;
+    run.fit(args, ctx, "chars", &HeldOut(&text), &text.vocab)?;
+    let held_out = text.held_out();
+    println!(
+        "validation, {} characters: {:.3} bits a character",
+        held_out.len() - 1,
+        chars::bits_per_character(ctx, run.trainer.model(), held_out)?
+    );
+    run.report(args, "characters");
+    Ok(())
+}
+
+/// Refuses to write over a run.
+fn check_folder(args: &TrainArgs) -> Result<(), HarnessError> {
     if !args.resume && checkpoint::exists(&args.out) {
         return Err(HarnessError::Failed(format!(
             "{} already holds a training run: give --resume to go on, or another --out",
             args.out.display()
         )));
     }
-    crate::files::prepare_dir(&args.out)?;
-    let data = G2p::load()?;
-    let examples = data.training_examples();
-    let length = match (args.steps, args.seconds) {
-        (Some(steps), _) => Some(Length::Steps(steps)),
-        (None, Some(seconds)) => Some(Length::Seconds(seconds)),
-        (None, None) => None,
-    };
-    let mut trainer = if args.resume {
-        let mut trainer = Trainer::resume(&args.out, examples)?;
+    crate::files::prepare_dir(&args.out)
+}
+
+/// A run, new or resumed.
+struct Run<M: Trainable + ?Sized> {
+    trainer: Trainer<M>,
+    /// Seconds, where they say how long it is.
+    budget: Option<f64>,
+}
+
+impl<M: Trainable + ?Sized> Run<M> {
+    /// The run that the flags ask for; `recipe` gives the model and the settings of a new one.
+    fn open(
+        args: &TrainArgs,
+        examples: Vec<Example>,
+        recipe: impl FnOnce() -> Result<(M::Config, TrainerConfig), HarnessError>,
+    ) -> Result<Run<M>, HarnessError> {
+        let length = match (args.steps, args.seconds) {
+            (Some(steps), _) => Some(Length::Steps(steps)),
+            (None, Some(seconds)) => Some(Length::Seconds(seconds)),
+            (None, None) => (!args.resume).then_some(DEFAULT_LENGTH),
+        };
+        let budget = match length {
+            Some(Length::Seconds(seconds)) => Some(seconds),
+            _ => None,
+        };
+        if !args.resume {
+            let (model, config) = recipe()?;
+            let trainer = fit::prepare::<M>(&model, config, &examples, length.unwrap_or(DEFAULT_LENGTH))?;
+            return Ok(Run { trainer, budget });
+        }
+        let mut trainer = Trainer::<M>::resume(&args.out, examples)?;
         match (length, trainer.config().schedule.total_steps) {
             (Some(_), Some(settled)) => {
                 return Err(HarnessError::Usage(format!(
@@ -68,51 +163,38 @@ fn train(args: &TrainArgs, ctx: &Context) -> Result<(), HarnessError> {
             (Some(Length::Steps(steps)), None) => trainer.settle_length(steps)?,
             _ => {}
         }
-        trainer
-    } else {
-        let vocabs = (data.vocabs.source.len(), data.vocabs.target.len());
-        let mut recipe = Recipe::new(args.preset, args.model, vocabs, args.seed);
-        args.tune(&mut recipe)?;
-        eprintln!("{} parameters: {}", recipe.model.parameter_count(), recipe.description);
-        fit::prepare(&recipe, &examples, length.unwrap_or(DEFAULT_LENGTH))?
-    };
-    let stop = stop_on_interrupt()?;
-    if let Some(steps) = trainer.config().schedule.total_steps {
-        eprintln!("{}", fit::how_to_repeat(&trainer, steps));
+        Ok(Run { trainer, budget })
     }
-    let valid = spread(&data.valid, args.valid_words);
-    let fit = Fit {
-        ctx,
-        label: args.model.name(),
-        valid: &valid,
-        points: args.points,
-        folder: &args.out,
-        vocabs: &data.vocabs,
-        stop: &stop,
-    };
-    let budget = match length.or((!args.resume).then_some(DEFAULT_LENGTH)) {
-        Some(Length::Seconds(seconds)) => Some(seconds),
-        _ => None,
-    };
-    fit.run(&mut trainer, budget)?;
-    for beam in [1, args.beam.get()] {
-        let scores = evaluate::score(ctx, trainer.model(), &data.valid, Decoding { beam })?;
-        let rates = rates(&scores);
+
+    /// Trains to the end.
+    fn fit<J: Judge<M>>(
+        &mut self,
+        args: &TrainArgs,
+        ctx: &Context,
+        label: &str,
+        judge: &J,
+        vocabs: &M::Vocabs,
+    ) -> Result<(), HarnessError> {
+        let stop = stop_on_interrupt()?;
+        if let Some(steps) = self.trainer.config().schedule.total_steps {
+            eprintln!("{}", fit::how_to_repeat(&self.trainer, steps));
+        }
+        let (points, folder) = (args.points, &*args.out);
+        let fit = Fit { ctx, label, judge, points, folder, vocabs, stop: &stop };
+        fit.run(&mut self.trainer, self.budget)?;
+        Ok(())
+    }
+
+    /// Says how far the run has come.
+    fn report(&self, args: &TrainArgs, unit: &str) {
+        let progress = self.trainer.progress();
         println!(
-            "validation, {} words, beam {beam}: PER {:.2} %, WER {:.2} %",
-            data.valid.len(),
-            100.0 * rates.per,
-            100.0 * rates.wer
+            "{} steps, {:.1} s, {:.0} {unit}/s, {:.2} passes; written to {}",
+            progress.step,
+            progress.seconds,
+            progress.tokens as f64 / progress.seconds.max(1e-9),
+            self.trainer.epochs(),
+            args.out.display()
         );
     }
-    let progress = trainer.progress();
-    println!(
-        "{} steps, {:.1} s, {:.0} target tokens/s, {:.2} passes; written to {}",
-        progress.step,
-        progress.seconds,
-        progress.tokens as f64 / progress.seconds.max(1e-9),
-        trainer.epochs(),
-        args.out.display()
-    );
-    Ok(())
 }

@@ -8,9 +8,11 @@ use kavanam_model::io::config::Vocabs;
 use kavanam_model::vocab::PAD;
 use kavanam_model::{ModelError, Seq2Seq};
 
+use super::fit::{At, Judge, Judged};
 use super::g2p::Entry;
-use super::score::WordScore;
-use crate::report::results::Alignment;
+use super::score::{WordScore, rates};
+use crate::error::HarnessError;
+use crate::report::results::{Alignment, CurvePoint};
 
 /// Words decoded together: enough rows for the kernels, few enough to share out among threads.
 const CHUNK: usize = 48;
@@ -101,6 +103,24 @@ pub(crate) fn score(
     let hypotheses = decode(ctx, model, &sources, decoding)?;
     let scored = entries.iter().zip(&hypotheses);
     Ok(scored.map(|(e, h)| WordScore::of(e.letters.len(), &h.tokens, &e.pronunciations)).collect())
+}
+
+/// Judges a model by the words that it pronounces greedily.
+pub(crate) struct Words<'a> {
+    /// The words and their pronunciations.
+    pub(crate) valid: &'a [Entry],
+}
+
+impl Judge<dyn Seq2Seq> for Words<'_> {
+    type Point = CurvePoint;
+
+    fn judge(&self, ctx: &Context, model: &dyn Seq2Seq, at: At) -> Result<Judged<CurvePoint>, HarnessError> {
+        let valid = rates(&score(ctx, model, self.valid, Decoding::GREEDY)?);
+        let said = format!("PER {:.2} %, WER {:.2} %", 100.0 * valid.per, 100.0 * valid.wer);
+        let At { seconds, step, loss } = at;
+        let point = CurvePoint { seconds, step, loss, valid_per: valid.per, valid_wer: valid.wer };
+        Ok(Judged { score: valid.per, said, point })
+    }
 }
 
 /// What the model looks at while it pronounces `words`; empty for a model without attention.

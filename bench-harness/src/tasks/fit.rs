@@ -5,16 +5,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use kavanam_kernels::Context;
-use kavanam_model::io::config::Vocabs;
-use kavanam_model::train::{Example, TrainError, Trainer};
+use kavanam_model::train::{Example, TrainError, Trainable, Trainer, TrainerConfig};
 
-use super::evaluate::{self, Decoding};
-use super::g2p::Entry;
 use super::progress::Progress;
-use super::recipe::Recipe;
-use super::score::rates;
 use crate::error::HarnessError;
-use crate::report::results::CurvePoint;
 
 /// A run of a time budget ends at the latest when it has taken this many times the budget and a second, whatever was
 /// planned. The second is for runs so short that one interruption outweighs them.
@@ -38,45 +32,75 @@ pub(crate) enum Length {
     Seconds(f64),
 }
 
+/// Where on the curve a point stands.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct At {
+    /// Seconds of training.
+    pub(crate) seconds: f64,
+    /// Steps taken.
+    pub(crate) step: u64,
+    /// The mean training loss since the last point.
+    pub(crate) loss: f64,
+}
+
+/// What a judge says about a model.
+pub(crate) struct Judged<P> {
+    /// Lower is better.
+    pub(crate) score: f64,
+    /// The score in words.
+    pub(crate) said: String,
+    /// The point of the curve.
+    pub(crate) point: P,
+}
+
+/// Measures a model on data that it is not trained on.
+pub(crate) trait Judge<M: ?Sized> {
+    /// What a curve is made of.
+    type Point;
+
+    /// How good the model is now.
+    fn judge(&self, ctx: &Context, model: &M, at: At) -> Result<Judged<Self::Point>, HarnessError>;
+}
+
 /// What a run needs besides the model.
-pub(crate) struct Fit<'a> {
+pub(crate) struct Fit<'a, M: Trainable + ?Sized, J> {
     /// How kernels run.
     pub(crate) ctx: &'a Context,
     /// The name in progress lines.
     pub(crate) label: &'a str,
-    /// Words for the curve.
-    pub(crate) valid: &'a [Entry],
+    /// Makes the curve.
+    pub(crate) judge: &'a J,
     /// Points of the curve.
     pub(crate) points: u64,
     /// Where checkpoints go.
     pub(crate) folder: &'a Path,
     /// Written beside the weights.
-    pub(crate) vocabs: &'a Vocabs,
+    pub(crate) vocabs: &'a M::Vocabs,
     /// Set by Ctrl-C.
     pub(crate) stop: &'a AtomicBool,
 }
 
 /// What came of a run.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Outcome {
+pub(crate) struct Outcome<P> {
     /// Steps that the schedule was made for: what `--steps` must be given to make the run again.
     pub(crate) planned_steps: u64,
     /// Whether the time guard ended it before.
     pub(crate) stopped_by_guard: bool,
     /// Error against seconds.
-    pub(crate) curve: Vec<CurvePoint>,
+    pub(crate) curve: Vec<P>,
 }
 
-/// A new run of `recipe`.
+/// A new run.
 ///
 /// # Errors
 /// When the model or the configuration is refused.
-pub(crate) fn prepare(
-    recipe: &Recipe,
+pub(crate) fn prepare<M: Trainable + ?Sized>(
+    model: &M::Config,
+    mut config: TrainerConfig,
     examples: &[Example],
     length: Length,
-) -> Result<Trainer, HarnessError> {
-    let mut config = recipe.trainer;
+) -> Result<Trainer<M>, HarnessError> {
     match length {
         Length::Steps(steps) => config.schedule.total_steps = Some(steps),
         Length::Seconds(_) if config.schedule.cooldown > LONGEST_TIMED_COOLDOWN => {
@@ -88,12 +112,12 @@ pub(crate) fn prepare(
         }
         Length::Seconds(_) => config.schedule.total_steps = None,
     }
-    let model = recipe.model.build(config.seed).map_err(TrainError::from)?;
+    let model = M::build(model, config.seed).map_err(TrainError::from)?;
     Ok(Trainer::new(model, examples.to_vec(), config)?)
 }
 
 /// How many steps fit into `budget` seconds, as soon as the next step may be the first of the cooldown; `None` before.
-fn steps_in(budget: f64, trainer: &Trainer) -> Option<u64> {
+fn steps_in<M: Trainable + ?Sized>(budget: f64, trainer: &Trainer<M>) -> Option<u64> {
     let (done, schedule) = (trainer.progress(), trainer.config().schedule);
     let mut total = estimated_steps(budget, trainer).max(done.step);
     if done.seconds < budget && schedule.last_step_before_cooldown(total) > done.step + 1 {
@@ -107,19 +131,23 @@ fn steps_in(budget: f64, trainer: &Trainer) -> Option<u64> {
 }
 
 /// Steps in `budget` seconds at the speed until now.
-fn estimated_steps(budget: f64, trainer: &Trainer) -> u64 {
+fn estimated_steps<M: Trainable + ?Sized>(budget: f64, trainer: &Trainer<M>) -> u64 {
     let done = trainer.progress();
     (done.step as f64 * budget / done.seconds.max(1e-9)) as u64
 }
 
-impl Fit<'_> {
+impl<M: Trainable + ?Sized, J: Judge<M>> Fit<'_, M, J> {
     /// Trains to the end of the schedule, or until Ctrl-C or the guard of a time budget ends it, and saves.
     ///
     /// # Errors
     /// [`HarnessError::Interrupted`] after Ctrl-C, when the checkpoint has been written;
     /// [`HarnessError::Train`] when a loss or gradient is not finite, or the checkpoint cannot be written;
     /// [`HarnessError::Usage`] when neither the schedule nor `budget` says how long the run is.
-    pub(crate) fn run(&self, trainer: &mut Trainer, budget: Option<f64>) -> Result<Outcome, HarnessError> {
+    pub(crate) fn run(
+        &self,
+        trainer: &mut Trainer<M>,
+        budget: Option<f64>,
+    ) -> Result<Outcome<J::Point>, HarnessError> {
         if trainer.config().schedule.total_steps.is_none() && budget.is_none() {
             return Err(HarnessError::Usage(
                 "the run was ended before its length was settled: give --seconds or --steps too".to_owned(),
@@ -169,7 +197,7 @@ impl Fit<'_> {
     /// Settles the length of a run of seconds when its time has come, or at once before it is interrupted.
     fn settle(
         &self,
-        trainer: &mut Trainer,
+        trainer: &mut Trainer<M>,
         budget: Option<f64>,
         now: bool,
         progress: &Progress,
@@ -184,7 +212,7 @@ impl Fit<'_> {
     }
 
     /// How many points of the curve are due: `points` of them, evenly spread, the last at the end.
-    fn points_due(&self, trainer: &Trainer, budget: Option<f64>) -> u64 {
+    fn points_due(&self, trainer: &Trainer<M>, budget: Option<f64>) -> u64 {
         let done = trainer.progress();
         match (trainer.config().schedule.total_steps, budget) {
             (Some(total), _) => {
@@ -199,28 +227,17 @@ impl Fit<'_> {
 
     fn point(
         &self,
-        trainer: &mut Trainer,
+        trainer: &mut Trainer<M>,
         loss: f64,
         progress: &Progress,
-    ) -> Result<CurvePoint, HarnessError> {
-        let scores = evaluate::score(self.ctx, trainer.model(), self.valid, Decoding::GREEDY)?;
-        let valid = rates(&scores);
-        trainer.note_score(valid.per);
+    ) -> Result<J::Point, HarnessError> {
         let done = trainer.progress();
-        progress.note(&format!(
-            "step {}, {:.1} s: loss {loss:.3}, validation PER {:.2} %, WER {:.2} %",
-            done.step,
-            done.seconds,
-            100.0 * valid.per,
-            100.0 * valid.wer
-        ));
-        Ok(CurvePoint {
-            seconds: done.seconds,
-            step: done.step,
-            loss,
-            valid_per: valid.per,
-            valid_wer: valid.wer,
-        })
+        let at = At { seconds: done.seconds, step: done.step, loss };
+        let Judged { score, said, point } = self.judge.judge(self.ctx, trainer.model(), at)?;
+        trainer.note_score(score);
+        progress
+            .note(&format!("step {}, {:.1} s: loss {loss:.3}, validation {said}", done.step, done.seconds));
+        Ok(point)
     }
 
     /// Says which checkpoint stands after a step that could not be taken.
@@ -234,17 +251,17 @@ impl Fit<'_> {
 }
 
 /// The steps of the whole run: settled, or estimated while they are not.
-fn planned(trainer: &Trainer, budget: Option<f64>) -> u64 {
+fn planned<M: Trainable + ?Sized>(trainer: &Trainer<M>, budget: Option<f64>) -> u64 {
     let settled = trainer.config().schedule.total_steps;
     settled.unwrap_or_else(|| budget.map_or(u64::MAX, |budget| estimated_steps(budget, trainer)))
 }
 
-fn is_complete(trainer: &Trainer) -> bool {
+fn is_complete<M: Trainable + ?Sized>(trainer: &Trainer<M>) -> bool {
     trainer.config().schedule.total_steps.is_some_and(|total| trainer.progress().step >= total)
 }
 
 /// What is said when the length of a run is known.
-pub(crate) fn how_to_repeat(trainer: &Trainer, steps: u64) -> String {
+pub(crate) fn how_to_repeat<M: Trainable + ?Sized>(trainer: &Trainer<M>, steps: u64) -> String {
     let (per_pass, seed) = (trainer.steps_per_epoch(), trainer.config().seed);
     format!("{steps} steps of {per_pass} a pass; `--steps {steps} --seed {seed}` makes this run again")
 }

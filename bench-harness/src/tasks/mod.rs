@@ -1,5 +1,6 @@
 //! Tasks that models are trained on: data, recipe, training run, scores, times.
 
+pub(crate) mod chars;
 pub(crate) mod evaluate;
 pub(crate) mod fit;
 pub(crate) mod g2p;

@@ -2,11 +2,13 @@
 //!
 //! The figures that chose each number stand in `docs/decisions/005-g2p-recipe.md`.
 
-use kavanam_model::ModelConfig;
 use kavanam_model::models::{
-    AttentionKind, Bridge, CellKind, DropoutRates, RnnSeq2SeqConfig, TransformerConfig,
+    AttentionKind, Bridge, CellKind, ContextTo, DropoutRates, RnnSeq2SeqConfig, TransformerConfig,
 };
 use kavanam_model::train::{Decay, Schedule, TrainerConfig};
+use kavanam_model::{ModelConfig, ModelError};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use crate::error::HarnessError;
@@ -99,19 +101,32 @@ impl Recipe {
     /// # Errors
     /// [`HarnessError::Usage`] when a field does not exist or its value cannot be.
     pub(crate) fn change_model(&mut self, changes: &Map<String, Value>) -> Result<(), HarnessError> {
-        let wrong = |error: String| HarnessError::Usage(format!("--config: {error}"));
-        let mut value = serde_json::to_value(&self.model).map_err(|e| wrong(e.to_string()))?;
-        for (field, new) in changes {
-            match value.get_mut(field) {
-                Some(old) => *old = new.clone(),
-                None => return Err(wrong(format!("the model has no field {field:?}"))),
-            }
-        }
-        self.model = serde_json::from_value(value).map_err(|e| wrong(e.to_string()))?;
-        self.model.validate().map_err(|e| wrong(e.to_string()))?;
+        self.model = changed(&self.model, changes, ModelConfig::validate)?;
         self.description = describe(&self.model);
         Ok(())
     }
+}
+
+/// A model's configuration with some fields changed, named as in config.json, and checked.
+///
+/// # Errors
+/// [`HarnessError::Usage`] when a field does not exist or its value cannot be.
+pub(crate) fn changed<C: Serialize + DeserializeOwned>(
+    model: &C,
+    changes: &Map<String, Value>,
+    validate: impl FnOnce(&C) -> Result<(), ModelError>,
+) -> Result<C, HarnessError> {
+    let wrong = |error: String| HarnessError::Usage(format!("--config: {error}"));
+    let mut value = serde_json::to_value(model).map_err(|e| wrong(e.to_string()))?;
+    for (field, new) in changes {
+        match value.get_mut(field) {
+            Some(old) => *old = new.clone(),
+            None => return Err(wrong(format!("the model has no field {field:?}"))),
+        }
+    }
+    let model = serde_json::from_value(value).map_err(|e| wrong(e.to_string()))?;
+    validate(&model).map_err(|e| wrong(e.to_string()))?;
+    Ok(model)
 }
 
 fn transformer(preset: Preset, (source, target): (usize, usize)) -> TransformerConfig {
@@ -181,6 +196,18 @@ fn nearest(target: usize, model: impl Fn(usize) -> ModelConfig) -> ModelConfig {
         .expect("the range of widths is not empty")
 }
 
+/// As papers write it.
+pub(crate) fn cell_name(cell: CellKind) -> &'static str {
+    match cell {
+        CellKind::Lstm => "LSTM",
+        CellKind::Gru => "GRU",
+        CellKind::Tanh => "tanh RNN",
+        CellKind::Relu => "ReLU RNN",
+        CellKind::MinGru => "minGRU",
+        CellKind::MinLstm => "minLSTM",
+    }
+}
+
 /// One line on the architecture.
 pub(crate) fn describe(model: &ModelConfig) -> String {
     match model {
@@ -189,22 +216,24 @@ pub(crate) fn describe(model: &ModelConfig) -> String {
             c.width, c.heads, c.feed_forward, c.encoder_layers, c.decoder_layers
         ),
         ModelConfig::RnnSeq2Seq(c) => {
-            let cell = match c.cell {
-                CellKind::Lstm => "LSTM",
-                CellKind::Gru => "GRU",
-                CellKind::Tanh => "tanh RNN",
-                CellKind::Relu => "ReLU RNN",
-                CellKind::MinGru => "minGRU",
-                CellKind::MinLstm => "minLSTM",
+            let cell = cell_name(c.cell);
+            let direction = match (c.bidirectional, c.only_first_bidirectional && c.layers > 1) {
+                (false, _) => "forward",
+                (true, false) => "bidirectional",
+                (true, true) => "bidirectional at the bottom",
             };
-            let direction = if c.bidirectional { "bidirectional" } else { "forward" };
             let attention = match c.attention {
                 AttentionKind::None => "through one fixed vector",
                 AttentionKind::Additive => "additive attention",
                 AttentionKind::Dot => "dot attention",
             };
+            let context = match c.context {
+                ContextTo::Bottom => "",
+                ContextTo::All => " to all layers",
+            };
+            let residual = if c.is_residual(c.layers - 1) { "residual " } else { "" };
             format!(
-                "{cell} encoder ({direction}, {}) and decoder ({}), {} + {} layers, {attention}",
+                "{cell} encoder ({direction}, {}) and decoder ({}), {} + {} {residual}layers, {attention}{context}",
                 c.annotation(),
                 c.hidden,
                 c.layers,

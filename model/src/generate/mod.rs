@@ -1,15 +1,18 @@
-//! From a model to sequences: what a decoder remembers, greedy search, beam search, alignment.
+//! From a model to sequences: what a decoder remembers, greedy search, beam search, alignment, sampling.
 //!
 //! All sequences of a call are decoded together, one row each (or one for each beam); those that are finished leave
 //! the batch. A row's result does not depend on its neighbours.
 
 pub mod beam;
+pub(crate) mod cells;
 pub mod greedy;
 pub mod kv_cache;
 pub mod rnn_state;
+pub mod sample;
 
 pub use beam::{BeamOptions, beam};
 pub use greedy::greedy;
+pub use sample::{SampleOptions, Sampler, sample};
 
 use kavanam_kernels::Context;
 

@@ -7,16 +7,16 @@ use kavanam_kernels::attention::{self as dot, AttentionSpec, Mask};
 use kavanam_kernels::error::expect_dim;
 use kavanam_kernels::gemm::{self, Accum, Epilogue};
 use kavanam_kernels::rnn::additive_attention as additive;
-use kavanam_kernels::rnn::min_rnn::{self, Scan};
-use kavanam_kernels::rnn::{self, Direction, PackedCell, State, StateMut, StepInput, Weights};
-use kavanam_kernels::{Activation, Context, HeadsLayout, HeadsMut, HeadsRef, MatMut, MatRef, ShapeError};
+use kavanam_kernels::rnn::{self, PackedCell, Weights};
+use kavanam_kernels::{Context, HeadsLayout, HeadsMut, HeadsRef, MatMut, MatRef, ShapeError};
 
 use crate::error::ModelError;
+use crate::generate::cells::{CellStates, StepCell};
 use crate::models::rnn_seq2seq::Layers;
-use crate::models::{DecoderState, Encoded, sources_of};
+use crate::models::{DecoderState, Encoded, RnnSeq2SeqConfig, sources_of};
 use crate::nn::additive_attention::AdditiveAttention;
-use crate::nn::rnn::{CellWeights, ScanWeights};
-use crate::ops::{self, Tokens};
+use crate::nn::rnn::CellWeights;
+use crate::ops::Tokens;
 use crate::packed::PackedParams;
 use crate::param::ParamStore;
 use crate::pool::Buffer;
@@ -33,33 +33,22 @@ pub(crate) struct Packed {
     token_cell: Option<PackedCell>,
 }
 
-/// A decoder layer's cell, ready for single steps.
-#[derive(Debug)]
-enum StepCell {
-    Recurrent(PackedCell),
-    /// Its weights are packed with the linear layers'.
-    Scan(ScanWeights),
-}
-
 impl Packed {
     pub(crate) fn new(ctx: &Context, params: &ParamStore, layers: &Layers) -> Result<Packed, ShapeError> {
         let mut token_cell = None;
         let mut cells = Vec::with_capacity(layers.decoder.len());
         for (l, layer) in layers.decoder.iter().enumerate() {
-            let whole = match layer.weights() {
-                CellWeights::Recurrent(weights) => weights.views(params),
-                CellWeights::Scan(weights) => {
-                    cells.push(StepCell::Scan(*weights));
-                    continue;
+            match layer.weights() {
+                CellWeights::Recurrent(weights) if l == 0 && layers.attention.is_some() => {
+                    let whole = weights.views(params);
+                    let columns =
+                        |range| Weights { w_ih: whole.w_ih.sub(0..whole.w_ih.rows(), range), ..whole };
+                    let embedding = params.shape(layers.target.table)[1];
+                    token_cell = Some(PackedCell::pack(ctx, &columns(0..embedding))?);
+                    let of_context = PackedCell::pack(ctx, &columns(embedding..whole.input()))?;
+                    cells.push(StepCell::Recurrent(of_context));
                 }
-            };
-            let columns = |range| Weights { w_ih: whole.w_ih.sub(0..whole.w_ih.rows(), range), ..whole };
-            if l == 0 && layers.attention.is_some() {
-                let embedding = params.shape(layers.target.table)[1];
-                token_cell = Some(PackedCell::pack(ctx, &columns(0..embedding))?);
-                cells.push(StepCell::Recurrent(PackedCell::pack(ctx, &columns(embedding..whole.input()))?));
-            } else {
-                cells.push(StepCell::Recurrent(PackedCell::pack(ctx, &whole)?));
+                weights => cells.push(StepCell::pack(ctx, params, weights)?),
             }
         }
         Ok(Packed { params: PackedParams::new(params), cells, token_cell })
@@ -81,12 +70,7 @@ struct Source {
 /// A recurrent decoder between two tokens.
 #[derive(Debug, Clone)]
 pub(crate) struct RnnState {
-    /// `[rows, hidden]` for each layer and state vector: h of the bottom layer, its c if it has one, and so on.
-    states: Vec<Vec<f32>>,
-    /// State vectors of one layer.
-    vectors: usize,
-    hidden: usize,
-    rows: usize,
+    cells: CellStates,
     beams: usize,
     position: usize,
     source: Source,
@@ -107,10 +91,12 @@ impl RnnState {
             (0..state.rows()).flat_map(|row| state.row(row).repeat(beams)).collect()
         };
         Ok(RnnState {
-            states: encoded.states.iter().map(repeat).collect(),
-            vectors,
-            hidden: first.cols(),
-            rows: encoded.batch() * beams,
+            cells: CellStates {
+                states: encoded.states.iter().map(repeat).collect(),
+                vectors,
+                hidden: first.cols(),
+                rows: encoded.batch() * beams,
+            },
             beams,
             position: 0,
             source: Source {
@@ -129,115 +115,62 @@ impl RnnState {
         &mut self,
         tape: &mut Tape<'_>,
         packed: &Packed,
-        layers: &Layers,
+        (config, layers): (&RnnSeq2SeqConfig, &Layers),
         tokens: &[u32],
     ) -> Result<(Var, Option<Tensor>), ModelError> {
-        expect_dim("tokens", "length", self.rows, tokens.len())?;
+        expect_dim("tokens", "length", self.cells.rows, tokens.len())?;
         let tokens = Tokens { ids: tokens.into(), seq: tokens.len(), first: 0 };
         let embedded = layers.target.forward(tape, &tokens)?;
         let mut weights = None;
         let mut context = None;
-        let mut input = tape.value(embedded).to_vec();
+        // What the layer below gives.
+        let mut x = tape.value(embedded).to_vec();
         for l in 0..layers.decoder.len() {
-            let cell = match &packed.cells[l] {
-                StepCell::Recurrent(cell) => cell,
-                StepCell::Scan(weights) => {
-                    input = self.scan(tape, weights, l, &input)?;
-                    continue;
+            let mut y = match &packed.cells[l] {
+                StepCell::Scan(weights) => self.cells.scan(tape, weights, l, &x)?,
+                StepCell::Recurrent(cell) => {
+                    let columns = cell.cell().gate_columns(self.cells.hidden);
+                    let mut gates = tape.buffer(self.cells.rows * columns);
+                    if let (0, Some(attention)) = (l, &layers.attention) {
+                        let (looked, alpha) = self.look(tape, packed, attention)?;
+                        weights = Some(alpha);
+                        let token_cell = packed.token_cell.as_ref().expect("packed with additive attention");
+                        let into = MatMut::new(&mut gates, self.cells.rows, columns)?;
+                        rnn::project_with(tape.context(), token_cell, tape.matrix(embedded), into)?;
+                        let looked = context.insert(looked);
+                        self.cells.step(tape.context(), cell, (l, Accum::Add), looked, &mut gates)?
+                    } else {
+                        let looked = context.as_deref().filter(|_| config.reads_context(l));
+                        let both = looked.map(|looked| side_by_side(tape, self.cells.rows, &[&x, looked]));
+                        let input = both.as_deref().unwrap_or(&x);
+                        self.cells.step(tape.context(), cell, (l, Accum::Overwrite), input, &mut gates)?
+                    }
                 }
             };
-            let columns = cell.cell().gate_columns(self.hidden);
-            let mut gates = tape.buffer(self.rows * columns);
-            let mut accum = Accum::Overwrite;
-            if let (0, Some(attention)) = (l, &layers.attention) {
-                let (looked, alpha) = self.look(tape, packed, attention)?;
-                weights = Some(alpha);
-                let token_cell = packed.token_cell.as_ref().expect("packed with additive attention");
-                let gates = MatMut::new(&mut gates, self.rows, columns)?;
-                rnn::project_with(tape.context(), token_cell, tape.matrix(embedded), gates)?;
-                accum = Accum::Add;
-                input = looked.to_vec();
-                context = Some(looked);
+            if config.is_residual(l) {
+                y.iter_mut().zip(&x).for_each(|(y, x)| *y += x);
             }
-            input = self.step(tape.context(), cell, (l, accum), &input, &mut gates)?;
+            x = y;
         }
         self.position += 1;
-        let top = &self.states[self.states.len() - self.vectors];
         let wanted = self.attention_wanted;
-        let read = match (layers.attention.is_some(), layers.readout.is_some()) {
-            (true, _) => {
-                let context = context.expect("the bottom layer attended");
-                side_by_side(tape, self.rows, &[top, tape.value(embedded), &context])
+        let read = match (config.has_readout(), &context) {
+            (false, _) => side_by_side(tape, self.cells.rows, &[&x]),
+            (true, Some(context)) => {
+                side_by_side(tape, self.cells.rows, &[&x, tape.value(embedded), context])
             }
-            (false, true) => {
-                let (context, alpha) = self.look_back(tape, top, wanted)?;
+            (true, None) => {
+                let (context, alpha) = self.look_back(tape, &x, wanted)?;
                 weights = alpha;
-                side_by_side(tape, self.rows, &[&context, top])
+                side_by_side(tape, self.cells.rows, &[&context, &x])
             }
-            (false, false) => side_by_side(tape, self.rows, &[top]),
         };
-        let cols = read.len() / self.rows.max(1);
-        let read = tape.push_inference(read, self.rows, cols);
-        let shape = [self.rows, self.source.source_len];
+        let cols = read.len() / self.cells.rows.max(1);
+        let read = tape.push_inference(read, self.cells.rows, cols);
+        let shape = [self.cells.rows, self.source.source_len];
         let weights =
             weights.filter(|_| wanted).map(|alpha| Tensor::new(&shape, alpha.to_vec())).transpose()?;
         Ok((read, weights))
-    }
-
-    /// One step of layer `l`; gives its new output.
-    fn step(
-        &mut self,
-        ctx: &Context,
-        cell: &PackedCell,
-        (l, accum): (usize, Accum),
-        input: &[f32],
-        gates: &mut [f32],
-    ) -> Result<Vec<f32>, ShapeError> {
-        let (rows, hidden) = (self.rows, self.hidden);
-        let old = &self.states[l * self.vectors..(l + 1) * self.vectors];
-        let mut new: Vec<Vec<f32>> = old.iter().map(|state| vec![0.0; state.len()]).collect();
-        let state = State {
-            h: MatRef::new(&old[0], rows, hidden)?,
-            c: old.get(1).map(|c| MatRef::new(c, rows, hidden)).transpose()?,
-        };
-        let (h, c) = new.split_at_mut(1);
-        let next = StateMut {
-            h: MatMut::new(&mut h[0], rows, hidden)?,
-            c: c.first_mut().map(|c| MatMut::new(c, rows, hidden)).transpose()?,
-        };
-        let input = StepInput { x: MatRef::new(input, rows, input.len() / rows.max(1))?, accum };
-        let columns = cell.cell().gate_columns(hidden);
-        rnn::step(ctx, cell, input, state, MatMut::new(gates, rows, columns)?, next)?;
-        let output = new[0].clone();
-        for (state, new) in self.states[l * self.vectors..].iter_mut().zip(new) {
-            *state = new;
-        }
-        Ok(output)
-    }
-
-    /// One step of layer `l`, a minGRU or minLSTM; gives its new output.
-    fn scan(
-        &mut self,
-        tape: &mut Tape<'_>,
-        weights: &ScanWeights,
-        l: usize,
-        input: &[f32],
-    ) -> Result<Vec<f32>, ShapeError> {
-        let x = tape.constant(input, self.rows, input.len() / self.rows.max(1))?;
-        let sums = ops::linear(tape, x, &weights.gates, Activation::Identity)?;
-        let mut gates = tape.value(sums).to_vec();
-        let scan = Scan {
-            cell: weights.cell,
-            candidate: ScanWeights::CANDIDATE,
-            hidden: self.hidden,
-            seq: 1,
-            lengths: &vec![1; self.rows],
-            direction: Direction::Forward,
-        };
-        let mut new = vec![0.0; self.rows * self.hidden];
-        min_rnn::forward(tape.context(), &scan, &mut gates, Some(&self.states[l]), &mut new, None)?;
-        self.states[l].copy_from_slice(&new);
-        Ok(new)
     }
 
     /// Additive attention from the bottom layer's state: the context `[rows, annotation]` and the weights.
@@ -251,9 +184,9 @@ impl RnnState {
         let sources = s.lengths.len();
         let w_query = packed.params.transposed(ctx, params, attention.query)?;
         let width = w_query.cols();
-        let mut query = tape.buffer(self.rows * width);
-        let h = MatRef::new(&self.states[0], self.rows, self.hidden)?;
-        let query_mat = MatMut::new(&mut query, self.rows, width)?;
+        let mut query = tape.buffer(self.cells.rows * width);
+        let h = MatRef::new(&self.cells.states[0], self.cells.rows, self.cells.hidden)?;
+        let query_mat = MatMut::new(&mut query, self.cells.rows, width)?;
         gemm::gemm_packed(ctx, h, w_query, query_mat, Accum::Overwrite, &Epilogue::default())?;
         let beams_of = |width| HeadsLayout::batch_seq_heads(sources, self.beams, 1, width);
         let over_time = |width| HeadsLayout::seq_batch(s.source_len, sources, width);
@@ -265,8 +198,8 @@ impl RnnState {
             values: HeadsRef::new(&s.annotations, over_time(s.annotation))?,
             lengths: &s.lengths,
         };
-        let mut alpha = tape.buffer(self.rows * s.source_len);
-        let mut context = tape.buffer(self.rows * s.annotation);
+        let mut alpha = tape.buffer(self.cells.rows * s.source_len);
+        let mut context = tape.buffer(self.cells.rows * s.annotation);
         let alpha_view = HeadsMut::new(&mut alpha, beams_of(s.source_len))?;
         additive::forward(ctx, &inputs, alpha_view, HeadsMut::new(&mut context, beams_of(s.annotation))?)?;
         Ok((context, alpha))
@@ -284,18 +217,21 @@ impl RnnState {
         let beams_of = |width| HeadsLayout::batch_seq_heads(sources, self.beams, 1, width);
         let annotations =
             HeadsRef::new(&s.annotations, HeadsLayout::seq_batch(s.source_len, sources, s.annotation))?;
-        let inputs =
-            dot::Inputs { q: HeadsRef::new(top, beams_of(self.hidden))?, k: annotations, v: annotations };
+        let inputs = dot::Inputs {
+            q: HeadsRef::new(top, beams_of(self.cells.hidden))?,
+            k: annotations,
+            v: annotations,
+        };
         let mask = Mask { key_lengths: Some(&s.lengths), ..Mask::none() };
         let spec = AttentionSpec { scale: 1.0, mask };
-        let mut context = tape.buffer(self.rows * s.annotation);
-        let mut lse = tape.buffer(self.rows);
+        let mut context = tape.buffer(self.cells.rows * s.annotation);
+        let mut lse = tape.buffer(self.cells.rows);
         let out = HeadsMut::new(&mut context, beams_of(s.annotation))?;
         dot::forward(ctx, &inputs, &spec, out, &mut lse)?;
         if !wanted {
             return Ok((context, None));
         }
-        let mut alpha = tape.buffer(self.rows * s.source_len);
+        let mut alpha = tape.buffer(self.cells.rows * s.source_len);
         for (source, alpha) in alpha.chunks_exact_mut((self.beams * s.source_len).max(1)).enumerate() {
             let into = MatMut::new(alpha, self.beams, s.source_len)?;
             dot::probabilities(ctx, inputs.q, inputs.k, &spec, (source, 0), into)?;
@@ -324,7 +260,7 @@ impl Source {
 
 impl DecoderState for RnnState {
     fn rows(&self) -> usize {
-        self.rows
+        self.cells.rows
     }
 
     fn position(&self) -> usize {
@@ -336,16 +272,11 @@ impl DecoderState for RnnState {
     }
 
     fn reorder(&mut self, rows: &[usize]) -> Result<(), ModelError> {
-        let sources = sources_of(rows, self.rows, self.beams)?;
-        if !rows.iter().copied().eq(0..self.rows) {
-            let hidden = self.hidden;
-            for state in &mut self.states {
-                let part = |&row: &usize| &state[row * hidden..(row + 1) * hidden];
-                *state = rows.iter().flat_map(part).copied().collect();
-            }
+        let sources = sources_of(rows, self.cells.rows, self.beams)?;
+        if !rows.iter().copied().eq(0..self.cells.rows) {
+            self.cells.select(rows);
             self.source.select(&sources);
         }
-        self.rows = rows.len();
         Ok(())
     }
 

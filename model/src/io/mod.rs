@@ -3,6 +3,7 @@
 //! Every file is written beside its place and renamed into it, so a reader, or the next start after a
 //! crash, finds the old file or the new one and never a part. [`import`] reads models of other programs.
 
+pub mod char_lm;
 pub mod config;
 pub mod import;
 pub mod safetensors;

@@ -1,6 +1,7 @@
 //! The model families, and the contract between a model and everything that trains or decodes it.
 
 pub mod batch;
+pub mod char_lm;
 pub mod classifier;
 pub mod config;
 pub mod rnn_seq2seq;
@@ -12,12 +13,14 @@ use kavanam_kernels::error::expect_dim;
 use kavanam_kernels::{Context, ShapeError};
 
 pub use batch::{BOS, Batch, EOS, PAD, UNK};
+pub(crate) use config::wrong;
 pub use config::{
-    AttentionKind, Bridge, CellKind, ClassifierConfig, ClassifierEncoder, DropoutRates,
-    FeedForwardActivation, ModelConfig, NormPlacement, Pooling, Positions, RnnSeq2SeqConfig,
+    AttentionKind, Bridge, CellKind, CharLmConfig, ClassifierConfig, ClassifierEncoder, ContextTo,
+    DropoutRates, FeedForwardActivation, ModelConfig, NormPlacement, Pooling, Positions, RnnSeq2SeqConfig,
     TransformerConfig,
 };
 
+pub use char_lm::{CharLm, CharLmState};
 pub use classifier::Classifier;
 pub use rnn_seq2seq::RnnSeq2Seq;
 pub use transformer::Transformer;

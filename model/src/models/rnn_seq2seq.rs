@@ -9,13 +9,22 @@
 //! readout       = s[t]                    tanh(R·[s[t], y[t−1], c[t]])   tanh(R·[c[t], s[t]])
 //! logits        = O·readout + b
 //! ```
+//! A deep stack may add a layer's input to its output from the third layer on, run only its first encoder layer in
+//! both directions, and give the context of additive attention to every decoder layer; then the output reads the top
+//! layer itself:
+//! ```text
+//! x[l]      = encoder layer l(x[l−1]) (+ x[l−1])
+//! s[l, t]   = cell([y[l−1, t], c[t]], s[l, t−1]),    y[l, t] = s[l, t] (+ y[l−1, t]),    c[t] from s[0, t−1]
+//! logits    = O·y[top] + b
+//! ```
 //! Inside, everything is time-major: row t · batch + b. With no or dot attention a decoder layer runs over the whole
 //! target at once; additive attention must go step by step ([`crate::ops::additive_decoder`]), its upper layers
 //! need not.
 //!
 //! # Source
 //! Sutskever, Vinyals and Le 2014; Cho et al. 2014; Bahdanau, Cho and Bengio 2015 (its maxout readout is a tanh
-//! here, and reads the new state, as later systems do); Luong, Pham and Manning 2015, sections 3 and 3.1.
+//! here, and reads the new state, as later systems do); Luong, Pham and Manning 2015, sections 3 and 3.1; Wu et al. 2016
+//! (arXiv:1609.08144), section 3.
 
 use std::sync::Arc;
 
@@ -69,24 +78,22 @@ impl Layers {
         let source = Embedding::new(store, "source_embedding", config.source_vocab, embedding);
         let target = Embedding::new(store, "target_embedding", config.target_vocab, embedding);
         let encoder = (0..config.layers).map(|l| {
-            let input = if l == 0 { embedding } else { annotation };
+            let input = if l == 0 { embedding } else { config.encoder_width(l - 1) };
             let sizes = [input, encoder_hidden];
-            RecurrentLayer::new(store, "encoder.rnn", l, cell, sizes, config.bidirectional)
+            RecurrentLayer::new(store, "encoder.rnn", l, cell, sizes, config.is_bidirectional(l))
         });
         let encoder = encoder.collect();
         let mut bridge = Vec::new();
         if config.bridge == Bridge::Tanh {
             let states = &["h", "c"][..cell.states()];
             for l in 0..config.layers {
-                let linear =
-                    |state| Linear::new(store, &format!("bridge.{state}_l{l}"), annotation, hidden, 1);
+                let last = config.encoder_width(l);
+                let linear = |state| Linear::new(store, &format!("bridge.{state}_l{l}"), last, hidden, 1);
                 bridge.push(states.iter().map(linear).collect());
             }
         }
         let decoder = (0..config.layers).map(|l| {
-            let context = if config.attention == AttentionKind::Additive { annotation } else { 0 };
-            let input = if l == 0 { embedding + context } else { hidden };
-            RecurrentLayer::new(store, "decoder.rnn", l, cell, [input, hidden], false)
+            RecurrentLayer::new(store, "decoder.rnn", l, cell, [config.decoder_input(l), hidden], false)
         });
         let decoder = decoder.collect();
         let (mut attention, mut readout) = (None, None);
@@ -95,8 +102,10 @@ impl Layers {
             AttentionKind::Additive => {
                 let sizes = [hidden, annotation, config.attention_width];
                 attention = Some(AdditiveAttention::new(store, "attention", sizes));
-                let input = hidden + embedding + annotation;
-                readout = Some(Linear::new(store, "readout", input, config.readout, 1).weights);
+                if config.has_readout() {
+                    let input = hidden + embedding + annotation;
+                    readout = Some(Linear::new(store, "readout", input, config.readout, 1).weights);
+                }
             }
             AttentionKind::Dot => {
                 let input = annotation + hidden;
@@ -146,11 +155,12 @@ impl RnnSeq2Seq {
         let mut x = self.embed(tape, &self.layers.source, &time_major(source, lengths.len()))?;
         let mut states = Vec::with_capacity(self.layers.encoder.len());
         for (l, layer) in self.layers.encoder.iter().enumerate() {
-            if l > 0 {
-                x = ops::dropout(tape, x, self.config.dropout)?;
-            }
+            let input = if l > 0 { ops::dropout(tape, x, self.config.dropout)? } else { x };
             let mark = tape.mark();
-            let (y, last) = layer.forward(tape, x, &lengths, None)?;
+            let (mut y, last) = layer.forward(tape, input, &lengths, None)?;
+            if self.config.is_residual(l) {
+                y = ops::residual(tape, x, y, 0.0)?;
+            }
             let last = self.bridge(tape, l, last)?;
             let keep: Vec<Var> = last.vars().chain([y]).collect();
             tape.release(mark, &keep);
@@ -184,10 +194,7 @@ impl RnnSeq2Seq {
         let mut cell_inputs = None;
         let mut x = embedded;
         for (l, layer) in self.layers.decoder.iter().enumerate() {
-            if l > 0 {
-                x = ops::dropout(tape, x, self.config.dropout)?;
-            }
-            x = match &self.layers.attention {
+            let y = match &self.layers.attention {
                 Some(attention) if l == 0 => {
                     let cell = *layer.weights().recurrent().expect("the configuration was checked");
                     let weights = AdditiveDecoder { cell, query: attention.query, v: attention.v };
@@ -203,11 +210,16 @@ impl RnnSeq2Seq {
                     cell_inputs = Some(read);
                     y
                 }
-                _ => layer.forward(tape, x, &steps, Some(source.states[l]))?.0,
+                _ => {
+                    let input = self.upper_input(tape, l, x, cell_inputs)?;
+                    layer.forward(tape, input, &steps, Some(source.states[l]))?.0
+                }
             };
+            x = if self.config.is_residual(l) { ops::residual(tape, x, y, 0.0)? } else { y };
         }
         let read = match self.config.attention {
-            AttentionKind::None => x,
+            _ if !self.config.has_readout() => x,
+            AttentionKind::None => unreachable!("a model that does not attend has no readout"),
             AttentionKind::Additive => {
                 let cell_inputs = cell_inputs.expect("the bottom layer of additive attention ran");
                 let both = ops::concat_cols(tape, &[x, cell_inputs])?;
@@ -222,6 +234,23 @@ impl RnnSeq2Seq {
         };
         let read = ops::dropout(tape, read, self.config.dropout)?;
         Ok(ops::linear(tape, read, &self.layers.output, Activation::Identity)?)
+    }
+
+    /// What decoder layer `l` reads: the layer below, beside the context where it goes to all layers, which stands
+    /// behind the embedded token in the bottom layer's inputs.
+    fn upper_input(
+        &self,
+        tape: &mut Tape<'_>,
+        l: usize,
+        below: Var,
+        bottom_inputs: Option<Var>,
+    ) -> Result<Var, ModelError> {
+        let mut x = below;
+        if let (true, Some(inputs)) = (self.config.reads_context(l), bottom_inputs) {
+            let context = ops::columns(tape, inputs, self.config.embedding..self.config.decoder_input(0))?;
+            x = ops::concat_cols(tape, &[below, context])?;
+        }
+        Ok(if l > 0 { ops::dropout(tape, x, self.config.dropout)? } else { x })
     }
 
     fn readout(&self, tape: &mut Tape<'_>, x: Var) -> Result<Var, ModelError> {
@@ -325,7 +354,7 @@ impl Seq2Seq for RnnSeq2Seq {
         let state = state.as_any_mut().downcast_mut::<RnnState>().ok_or(foreign)?;
         let packed = self.packed(ctx)?;
         let mut tape = Tape::inference(ctx, &self.store, &self.pool).with_packed(&packed.params);
-        let (read, attention) = state.advance(&mut tape, &packed, &self.layers, tokens)?;
+        let (read, attention) = state.advance(&mut tape, &packed, (&self.config, &self.layers), tokens)?;
         let read = if self.layers.readout.is_some() { self.readout(&mut tape, read)? } else { read };
         let logits = ops::linear(&mut tape, read, &self.layers.output, Activation::Identity)?;
         let shape = [state.rows(), self.config.target_vocab];

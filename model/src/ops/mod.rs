@@ -7,6 +7,7 @@
 mod activation;
 mod additive_decoder;
 mod attention;
+mod columns;
 mod concat;
 mod cross_entropy;
 mod dropout;
@@ -27,6 +28,7 @@ pub use activation::activation;
 pub use additive_decoder::{AdditiveDecoder, AdditiveInputs, additive_decoder};
 pub(crate) use attention::fused_part;
 pub use attention::{AttentionShape, cross_attention, dot_attention, self_attention};
+pub use columns::columns;
 pub use concat::concat_cols;
 pub use cross_entropy::{classification_loss, cross_entropy};
 pub use dropout::dropout;

@@ -12,6 +12,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::random::SplitMix64;
+
 /// Examples that are sorted by length together.
 const POOL: usize = 16_384;
 
@@ -136,32 +138,6 @@ impl Batches {
         }
         rng.shuffle(&mut batches);
         self.epoch_batches = batches;
-    }
-}
-
-/// Steele, Lea and Flood's SplitMix64: sixty-four bits of state, enough to shuffle.
-#[derive(Debug, Clone)]
-struct SplitMix64(u64);
-
-impl SplitMix64 {
-    fn new(seed: u64) -> SplitMix64 {
-        SplitMix64(seed)
-    }
-
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
-    }
-
-    /// Fisher–Yates. The index is the high half of a 128-bit product: its bias is below n/2⁶⁴.
-    fn shuffle<T>(&mut self, items: &mut [T]) {
-        for i in (1..items.len()).rev() {
-            let j = ((u128::from(self.next()) * (i as u128 + 1)) >> 64) as usize;
-            items.swap(i, j);
-        }
     }
 }
 

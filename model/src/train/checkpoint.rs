@@ -9,11 +9,10 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::trainer::{Progress, Trainer, TrainerConfig};
-use super::{Example, TrainError};
+use super::{Example, TrainError, Trainable};
 use crate::io::CheckpointError;
-use crate::io::config::{self, Vocabs, fill, tensor_refs};
+use crate::io::config::{self, fill, tensor_refs};
 use crate::io::safetensors::{self, TensorRef};
-use crate::models::ModelConfig;
 
 /// Weights, moments and progress of a run.
 pub const TRAINING_FILE: &str = "training.safetensors";
@@ -25,30 +24,30 @@ const SECOND: &str = "adam_second.";
 
 /// The metadata of [`TRAINING_FILE`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-struct State {
+struct State<C> {
     format: u32,
-    model: ModelConfig,
+    model: C,
     trainer: TrainerConfig,
     progress: Progress,
     /// [`fingerprint`] of the examples.
     data: u64,
 }
 
-impl Trainer {
+impl<M: Trainable + ?Sized> Trainer<M> {
     /// Writes the run into `folder`, which is made if need be: the model (as [`config::load_model`] reads it)
     /// and the state that [`Trainer::resume`] goes on from.
     ///
     /// # Errors
     /// [`CheckpointError::Io`], for example when the disk is full. The last complete checkpoint stands then.
-    pub fn save(&self, folder: &Path, vocabs: &Vocabs) -> Result<(), CheckpointError> {
+    pub fn save(&self, folder: &Path, vocabs: &M::Vocabs) -> Result<(), CheckpointError> {
         fs::create_dir_all(folder).map_err(|source| CheckpointError::Io {
             action: "create",
             path: folder.to_owned(),
             source,
         })?;
-        let model = self.model().config();
-        config::save_config(folder, &model, vocabs)?;
-        config::save_weights(folder, self.model().params())?;
+        let model = self.model().made_from();
+        M::save_config(folder, &model, vocabs)?;
+        config::save_weights(folder, self.model().weights())?;
         let state = State {
             format: FORMAT,
             model,
@@ -63,7 +62,7 @@ impl Trainer {
     }
 
     fn save_state(&self, path: &Path, metadata: String) -> Result<(), CheckpointError> {
-        let params = self.model().params();
+        let params = self.model().weights();
         let parts =
             [(MODEL, params.values()), (FIRST, &self.moments.first[..]), (SECOND, &self.moments.second[..])];
         let mut named = Vec::with_capacity(3 * params.len());
@@ -82,7 +81,7 @@ impl Trainer {
     ///
     /// # Errors
     /// [`CheckpointError`] when the file is missing, cut off, foreign, or of a run over other examples.
-    pub fn resume(folder: &Path, examples: Vec<Example>) -> Result<Trainer, TrainError> {
+    pub fn resume(folder: &Path, examples: Vec<Example>) -> Result<Trainer<M>, TrainError> {
         let path = folder.join(TRAINING_FILE);
         let contents = safetensors::load(&path)?;
         let wrong = |problem: String| CheckpointError::Format { path: path.clone(), problem };
@@ -90,7 +89,7 @@ impl Trainer {
             .metadata
             .as_deref()
             .ok_or_else(|| wrong("this is not the state of a training run".to_owned()))?;
-        let state: State = serde_json::from_str(metadata).map_err(|e| wrong(e.to_string()))?;
+        let state: State<M::Config> = serde_json::from_str(metadata).map_err(|e| wrong(e.to_string()))?;
         if state.format != FORMAT {
             let problem = format!("format {}, this program reads format {FORMAT}", state.format);
             return Err(wrong(problem).into());
@@ -98,12 +97,12 @@ impl Trainer {
         if state.data != fingerprint(&examples) {
             return Err(wrong("the run was over other training examples".to_owned()).into());
         }
-        let model = state.model.build(0)?;
+        let model = M::build(&state.model, 0)?;
         let mut trainer = Trainer::new(model, examples, state.trainer)?;
         // Moments have the layout of the parameters: they pass through the store, the weights last.
         for (prefix, target) in [(FIRST, 0), (SECOND, 1), (MODEL, 2)] {
-            fill(trainer.model_mut().params_mut(), &contents, prefix, &path)?;
-            let values = trainer.model().params().values().to_vec();
+            fill(trainer.model_mut().weights_mut(), &contents, prefix, &path)?;
+            let values = trainer.model().weights().values().to_vec();
             match target {
                 0 => trainer.moments.first = values,
                 1 => trainer.moments.second = values,

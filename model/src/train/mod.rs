@@ -4,10 +4,12 @@ pub mod batches;
 pub mod checkpoint;
 pub mod clip;
 pub mod schedule;
+pub mod trainable;
 pub mod trainer;
 
 pub use batches::{Batches, Example, Position};
 pub use schedule::{Decay, Schedule};
+pub use trainable::Trainable;
 pub use trainer::{StepReport, Trainer, TrainerConfig};
 
 #[cfg(test)]

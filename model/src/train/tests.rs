@@ -182,7 +182,7 @@ fn damaged(name: &str, damage: impl Fn(&Path)) -> (String, String) {
     damage(&folder.0);
     let message = |error: Option<String>| error.unwrap_or_default();
     let load = message(load_model(&folder.0).err().map(|e| e.to_string()));
-    (load, message(Trainer::resume(&folder.0, examples()).err().map(|e| e.to_string())))
+    (load, message(<Trainer>::resume(&folder.0, examples()).err().map(|e| e.to_string())))
 }
 
 #[test]
@@ -235,7 +235,7 @@ fn other_examples_and_bad_settings_are_refused() {
     trainer(&transformer(), config()).save(&folder.0, &vocabs()).unwrap();
     let mut other = examples();
     other.pop();
-    let error = Trainer::resume(&folder.0, other).err().unwrap().to_string();
+    let error = <Trainer>::resume(&folder.0, other).err().unwrap().to_string();
     assert!(error.contains("other training examples"), "{error}");
     let new = |config| Trainer::new(transformer().build(0).unwrap(), examples(), config).err().unwrap();
     assert!(new(TrainerConfig { grad_shards: 0, ..config() }).to_string().contains("grad_shards"));

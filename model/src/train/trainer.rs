@@ -16,9 +16,9 @@ use kavanam_kernels::optim::adamw::{self, AdamW, Buffers};
 use serde::{Deserialize, Serialize};
 
 use super::clip::{clip_factor, global_norm};
-use super::{Batches, Example, Position, Schedule, TrainError};
+use super::{Batches, Example, Position, Schedule, TrainError, Trainable};
 use crate::error::ModelError;
-use crate::models::{Batch, LossOptions, Seq2Seq};
+use crate::models::{LossOptions, Seq2Seq};
 use crate::param::{Grads, ParamStore};
 use crate::pool::Pool;
 use crate::tape::{DropoutKey, Tape};
@@ -117,8 +117,8 @@ struct Shard {
 }
 
 /// A model in training.
-pub struct Trainer {
-    model: Box<dyn Seq2Seq>,
+pub struct Trainer<M: Trainable + ?Sized = dyn Seq2Seq> {
+    model: Box<M>,
     config: TrainerConfig,
     examples: Vec<Example>,
     batches: Batches,
@@ -127,24 +127,24 @@ pub struct Trainer {
     shards: Vec<Mutex<Shard>>,
 }
 
-impl Trainer {
+impl<M: Trainable + ?Sized> Trainer<M> {
     /// A run at its beginning.
     ///
     /// # Errors
     /// [`TrainError::NoExamples`], [`TrainError::Config`].
     pub fn new(
-        model: Box<dyn Seq2Seq>,
+        model: Box<M>,
         examples: Vec<Example>,
         config: TrainerConfig,
-    ) -> Result<Trainer, TrainError> {
+    ) -> Result<Trainer<M>, TrainError> {
         config.validate()?;
         if examples.is_empty() {
             return Err(TrainError::NoExamples);
         }
         let batches = Batches::new(&examples, config.batch_tokens, config.seed);
-        let len = model.params().parameter_count();
+        let len = model.weights().parameter_count();
         let shard = || {
-            let grads = Grads::zeros(model.params());
+            let grads = Grads::zeros(model.weights());
             Mutex::new(Shard { grads, pool: Pool::new(), loss: Ok(0.0) })
         };
         let shards = (0..config.grad_shards).map(|_| shard()).collect();
@@ -153,17 +153,17 @@ impl Trainer {
     }
 
     /// The model with its current weights.
-    pub fn model(&self) -> &dyn Seq2Seq {
-        &*self.model
+    pub fn model(&self) -> &M {
+        &self.model
     }
 
     /// The model, to load weights into.
-    pub(super) fn model_mut(&mut self) -> &mut dyn Seq2Seq {
-        &mut *self.model
+    pub(super) fn model_mut(&mut self) -> &mut M {
+        &mut self.model
     }
 
     /// The model alone, at the end of the run.
-    pub fn into_model(self) -> Box<dyn Seq2Seq> {
+    pub fn into_model(self) -> Box<M> {
         self.model
     }
 
@@ -244,7 +244,7 @@ impl Trainer {
     pub fn step(&mut self, ctx: &Context) -> Result<StepReport, TrainError> {
         let step = self.progress.step + 1;
         let indices = self.batches.next_indices();
-        let tokens = indices.iter().map(|&i| self.examples[i as usize].target.len() + 1).sum::<usize>();
+        let tokens = indices.iter().map(|&i| M::loss_tokens(&self.examples[i as usize])).sum::<usize>();
         let loss = self.accumulate(ctx, step, &indices)? / tokens as f64;
         if !loss.is_finite() {
             return Err(TrainError::Loss { step, loss });
@@ -253,14 +253,14 @@ impl Trainer {
         for other in &self.shards[1..] {
             first.grads.add(&other.lock().unwrap_or_else(PoisonError::into_inner).grads);
         }
-        let params = self.model.params();
+        let params = self.model.weights();
         let norm = global_norm(params, &first.grads)
             .map_err(|id| TrainError::Gradient { step, tensor: params.name(id).to_owned() })?;
         let norm = norm / tokens as f64;
         let grad_scale = clip_factor(norm, self.config.clip_norm) / tokens as f32;
         let rate = self.config.schedule.rate(step);
         let update = Update { config: &self.config, step, rate, grad_scale };
-        update.apply(ctx, self.model.params_mut(), &first.grads, &mut self.moments)?;
+        update.apply(ctx, self.model.weights_mut(), &first.grads, &mut self.moments)?;
         drop(first);
         self.progress.step = step;
         self.progress.tokens += tokens as u64;
@@ -296,13 +296,10 @@ impl Trainer {
         if members.is_empty() {
             return Ok(0.0);
         }
-        let example = |&i: &u32| &self.examples[i as usize];
-        let pairs: Vec<(&[u32], &[u32])> =
-            members.iter().map(example).map(|e| (&*e.source, &*e.target)).collect();
-        let batch = Batch::from_pairs(&pairs)?;
+        let examples: Vec<&Example> = members.iter().map(|&i| &self.examples[i as usize]).collect();
         let options = LossOptions { label_smoothing: self.config.label_smoothing };
-        let mut tape = Tape::training(ctx, self.model.params(), pool, dropout);
-        let loss = self.model.loss(&mut tape, &batch, &options)?;
+        let mut tape = Tape::training(ctx, self.model.weights(), pool, dropout);
+        let loss = self.model.examples_loss(&mut tape, &examples, &options)?;
         let value = f64::from(tape.value(loss)[0]);
         tape.backward(loss, grads)?;
         Ok(value)

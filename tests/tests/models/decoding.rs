@@ -121,11 +121,12 @@ fn word(random: &mut Random) -> Vec<u32> {
     (0..2 + random.below(5)).map(|_| 4 + random.below(8) as u32).collect()
 }
 
-/// Trains on copying random words with plain Adam; gives the loss a token at first and at last, and the trained model.
-fn train_to_copy(config: &ModelConfig, steps: u64, rate: f32) -> (f64, f64, Box<dyn Seq2Seq>) {
+/// Trains on copying random words with Adam, at a rate that falls to 0 over the second half of the steps (at a constant
+/// one the share of copied words moves by some between roundings); gives the loss a token at first and at last, and the trained model.
+fn train_to_copy(config: &ModelConfig, steps: u64, rate: f32, seed: u64) -> (f64, f64, Box<dyn Seq2Seq>) {
     let ctx = ctx();
-    let mut model = config.build(21).unwrap();
-    let mut random = Random::new(22);
+    let mut model = config.build(seed).unwrap();
+    let mut random = Random::new(seed + 1);
     let pool = Pool::new();
     let [mut m, mut v] = [(); 2].map(|()| vec![0.0; config.parameter_count()]);
     let mut grads = Grads::zeros(model.params());
@@ -140,7 +141,8 @@ fn train_to_copy(config: &ModelConfig, steps: u64, rate: f32) -> (f64, f64, Box<
         last = f64::from(tape.value(loss)[0]) / batch.target_tokens() as f64;
         first = if step == 1 { last } else { first };
         tape.backward(loss, &mut grads).unwrap();
-        let spec = AdamW { lr: rate, beta1: 0.9, beta2: 0.98, eps: 1e-8, weight_decay: 0.0 };
+        let lr = rate * f32::min(1.0, 2.0 * (steps - step) as f32 / steps as f32);
+        let spec = AdamW { lr, beta1: 0.9, beta2: 0.98, eps: 1e-8, weight_decay: 0.0 };
         let (param, grad) = (model.params_mut().values_mut(), grads.values());
         let buffers = Buffers { param, grad, m: &mut m, v: &mut v };
         adamw::step(&ctx, &spec, step, 1.0 / batch.target_tokens() as f32, buffers).unwrap();
@@ -173,10 +175,14 @@ fn a_transformer_learns_to_copy() {
     (config.width, config.heads, config.feed_forward) = (32, 4, 64);
     (config.encoder_layers, config.decoder_layers) = (1, 1);
     config.dropout = DropoutRates::uniform(0.0);
-    let (first, last, model) = train_to_copy(&ModelConfig::Transformer(config), 400, 5e-3);
-    let (right, _) = copies(model.as_ref());
-    // At a constant rate the share of 50 words moves by a few between roundings; an untrained model copies none.
-    assert!(last < 0.1 * first && right >= 0.8, "{first} to {last}, {right} copied");
+    // The middle one of several runs must be good; an untrained model copies no word.
+    let mut runs = [21, 31, 41].map(|seed| {
+        let (first, last, model) = train_to_copy(&ModelConfig::Transformer(config.clone()), 400, 5e-3, seed);
+        assert!(last < 0.1 * first, "seed {seed}: {first} to {last}");
+        copies(model.as_ref()).0
+    });
+    runs.sort_by(f64::total_cmp);
+    assert!(runs[1] >= 0.9, "{runs:?} copied");
 }
 
 #[test]
@@ -184,17 +190,27 @@ fn additive_attention_learns_to_copy_along_the_diagonal() {
     let mut config = RnnSeq2SeqConfig::new(12, 12, CellKind::Gru, AttentionKind::Additive);
     (config.embedding, config.hidden, config.encoder_hidden) = (32, 48, 32);
     (config.attention_width, config.readout, config.dropout) = (32, 32, 0.0);
-    let (first, last, model) = train_to_copy(&ModelConfig::RnnSeq2Seq(config), 300, 5e-3);
+    let (first, last, model) = train_to_copy(&ModelConfig::RnnSeq2Seq(config), 300, 5e-3, 21);
     let (right, diagonal) = copies(model.as_ref());
     assert!(last < 0.1 * first && right >= 0.9, "{first} to {last}, {right} copied");
     assert!(diagonal >= 0.9, "{diagonal} of the rows look along the diagonal");
 }
 
 #[test]
+fn a_deep_residual_stack_learns_to_copy_with_the_bottom_layer_looking() {
+    let mut config = RnnSeq2SeqConfig::gnmt(12, 12);
+    (config.embedding, config.hidden, config.encoder_hidden) = (32, 48, 48);
+    (config.attention_width, config.layers, config.dropout) = (32, 3, 0.0);
+    let (first, last, model) = train_to_copy(&ModelConfig::RnnSeq2Seq(config), 400, 3e-3, 21);
+    let (right, _) = copies(model.as_ref());
+    assert!(last < 0.1 * first && right >= 0.9, "{first} to {last}, {right} copied");
+}
+
+#[test]
 fn a_fixed_vector_learns_too() {
     let mut config = RnnSeq2SeqConfig::new(12, 12, CellKind::Lstm, AttentionKind::None);
     (config.embedding, config.hidden, config.encoder_hidden, config.dropout) = (32, 64, 64, 0.0);
-    let (first, last, _) = train_to_copy(&ModelConfig::RnnSeq2Seq(config), 200, 5e-3);
+    let (first, last, _) = train_to_copy(&ModelConfig::RnnSeq2Seq(config), 200, 5e-3, 21);
     assert!(last < 0.7 * first, "{first} to {last}");
 }
 

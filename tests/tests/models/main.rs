@@ -1,5 +1,6 @@
 //! Statements about whole models.
 
+mod char_lm;
 mod classifier;
 mod decoding;
 mod properties;

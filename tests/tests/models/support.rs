@@ -59,7 +59,7 @@ pub(crate) fn transformers() -> Vec<ModelConfig> {
     [base, post, shared].map(ModelConfig::Transformer).to_vec()
 }
 
-/// A recurrent model of each kind: all cells, all attentions, one and two layers, both bridges.
+/// A recurrent model of each kind: all cells, all attentions, one to four layers, residual or not, both bridges.
 pub(crate) fn rnns() -> Vec<ModelConfig> {
     let mut all = Vec::new();
     for cell in [CellKind::Lstm, CellKind::Gru, CellKind::Tanh] {
@@ -90,6 +90,14 @@ pub(crate) fn rnns() -> Vec<ModelConfig> {
         config.bridge = if cell == CellKind::MinGru { Bridge::Copy } else { Bridge::Tanh };
         all.push(ModelConfig::RnnSeq2Seq(config));
     }
+    let mut gnmt = RnnSeq2SeqConfig::gnmt(VOCAB, VOCAB);
+    (gnmt.embedding, gnmt.hidden, gnmt.encoder_hidden, gnmt.attention_width) = (6, 9, 5, 7);
+    let mut residual = RnnSeq2SeqConfig::new(VOCAB, VOCAB, CellKind::Gru, AttentionKind::Dot);
+    (residual.embedding, residual.hidden, residual.encoder_hidden, residual.readout) = (6, 10, 5, 7);
+    (residual.layers, residual.residual, residual.dropout) = (3, true, 0.1);
+    let mut scans = residual.clone();
+    (scans.cell, scans.attention, scans.layers) = (CellKind::MinGru, AttentionKind::None, 4);
+    all.extend([gnmt, residual, scans].map(ModelConfig::RnnSeq2Seq));
     let mut forward = RnnSeq2SeqConfig::new(VOCAB, VOCAB, CellKind::Lstm, AttentionKind::None);
     (forward.embedding, forward.hidden, forward.encoder_hidden) = (6, 8, 8);
     all.push(ModelConfig::RnnSeq2Seq(forward));

@@ -96,9 +96,10 @@ mod tests {
 
     /// Two layers, both directions, attention: every kind of tensor, each value random.
     fn model(cell: CellKind) -> RnnSeq2Seq {
-        let mut config = RnnSeq2SeqConfig::new(7, 7, cell, AttentionKind::Additive);
+        let attention = if cell.is_scan() { AttentionKind::Dot } else { AttentionKind::Additive };
+        let mut config = RnnSeq2SeqConfig::new(7, 7, cell, attention);
         config.layers = 2;
-        (config.embedding, config.hidden, config.encoder_hidden) = (3, 6, 5);
+        (config.embedding, config.hidden, config.encoder_hidden) = (3, 10, 5);
         (config.attention_width, config.readout) = (4, 2);
         let mut model = RnnSeq2Seq::new(&config, 1).unwrap();
         let mut random = Random(9);
@@ -159,9 +160,11 @@ mod tests {
                 keras.push((name, swapped(shape), transposed(shape, &gates(data))));
             } else if let Some((stack, layer)) = name.split_once(".bias_ih_") {
                 let name = format!("{stack}.{layer}.bias");
-                let state = gates(&find(&format!("{stack}.bias_hh_{layer}")));
                 keras.push(match cell {
-                    CellKind::Gru => (name, vec![2, shape[0]], [gates(data), state].concat()),
+                    CellKind::Gru => {
+                        let state = gates(&find(&format!("{stack}.bias_hh_{layer}")));
+                        (name, vec![2, shape[0]], [gates(data), state].concat())
+                    }
                     _ => (name, shape.clone(), data.clone()),
                 });
             } else if name.contains(".bias_hh_") {
@@ -179,8 +182,17 @@ mod tests {
     #[test]
     fn a_pytorch_model_comes_through_with_or_without_a_prefix() {
         let folder = TestFolder::new("import-pytorch");
-        for (cell, prefix) in [(CellKind::Lstm, ""), (CellKind::Gru, "module.")] {
-            let model = model(cell);
+        let mut deep = RnnSeq2SeqConfig::gnmt(7, 7);
+        (deep.embedding, deep.hidden, deep.encoder_hidden) = (3, 4, 5);
+        let deep = RnnSeq2Seq::new(&deep, 2).unwrap();
+        let models = [
+            (model(CellKind::Lstm), ""),
+            (model(CellKind::Gru), "module."),
+            (deep, ""),
+            (model(CellKind::MinGru), ""),
+            (model(CellKind::MinLstm), "m."),
+        ];
+        for (model, prefix) in models {
             let path = folder.0.join("m.safetensors");
             let named: Vec<Tensor> =
                 tensors(&model).into_iter().map(|(n, s, d)| (format!("{prefix}{n}"), s, d)).collect();
@@ -193,7 +205,7 @@ mod tests {
     #[test]
     fn a_keras_model_comes_through_from_both_kinds_of_file() {
         let folder = TestFolder::new("import-keras");
-        for cell in [CellKind::Lstm, CellKind::Gru] {
+        for cell in [CellKind::Lstm, CellKind::Gru, CellKind::MinGru, CellKind::MinLstm] {
             let mut model = model(cell);
             if cell == CellKind::Lstm {
                 let params = model.params_mut();

@@ -1,11 +1,13 @@
 //! [`ModelConfig`]: what config.json holds, checked, with exact parameter counts before anything is built.
 
+mod char_lm;
 mod classifier;
 mod rnn;
 mod transformer;
 
+pub use char_lm::CharLmConfig;
 pub use classifier::{ClassifierConfig, ClassifierEncoder, Pooling};
-pub use rnn::{AttentionKind, Bridge, CellKind, RnnSeq2SeqConfig};
+pub use rnn::{AttentionKind, Bridge, CellKind, ContextTo, RnnSeq2SeqConfig};
 pub use transformer::{DropoutRates, FeedForwardActivation, NormPlacement, Positions, TransformerConfig};
 
 use serde::{Deserialize, Serialize};
@@ -69,7 +71,7 @@ impl ModelConfig {
     }
 }
 
-pub(super) fn wrong(field: &'static str, value: impl ToString, expected: String) -> ModelError {
+pub(crate) fn wrong(field: &'static str, value: impl ToString, expected: String) -> ModelError {
     ModelError::Config { field, value: value.to_string(), expected }
 }
 
@@ -105,6 +107,17 @@ mod tests {
     }
 
     #[test]
+    fn a_configuration_from_before_deep_stacks_reads_as_it_was() {
+        let config =
+            ModelConfig::RnnSeq2Seq(RnnSeq2SeqConfig::new(30, 40, CellKind::Lstm, AttentionKind::Additive));
+        let mut json = serde_json::to_value(&config).unwrap();
+        for field in ["only_first_bidirectional", "residual", "context"] {
+            assert!(json.as_object_mut().unwrap().remove(field).is_some(), "{field}");
+        }
+        assert_eq!(serde_json::from_value::<ModelConfig>(json).unwrap(), config);
+    }
+
+    #[test]
     fn impossible_configurations_name_the_field() {
         let mut t = TransformerConfig::new(30, 40);
         t.heads = 3;
@@ -120,5 +133,17 @@ mod tests {
         assert!(r.validate().unwrap_err().to_string().contains("dropout"));
         let scan = RnnSeq2SeqConfig::new(30, 40, CellKind::MinGru, AttentionKind::Additive);
         assert!(scan.validate().unwrap_err().to_string().starts_with("config: attention is additive"));
+        let gnmt = RnnSeq2SeqConfig::gnmt(30, 40);
+        gnmt.validate().unwrap();
+        let refused = |change: &dyn Fn(&mut RnnSeq2SeqConfig), start: &str| {
+            let mut changed = gnmt.clone();
+            change(&mut changed);
+            let error = changed.validate().unwrap_err().to_string();
+            assert!(error.starts_with(start), "{error}");
+        };
+        refused(&|c| c.bidirectional = false, "config: only_first_bidirectional is true");
+        refused(&|c| c.attention = AttentionKind::Dot, "config: context is all");
+        // Its bottom layer gives twice what the others give: no one width can copy them.
+        refused(&|c| c.bridge = Bridge::Copy, "config: hidden is 256, expected 512");
     }
 }

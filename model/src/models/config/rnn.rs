@@ -66,6 +66,17 @@ pub enum AttentionKind {
     Dot,
 }
 
+/// Which decoder layers read the context of additive attention.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ContextTo {
+    /// The bottom one; a readout sees it once more (Bahdanau et al. 2015).
+    #[default]
+    Bottom,
+    /// Every one; the output reads the top layer alone (Wu et al. 2016, section 3).
+    All,
+}
+
 /// How the encoder's final states become the decoder's first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -96,13 +107,23 @@ pub struct RnnSeq2SeqConfig {
     pub layers: usize,
     /// Whether every encoder layer also runs from the end to the start.
     pub bidirectional: bool,
+    /// Whether of those only the first does; not without `bidirectional`.
+    #[serde(default)]
+    pub only_first_bidirectional: bool,
+    /// Whether a layer's input is added to its output, from the third layer on.
+    #[serde(default)]
+    pub residual: bool,
     /// From the encoder's final states to the decoder's first.
     pub bridge: Bridge,
     /// How the decoder sees the source.
     pub attention: AttentionKind,
+    /// Which decoder layers read the context of additive attention.
+    #[serde(default)]
+    pub context: ContextTo,
     /// The width of additive attention's comparison; unused otherwise.
     pub attention_width: usize,
-    /// The width of the readout between the top state and the output, in a model that attends.
+    /// The width of the readout between the top state and the output, in a model that has one
+    /// ([`RnnSeq2SeqConfig::has_readout`]).
     pub readout: usize,
     /// Whether the output projection is the target embedding's table: the layer before it then has `embedding` wide.
     pub tie_output: bool,
@@ -125,8 +146,11 @@ impl RnnSeq2SeqConfig {
             encoder_hidden: if attends { 128 } else { 256 },
             layers: 1,
             bidirectional: attends,
+            only_first_bidirectional: false,
+            residual: false,
             bridge: if attends { Bridge::Tanh } else { Bridge::Copy },
             attention,
+            context: ContextTo::Bottom,
             attention_width: 128,
             readout: 256,
             tie_output: false,
@@ -134,45 +158,89 @@ impl RnnSeq2SeqConfig {
         }
     }
 
-    /// 2 for a bidirectional encoder, else 1.
-    pub fn directions(&self) -> usize {
-        if self.bidirectional { 2 } else { 1 }
+    /// A deep stack as Google's translator had it, in small: 4 LSTM layers of 256 on each side (there 8 of 1,024), the
+    /// first of the encoder in both directions, residual connections from the third on, attention from the bottom
+    /// decoder layer to all of them. Every field may be changed.
+    ///
+    /// # Source
+    /// Wu et al. 2016 (arXiv:1609.08144), section 3. It does not say how the decoder starts: here through the tanh
+    /// bridge, as each encoder layer has another width than the decoder's or may have.
+    pub fn gnmt(source_vocab: usize, target_vocab: usize) -> Self {
+        RnnSeq2SeqConfig {
+            layers: 4,
+            encoder_hidden: 256,
+            only_first_bidirectional: true,
+            residual: true,
+            context: ContextTo::All,
+            ..RnnSeq2SeqConfig::new(source_vocab, target_vocab, CellKind::Lstm, AttentionKind::Additive)
+        }
     }
 
-    /// The width of a source position's annotation: `directions · encoder_hidden`.
+    /// Whether encoder layer `layer` also runs from the end to the start.
+    pub fn is_bidirectional(&self, layer: usize) -> bool {
+        self.bidirectional && (layer == 0 || !self.only_first_bidirectional)
+    }
+
+    /// The width of what encoder layer `layer` gives: `encoder_hidden` for each of its directions.
+    pub fn encoder_width(&self, layer: usize) -> usize {
+        if self.is_bidirectional(layer) { 2 * self.encoder_hidden } else { self.encoder_hidden }
+    }
+
+    /// The width of a source position's annotation: what the top encoder layer gives.
     pub fn annotation(&self) -> usize {
-        self.directions() * self.encoder_hidden
+        self.encoder_width(self.layers.saturating_sub(1))
+    }
+
+    /// Whether layer `layer`, of the encoder or the decoder, adds its input to its output.
+    pub fn is_residual(&self, layer: usize) -> bool {
+        self.residual && layer >= 2
+    }
+
+    /// Whether decoder layer `layer` reads the context.
+    pub fn reads_context(&self, layer: usize) -> bool {
+        self.attention == AttentionKind::Additive && (layer == 0 || self.context == ContextTo::All)
+    }
+
+    /// The width of what decoder layer `layer` reads: the embedded token or the layer below, then the context.
+    pub fn decoder_input(&self, layer: usize) -> usize {
+        let below = if layer == 0 { self.embedding } else { self.hidden };
+        below + if self.reads_context(layer) { self.annotation() } else { 0 }
+    }
+
+    /// Whether a layer stands between the top state and the output: where the model attends and the top layer has not
+    /// read the context.
+    pub fn has_readout(&self) -> bool {
+        self.attention != AttentionKind::None && self.context == ContextTo::Bottom
     }
 
     /// The width of what the output projection reads.
     pub fn output_input(&self) -> usize {
-        if self.attention == AttentionKind::None { self.hidden } else { self.readout }
+        if self.has_readout() { self.readout } else { self.hidden }
     }
 
     /// The number of parameters, exactly.
     ///
-    /// A cell of H from an input of I holds gates·(H·I + H² + 2H), that of a scan gates·(H·I + H). The bottom decoder
-    /// cell of additive attention also reads the context, and its readout reads state, context and embedding; that of
-    /// dot attention reads context and state and has no bias.
+    /// A cell of H from an input of I holds gates·(H·I + H² + 2H), that of a scan gates·(H·I + H). The readout of additive
+    /// attention reads state, context and embedding; that of dot attention reads context and state and has no bias.
     pub fn parameter_count(&self) -> usize {
         let cell = |input: usize, hidden: usize| self.cell.parameter_count(input, hidden);
         let (e, h, a) = (self.embedding, self.hidden, self.annotation());
-        let upper = self.layers - 1;
-        let encoder =
-            self.directions() * (cell(e, self.encoder_hidden) + upper * cell(a, self.encoder_hidden));
-        let bridge = match self.bridge {
-            Bridge::Copy => 0,
-            Bridge::Tanh => self.layers * self.cell.states() * (a * h + h),
-        };
-        let (bottom_input, attention) = match self.attention {
-            AttentionKind::None => (e, 0),
-            AttentionKind::Additive => {
-                let scores = self.attention_width * (h + a + 1) + self.attention_width;
-                (e + a, scores + self.readout * (h + a + e + 1))
+        let (mut encoder, mut bridge, mut decoder) = (0, 0, 0);
+        for l in 0..self.layers {
+            let input = if l == 0 { e } else { self.encoder_width(l - 1) };
+            let directions = if self.is_bidirectional(l) { 2 } else { 1 };
+            encoder += directions * cell(input, self.encoder_hidden);
+            if self.bridge == Bridge::Tanh {
+                bridge += self.cell.states() * (self.encoder_width(l) + 1) * h;
             }
-            AttentionKind::Dot => (e, self.readout * (a + h)),
+            decoder += cell(self.decoder_input(l), h);
+        }
+        let readout = if self.has_readout() { self.readout } else { 0 };
+        let attention = match self.attention {
+            AttentionKind::None => 0,
+            AttentionKind::Additive => self.attention_width * (h + a + 2) + readout * (h + a + e + 1),
+            AttentionKind::Dot => readout * (a + h),
         };
-        let decoder = cell(bottom_input, h) + upper * cell(h, h);
         let output = self.target_vocab * (1 + if self.tie_output { 0 } else { self.output_input() });
         (self.source_vocab + self.target_vocab) * e + encoder + bridge + attention + decoder + output
     }
@@ -190,11 +258,20 @@ impl RnnSeq2SeqConfig {
         positive("layers", self.layers)?;
         positive("attention_width", self.attention_width)?;
         positive("readout", self.readout)?;
-        let annotation = self.annotation();
-        if self.bridge == Bridge::Copy && annotation != self.hidden {
-            let expected = format!("{annotation} as the copied encoder state (or bridge tanh)");
+        if self.only_first_bidirectional && !self.bidirectional {
+            let expected = "false where no encoder layer is bidirectional".to_owned();
+            return Err(wrong("only_first_bidirectional", true, expected));
+        }
+        if self.context == ContextTo::All && self.attention != AttentionKind::Additive {
+            let expected = "bottom: attention that is not additive comes after the top layer".to_owned();
+            return Err(wrong("context", "all", expected));
+        }
+        let mut copied = (0..self.layers).map(|l| self.encoder_width(l));
+        if let (Bridge::Copy, Some(width)) = (self.bridge, copied.find(|&width| width != self.hidden)) {
+            let expected = format!("{width} as the copied encoder state (or bridge tanh)");
             return Err(wrong("hidden", self.hidden, expected));
         }
+        let annotation = self.annotation();
         if self.attention == AttentionKind::Additive && self.cell.is_scan() {
             let expected =
                 "none or dot with a cell that is a scan: the context would depend on the state before it";

@@ -1,0 +1,113 @@
+//! The states of a stack of recurrent cells between two steps, and one step of one of its layers.
+
+use kavanam_kernels::gemm::Accum;
+use kavanam_kernels::rnn::min_rnn::{self, Scan};
+use kavanam_kernels::rnn::{self, Direction, PackedCell, State, StateMut, StepInput};
+use kavanam_kernels::{Activation, Context, MatMut, MatRef, ShapeError};
+
+use crate::nn::rnn::{CellWeights, ScanWeights};
+use crate::ops;
+use crate::param::ParamStore;
+use crate::tape::Tape;
+
+/// A layer's cell, ready for single steps.
+#[derive(Debug)]
+pub(crate) enum StepCell {
+    Recurrent(PackedCell),
+    /// Its weights are packed with the linear layers'.
+    Scan(ScanWeights),
+}
+
+impl StepCell {
+    pub(crate) fn pack(
+        ctx: &Context,
+        params: &ParamStore,
+        weights: &CellWeights,
+    ) -> Result<StepCell, ShapeError> {
+        Ok(match weights {
+            CellWeights::Recurrent(weights) => {
+                StepCell::Recurrent(PackedCell::pack(ctx, &weights.views(params))?)
+            }
+            CellWeights::Scan(weights) => StepCell::Scan(*weights),
+        })
+    }
+}
+
+/// The states of all layers, of several rows at once.
+#[derive(Debug, Clone)]
+pub(crate) struct CellStates {
+    /// `[rows, hidden]` for each layer and state vector: h of the bottom layer, its c if it has one, and so on.
+    pub(crate) states: Vec<Vec<f32>>,
+    /// State vectors of one layer.
+    pub(crate) vectors: usize,
+    pub(crate) hidden: usize,
+    pub(crate) rows: usize,
+}
+
+impl CellStates {
+    /// One step of layer `l`, `gates` being its scratch; gives its new output.
+    pub(crate) fn step(
+        &mut self,
+        ctx: &Context,
+        cell: &PackedCell,
+        (l, accum): (usize, Accum),
+        input: &[f32],
+        gates: &mut [f32],
+    ) -> Result<Vec<f32>, ShapeError> {
+        let (rows, hidden) = (self.rows, self.hidden);
+        let old = &self.states[l * self.vectors..(l + 1) * self.vectors];
+        let mut new: Vec<Vec<f32>> = old.iter().map(|state| vec![0.0; state.len()]).collect();
+        let state = State {
+            h: MatRef::new(&old[0], rows, hidden)?,
+            c: old.get(1).map(|c| MatRef::new(c, rows, hidden)).transpose()?,
+        };
+        let (h, c) = new.split_at_mut(1);
+        let next = StateMut {
+            h: MatMut::new(&mut h[0], rows, hidden)?,
+            c: c.first_mut().map(|c| MatMut::new(c, rows, hidden)).transpose()?,
+        };
+        let input = StepInput { x: MatRef::new(input, rows, input.len() / rows.max(1))?, accum };
+        let columns = cell.cell().gate_columns(hidden);
+        rnn::step(ctx, cell, input, state, MatMut::new(gates, rows, columns)?, next)?;
+        let output = new[0].clone();
+        for (state, new) in self.states[l * self.vectors..].iter_mut().zip(new) {
+            *state = new;
+        }
+        Ok(output)
+    }
+
+    /// One step of layer `l`, a minGRU or minLSTM; gives its new output.
+    pub(crate) fn scan(
+        &mut self,
+        tape: &mut Tape<'_>,
+        weights: &ScanWeights,
+        l: usize,
+        input: &[f32],
+    ) -> Result<Vec<f32>, ShapeError> {
+        let x = tape.constant(input, self.rows, input.len() / self.rows.max(1))?;
+        let sums = ops::linear(tape, x, &weights.gates, Activation::Identity)?;
+        let mut gates = tape.value(sums).to_vec();
+        let scan = Scan {
+            cell: weights.cell,
+            candidate: ScanWeights::CANDIDATE,
+            hidden: self.hidden,
+            seq: 1,
+            lengths: &vec![1; self.rows],
+            direction: Direction::Forward,
+        };
+        let mut new = vec![0.0; self.rows * self.hidden];
+        min_rnn::forward(tape.context(), &scan, &mut gates, Some(&self.states[l]), &mut new, None)?;
+        self.states[l].copy_from_slice(&new);
+        Ok(new)
+    }
+
+    /// Row `i` becomes what row `rows[i]` was.
+    pub(crate) fn select(&mut self, rows: &[usize]) {
+        let hidden = self.hidden;
+        for state in &mut self.states {
+            let part = |&row: &usize| &state[row * hidden..(row + 1) * hidden];
+            *state = rows.iter().flat_map(part).copied().collect();
+        }
+        self.rows = rows.len();
+    }
+}
