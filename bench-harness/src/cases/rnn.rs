@@ -57,6 +57,9 @@ const SHAPES: [([usize; 3], bool); 8] = [
     ([1, 512, 256], false),
 ];
 
+/// Where the GRU that resets before its product stands beside the other.
+const RESET_BEFORE_SHAPE: ([usize; 3], bool) = ([32, 128, 512], false);
+
 /// Where minGRU and minLSTM stand beside the GRU: one width, from a few steps to many.
 const SCAN_SHAPES: [([usize; 3], bool); 7] = [
     ([64, 10, 128], true),
@@ -115,6 +118,8 @@ pub(crate) fn cases() -> Vec<Case> {
             SHAPES.into_iter().for_each(|shape| add(layer, train, shape));
         }
     }
+    let reset_before = (Kind::Recurrent(Cell::GruResetBefore), "gru-reset-before");
+    [false, true].into_iter().for_each(|train| add(reset_before, train, RESET_BEFORE_SHAPE));
     let scans = [(Kind::Scan(MinCell::Gru), "min-gru"), (Kind::Scan(MinCell::Lstm), "min-lstm")];
     for shape in SCAN_SHAPES {
         if SHAPES.iter().all(|other| other.0 != shape.0) {
@@ -217,6 +222,10 @@ impl Problem {
                 (reference::lstm_forward(&layer).y, reference::lstm_backward(&layer, &upstream).d_x)
             }
             Cell::Gru => (reference::gru_forward(&layer).y, reference::gru_backward(&layer, &upstream).d_x),
+            Cell::GruResetBefore => {
+                let y = reference::gru_reset_before_forward(&layer).y;
+                (y, reference::gru_reset_before_backward(&layer, &upstream).d_x)
+            }
             Cell::Tanh | Cell::Relu => {
                 let relu = cell == Cell::Relu;
                 let y = reference::elman_forward(&layer, relu).y;

@@ -5,6 +5,7 @@
 use std::path::Path;
 
 use kavanam_kernels::Context;
+use kavanam_kernels::rnn::Cell;
 
 use crate::cases::Problem;
 use crate::cases::rnn::{self, Kind};
@@ -51,8 +52,14 @@ impl Peer for Torch {
         problem: &'a Problem,
         context: &Context,
     ) -> Result<Box<dyn Workload + 'a>, Unready> {
-        if let Problem::Rnn(rnn::Problem { shape: rnn::Shape { kind: Kind::Scan(_), .. }, .. }) = problem {
-            return Err(Unready::Declined("it has no minGRU and no minLSTM".into()));
+        if let Problem::Rnn(rnn::Problem { shape, .. }) = problem {
+            match shape.kind {
+                Kind::Scan(_) => return Err(Unready::Declined("it has no minGRU and no minLSTM".into())),
+                Kind::Recurrent(Cell::GruResetBefore) => {
+                    return Err(Unready::Declined("its GRU resets after the product".into()));
+                }
+                Kind::Recurrent(_) => {}
+            }
         }
         Ok(Box::new(self.worker.prepare(problem, context)?))
     }

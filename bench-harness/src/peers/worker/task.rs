@@ -102,6 +102,7 @@ fn rnn_task(problem: &rnn::Problem) -> Task<'_> {
     let cell = match kind {
         Kind::Recurrent(Cell::Lstm) => "lstm",
         Kind::Recurrent(Cell::Gru) => "gru",
+        Kind::Recurrent(Cell::GruResetBefore) => "gru_reset_before",
         Kind::Recurrent(Cell::Tanh) => "tanh",
         Kind::Recurrent(Cell::Relu) => "relu",
         Kind::Scan(MinCell::Gru) => "min_gru",
