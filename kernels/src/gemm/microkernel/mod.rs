@@ -9,6 +9,7 @@
 //!   `finish.add` is set.
 //! - Any number of rows with 1 to NR columns, few rows with any number of panels, any depth (0 included) work.
 
+mod finish;
 mod outer_product;
 mod pairs;
 pub(crate) mod prefetch;

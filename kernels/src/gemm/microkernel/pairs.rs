@@ -18,7 +18,7 @@
 
 use pulp::{Simd, WithSimd};
 
-use super::outer_product::EdgeTile;
+use super::finish::EdgeTile;
 use super::{Finish, Out};
 use crate::isa::{Isa, IsaName};
 
