@@ -66,7 +66,7 @@ impl PackedWeights {
     /// # Errors
     /// As [`PackedWeights::pack_as`]; then the old weights stand.
     pub fn repack(&mut self, ctx: &Context, b: MatRef<'_>) -> Result<(), ShapeError> {
-        self.format.check(b)?;
+        self.format.check_numbers()?;
         let kernel = kernel_of(ctx.isa().name(), self.format.storage());
         let even = block_depth(b.rows(), blocking(ctx, kernel).kc);
         let (depth, group) = match self.format {
@@ -83,6 +83,8 @@ impl PackedWeights {
             ..*self
         };
         let len = shape.len().ok_or(ShapeError::Overflow { argument: "b" })?;
+        // After the size: a broadcast may claim more elements than anyone can look at.
+        self.format.check_elements(b)?;
         let mut words = std::mem::take(&mut self.words);
         words.resize(len);
         *self = PackedWeights { words, ..shape };
@@ -193,8 +195,8 @@ impl PackedWeights {
     /// All words, or `None` when there are too many for an address range.
     fn len(&self) -> Option<usize> {
         let cols = self.cols.checked_next_multiple_of(self.unit())?;
-        let column = self.rows / self.depth * self.column_words(self.depth)
-            + self.column_words(self.rows % self.depth);
+        let blocks = (self.rows / self.depth).checked_mul(self.column_words(self.depth))?;
+        let column = blocks.checked_add(self.column_words(self.rows % self.depth))?;
         cols.checked_mul(column).filter(|&len| len <= isize::MAX as usize / 8)
     }
 

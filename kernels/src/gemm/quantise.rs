@@ -41,14 +41,19 @@ pub enum WeightFormat {
 }
 
 impl WeightFormat {
-    /// `Ok` when its numbers make sense and `b` can be stored so.
-    pub(super) fn check(self, b: MatRef<'_>) -> Result<(), ShapeError> {
+    /// `Ok` when its numbers make sense.
+    pub(super) fn check_numbers(self) -> Result<(), ShapeError> {
         if let WeightFormat::Int4 { group } = self
             && (group == 0 || !group.is_multiple_of(Storage::Int4.per_word()))
         {
             let expected = "a positive multiple of 8";
             return Err(ShapeError::Value { argument: "format.group", value: group.to_string(), expected });
         }
+        Ok(())
+    }
+
+    /// `Ok` when the elements of `b` can be stored so.
+    pub(super) fn check_elements(self, b: MatRef<'_>) -> Result<(), ShapeError> {
         if self.storage().largest() == 0 {
             return Ok(());
         }

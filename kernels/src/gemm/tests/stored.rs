@@ -168,3 +168,20 @@ fn repacking_keeps_the_format_and_the_old_weights_stand_when_it_fails() {
     assert!(packed.repack(&ctx, row_major(&[f32::NAN], 1, 1)).is_err());
     assert_eq!((packed.rows(), packed.cols(), packed.unpack()[0]), (1, 2, 127.0));
 }
+
+/// Broadcasts of one element: the views are in bounds, what they would become is not.
+#[test]
+fn sizes_that_overflow_are_errors_before_anything_is_read_or_allocated() {
+    let ctx = Context::with_isa(crate::Isa::best());
+    let one = [1.0];
+    for (k, n) in [(usize::MAX, 1), (1, usize::MAX), (usize::MAX / 2, 4), (1 << 40, 1 << 40), (1 << 62, 3)] {
+        let b = MatRef::with_strides(&one, k, n, 0, 0).unwrap();
+        for format in FORMATS.into_iter().chain([WeightFormat::Int4 { group: 1 << 62 }]) {
+            let mut packed = PackedWeights::pack_as(&ctx, row_major(&one, 1, 1), format).unwrap();
+            let refused = ShapeError::Overflow { argument: "b" };
+            assert_eq!(packed.repack(&ctx, b), Err(refused.clone()), "{k} × {n} as {format:?}");
+            assert_eq!(PackedWeights::pack_as(&ctx, b, format).unwrap_err(), refused);
+            assert_eq!((packed.rows(), packed.unpack()[0].round()), (1, 1.0));
+        }
+    }
+}
