@@ -13,7 +13,6 @@
 //!   a thread too, but their sum would not have the bits of the full pass.
 //! - Scores of all keys are held: `rows × keys` numbers, where K and V are `keys × (dim + v_dim)`.
 
-use std::marker::PhantomData;
 use std::ops::Range;
 
 use pulp::{Simd, WithSimd};
@@ -21,11 +20,10 @@ use pulp::{Simd, WithSimd};
 use super::cache::{Cache, CacheFormat, CacheLayout, PANEL, Rows};
 use super::online::{self, Carried, Row};
 use super::problem::{KEY_BLOCK, Shape, Shared, deal, piece};
-use super::stored::{GROUP_WORDS, Product};
+use super::stored::{self, GROUP_WORDS};
 use super::tile::{Dest, Extent, GROUP, Left, Onto, Right, product};
 use crate::context::Context;
 use crate::error::{ShapeError, expect_dim};
-use crate::gemm::microkernel::{Bf16, Int8};
 use crate::lanes;
 use crate::scratch::ScratchBuf;
 use crate::view::{HeadsLayout, HeadsMut, HeadsRef, MatRef};
@@ -319,7 +317,7 @@ impl Tasks<'_> {
         let dim = self.problem.dim;
         for r in 0..self.problem.rows() {
             let mut acc = [0.0; PANEL];
-            multiply(simd, format, &q[r * dim..][..dim], (words, PANEL / format.per_word()), &mut acc);
+            stored::multiply(simd, format, &q[r * dim..][..dim], (words, PANEL / format.per_word()), &mut acc);
             acc.iter_mut().zip(scales).for_each(|(score, scale)| *score *= scale);
             // SAFETY: these columns of the unit's row of scores belong to this task alone.
             let scores = unsafe { self.memory.part(place + r * self.places.stride, columns.len()) };
@@ -410,13 +408,8 @@ impl Tasks<'_> {
                         let p = MatRef::with_strides(&memory[at..], rows, depth, stride, 1);
                         let p = p.expect("P holds these keys");
                         let keys = at - start..at - start + depth;
-                        stored_output(
-                            simd,
-                            p,
-                            (format, words, scales),
-                            (keys, v_dim, cols.clone()),
-                            &mut acc,
-                        );
+                        let values = (format, words, scales);
+                        stored::add_values(simd, p, values, (keys, v_dim, cols.clone()), &mut acc);
                         at += depth;
                         continue;
                     }
@@ -455,48 +448,5 @@ impl Tasks<'_> {
                 |x| simd.mul_f32s(x, inverse),
             );
         }
-    }
-}
-
-/// `acc += a·rows` of words `stride` apart.
-#[inline(always)]
-fn multiply<S: Simd>(
-    simd: S,
-    format: CacheFormat,
-    a: &[f32],
-    (words, stride): (&[u32], usize),
-    acc: &mut [f32],
-) {
-    match format {
-        CacheFormat::Bf16 => simd.vectorize(Product { a, words, stride, acc, stored: PhantomData::<Bf16> }),
-        CacheFormat::Int8 => simd.vectorize(Product { a, words, stride, acc, stored: PhantomData::<Int8> }),
-    }
-}
-
-/// `acc[r] += p[r]·V` over `keys` of a head's values in fewer bits, and over the columns `cols` of `v_dim`; a row of
-/// `acc` is a multiple of every group.
-#[inline(always)]
-fn stored_output<S: Simd>(
-    simd: S,
-    p: MatRef<'_>,
-    (format, words, scales): (CacheFormat, &[u32], &[f32]),
-    (keys, v_dim, cols): (Range<usize>, usize, Range<usize>),
-    acc: &mut [f32],
-) {
-    let (stride, width) = (format.words(v_dim), acc.len() / p.rows().max(1));
-    let words = &words[keys.start * stride + cols.start / format.per_word()..keys.end * stride];
-    let columns = format.words(cols.len()) * format.per_word();
-    for r in 0..p.rows() {
-        let acc = &mut acc[r * width..][..columns];
-        if format == CacheFormat::Bf16 {
-            multiply(simd, format, p.row(r), (words, stride), acc);
-            continue;
-        }
-        let mut scaled = [0.0; KEY_BLOCK];
-        let scaled = &mut scaled[..keys.len()];
-        for ((to, p), scale) in scaled.iter_mut().zip(p.row(r)).zip(&scales[keys.clone()]) {
-            *to = p * scale;
-        }
-        multiply(simd, format, scaled, (words, stride), acc);
     }
 }

@@ -14,10 +14,14 @@
 //!   words of a panel in the first-level cache.
 
 use std::marker::PhantomData;
+use std::ops::Range;
 
 use pulp::{Simd, WithSimd};
 
-use crate::gemm::microkernel::Stored;
+use super::cache::CacheFormat;
+use super::problem::KEY_BLOCK;
+use crate::gemm::microkernel::{Bf16, Int8, Stored};
+use crate::view::MatRef;
 
 /// Words of one group of columns.
 pub(super) const GROUP_WORDS: usize = 16;
@@ -91,6 +95,49 @@ impl<T: Stored> Product<'_, T> {
     }
 }
 
+/// `acc += a·rows` of words `stride` apart.
+#[inline(always)]
+pub(super) fn multiply<S: Simd>(
+    simd: S,
+    format: CacheFormat,
+    a: &[f32],
+    (words, stride): (&[u32], usize),
+    acc: &mut [f32],
+) {
+    match format {
+        CacheFormat::Bf16 => simd.vectorize(Product { a, words, stride, acc, stored: PhantomData::<Bf16> }),
+        CacheFormat::Int8 => simd.vectorize(Product { a, words, stride, acc, stored: PhantomData::<Int8> }),
+    }
+}
+
+/// `acc[r] += p[r]·V` over `keys` of a head's values in fewer bits, and over the columns `cols` of `v_dim`; a row of
+/// `acc` is a multiple of every group.
+#[inline(always)]
+pub(super) fn add_values<S: Simd>(
+    simd: S,
+    p: MatRef<'_>,
+    (format, words, scales): (CacheFormat, &[u32], &[f32]),
+    (keys, v_dim, cols): (Range<usize>, usize, Range<usize>),
+    acc: &mut [f32],
+) {
+    let (stride, width) = (format.words(v_dim), acc.len() / p.rows().max(1));
+    let words = &words[keys.start * stride + cols.start / format.per_word()..keys.end * stride];
+    let columns = format.words(cols.len()) * format.per_word();
+    for r in 0..p.rows() {
+        let acc = &mut acc[r * width..][..columns];
+        if format == CacheFormat::Bf16 {
+            multiply(simd, format, p.row(r), (words, stride), acc);
+            continue;
+        }
+        let mut scaled = [0.0; KEY_BLOCK];
+        let scaled = &mut scaled[..keys.len()];
+        for ((to, p), scale) in scaled.iter_mut().zip(p.row(r)).zip(&scales[keys.clone()]) {
+            *to = p * scale;
+        }
+        multiply(simd, format, scaled, (words, stride), acc);
+    }
+}
+
 /// Puts the bits of column `column` into a row of words with `per_word` elements each.
 pub(super) fn put(row: &mut [u32], per_word: usize, column: usize, bits: u32) {
     let width = 32 / per_word;
@@ -104,7 +151,6 @@ pub(super) fn put(row: &mut [u32], per_word: usize, column: usize, bits: u32) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gemm::microkernel::{Bf16, Int8};
     use crate::gemm::quantise::encode;
     use crate::testing::{assert_same_bits, for_each_isa};
 
