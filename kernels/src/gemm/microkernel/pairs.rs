@@ -10,8 +10,8 @@
 //!   not subtracted from each: `128·Σ_p lhs[i][p]` is subtracted from the sum. All of it is arithmetic modulo 2³², so
 //!   only the final sum must fit an i32.
 //! - A word is cut into its even and its odd bytes, pairs of 16 bits each, in 3 instructions that all rows of the tile
-//!   share. One multiply-add of pairs (`vpmaddwd`) and one addition then make 16 multiply-adds of 8 columns: twice the
-//!   rate of f32. The products of two bytes are exact in it.
+//!   share. One multiply-add of pairs (`vpmaddwd`) and one addition then make 16 multiply-adds of 8 columns: up to
+//!   twice the rate of f32, because more ports take them. The products of two bytes are exact in it.
 //! - The left operand lies as pairs of 16 bits in the same order, so that one broadcast of 32 bits feeds a vector.
 //!
 //! Rejected: the instruction for bytes (`vpmaddubsw`) is faster still and saturates: sums are wrong without a warning.
