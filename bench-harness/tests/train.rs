@@ -139,6 +139,7 @@ fn a_small_comparison_writes_everything() {
     let results: serde_json::Value = serde_json::from_str(&json).unwrap();
     let models = results["models"].as_array().unwrap();
     assert_eq!(models.len(), 3);
+    assert!(results["worth"]["ratio"].as_f64().unwrap() > 0.0 && table.contains("times as many"), "{table}");
     for key in [
         "name",
         "params",
@@ -211,4 +212,86 @@ fn a_full_disk_names_the_file_and_keeps_the_old_checkpoint() {
     let run = limited(&format!("train --out '{out}' --resume --valid-words 5 --beam 1"));
     assert_eq!(run.status.code(), Some(1), "{}", stderr(&run));
     assert_eq!(fs::read(Path::new(&out).join("training.safetensors")).unwrap(), before);
+}
+
+/// A language model that trains in milliseconds.
+const TINY_CELL: &str = r#"{"cell": "gru", "embedding": 6, "hidden": 12}"#;
+
+fn chars_args<'a>(file: &'a str, out: &'a str, more: &[&'a str]) -> Vec<&'a str> {
+    let mut arguments = vec!["train", "--task", "chars", "--data", file, "--out", out];
+    arguments.extend(["--config", TINY_CELL, "--points", "1", "--batch-tokens", "1000"]);
+    arguments.extend(more);
+    arguments
+}
+
+/// A text in the folder, and where it is.
+fn text(folder: &TestFolder) -> String {
+    let file = folder.path("text.txt");
+    fs::write(&file, "Der Fuchs springt über den Hund. «Ach!»\n".repeat(150)).unwrap();
+    file
+}
+
+fn sampled(model: &str, more: &[&str]) -> String {
+    let run = output(&[&["sample", "--model", model][..], more].concat());
+    assert!(run.status.success(), "{}", stderr(&run));
+    String::from_utf8(run.stdout).unwrap()
+}
+
+#[test]
+fn a_language_model_is_reproduced_and_writes_on_as_its_seed_says() {
+    let folder = TestFolder::new("chars");
+    let (file, a, b) = (text(&folder), folder.path("a"), folder.path("b"));
+    for out in [&a, &b] {
+        let run = output(&chars_args(&file, out, &["--steps", "40"]));
+        assert!(run.status.success(), "{}", stderr(&run));
+        let said = String::from_utf8(run.stdout).unwrap();
+        assert!(said.contains("bits a character") && said.contains("40 steps"), "{said}");
+    }
+    let weights = |dir: &str| fs::read(Path::new(dir).join("model.safetensors")).unwrap();
+    assert!(weights(&a) == weights(&b), "the weights differ");
+    let more = ["--prompt", "Der ", "--length", "60", "--seed", "7"];
+    let said = sampled(&a, &more);
+    assert_eq!(said, sampled(&b, &more));
+    assert!(said.starts_with("Der ") && said.chars().count() == 65, "{said:?}");
+    assert_ne!(said, sampled(&a, &["--prompt", "Der ", "--length", "60", "--seed", "8"]));
+    let cold = sampled(&a, &["--length", "30", "--temperature", "0", "--seed", "1"]);
+    assert_eq!(cold, sampled(&a, &["--length", "30", "--top-k", "1", "--seed", "2"]));
+}
+
+#[test]
+fn bad_texts_and_flags_are_refused() {
+    let folder = TestFolder::new("bad-texts");
+    let (file, out, bad) = (text(&folder), folder.path("m"), folder.path("bad.txt"));
+    assert!(fails(1, &chars_args(&bad, &out, &[])).contains("bad.txt"), "no such file");
+    fs::write(&bad, "").unwrap();
+    assert!(fails(1, &chars_args(&bad, &out, &[])).contains("has 0 characters"));
+    fs::write(&bad, [&[b'a'; 3000][..], &[0xff]].concat()).unwrap();
+    assert!(fails(1, &chars_args(&bad, &out, &[])).contains("byte 3001"));
+    assert!(fails(2, &["train", "--task", "chars", "--out", &out]).contains("--data"));
+    assert!(fails(2, &["train", "--data", &file, "--out", &out]).contains("--task chars"));
+    assert!(fails(2, &chars_args(&file, &out, &["--model", "transformer"])).contains("--config"));
+    let run = output(&chars_args(&file, &out, &["--steps", "1"]));
+    assert!(run.status.success(), "{}", stderr(&run));
+    assert!(fails(1, &chars_args(&file, &out, &[])).contains("--resume"));
+    let message = fails(1, &["sample", "--model", &out, "--prompt", "Der Wolf"]);
+    assert!(message.contains("--prompt: token 5") && message.contains('W'), "{message}");
+    assert!(fails(1, &["sample", "--model", &out, "--temperature=-1"]).contains("temperature"));
+    assert!(fails(1, &["pronounce", "--model", &out, "cat"]).contains("char_lm"));
+    fs::write(&file, "another text. ".repeat(200)).unwrap();
+    let resumed = ["train", "--task", "chars", "--data", &file, "--out", &out, "--resume"];
+    assert!(fails(1, &resumed).contains("other training examples"));
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_saves_a_language_model_and_the_run_resumes() {
+    let folder = TestFolder::new("chars-interrupt");
+    let (file, out) = (text(&folder), folder.path("m"));
+    let (status, message) = interrupted(&chars_args(&file, &out, &["--steps", "1000000"]));
+    assert_eq!(status, Some(130), "{message}");
+    assert!(message.contains("stopped at step"), "{message}");
+    sampled(&out, &["--length", "5"]);
+    let resumed = ["train", "--task", "chars", "--data", &file, "--out", &out, "--resume"];
+    let (status, message) = interrupted(&resumed);
+    assert_eq!(status, Some(130), "it goes on: {message}");
 }

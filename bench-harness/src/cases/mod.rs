@@ -140,12 +140,14 @@ impl Problem {
 
 /// What rounding the operands and the result may add to a product's error, relative to |A|·|B|.
 ///
-/// bf16 rounds by at most 2⁻⁹: two operands and a result make less than 2⁻⁷. Three bf16 products leave 2⁻¹⁷.
+/// bf16 has 8 significant bits and rounds by at most u = 2⁻⁸: two operands and a result make (1 + u)³ − 1. A sum of two
+/// bf16 is within u² of its f32: three products of such sums' parts keep that of both operands and lose the product of
+/// the two low parts, again u².
 fn rounding(precision: Precision) -> f64 {
     match precision {
         Precision::Strict | Precision::Highest => 0.0,
-        Precision::High => 2f64.powi(-16),
-        Precision::Medium => 2f64.powi(-7),
+        Precision::High => (1.0 + 2f64.powi(-16)).powi(3) - 1.0,
+        Precision::Medium => (1.0 + 2f64.powi(-8)).powi(3) - 1.0,
     }
 }
 
