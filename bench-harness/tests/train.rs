@@ -139,6 +139,7 @@ fn a_small_comparison_writes_everything() {
     let results: serde_json::Value = serde_json::from_str(&json).unwrap();
     let models = results["models"].as_array().unwrap();
     assert_eq!(models.len(), 3);
+    assert!(results["worth"]["ratio"].as_f64().unwrap() > 0.0 && table.contains("times as many"), "{table}");
     for key in [
         "name",
         "params",

@@ -21,10 +21,13 @@ use crate::tasks::latency;
 use crate::tasks::recipe::{Family, Preset, Recipe, TOLERANCE};
 use crate::tasks::score::{by_length, rates};
 use crate::tasks::sweep::{self, Sweep};
+use crate::tasks::worth;
 
 /// Words whose attention is drawn in the report.
 const SHOWN_WORDS: [&str; 6] =
     ["attention", "thoughtfully", "knowledge", "reproducible", "psychology", "internationalization"];
+/// Seconds for the comparison of fast and naive layers, at most.
+const WORTH_SECONDS: f64 = 10.0;
 /// Words that latency is measured on.
 const LATENCY_WORDS: usize = 200;
 
@@ -97,6 +100,11 @@ fn compare(args: &CompareArgs, ctx: &Context) -> Result<(), HarnessError> {
         // After every model: what is done is not lost if a later one fails.
         report::write(&folder, &results)?;
     }
+    let seconds = WORTH_SECONDS.min(run.scale.seconds / 4.0);
+    eprintln!("timing training steps of naive layers …");
+    let vocabs = (run.data.vocabs.source.len(), run.data.vocabs.target.len());
+    results.worth = Some(worth::measure(ctx, (args.preset, args.seed), vocabs, &examples, seconds)?);
+    report::write(&folder, &results)?;
     if !run.scale.sweep.lengths.is_empty() {
         eprintln!("timing training steps at lengths {:?} …", run.scale.sweep.lengths);
         results.sweep = sweep::measure(ctx, &run.recipes, &run.scale.sweep)?;
@@ -169,6 +177,7 @@ impl Run<'_> {
                 test_words: self.data.test.len(),
             },
             models: Vec::new(),
+            worth: None,
             sweep: Vec::new(),
             crossings: Vec::new(),
         }

@@ -21,8 +21,10 @@ pub(crate) trait Peer: Sync {
     /// Its name in records and in `--peers`.
     fn name(&self) -> &'static str;
 
-    /// Its version.
-    fn version(&self) -> String;
+    /// Its version: that of this program, where it is a part of it.
+    fn version(&self) -> String {
+        env!("CARGO_PKG_VERSION").to_owned()
+    }
 
     /// Whether the context's instruction set decides what runs; otherwise the peer chooses for itself.
     fn follows_isa(&self) -> bool {

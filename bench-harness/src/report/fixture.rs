@@ -71,6 +71,15 @@ pub(crate) fn results() -> CompareResults {
             test_words: 12_000,
         },
         models: (0..MODELS.len()).map(model).collect(),
+        worth: Some(Worth {
+            model: "rnn-fixed".into(),
+            naive: "rnn-naive".into(),
+            ratio: 3.1,
+            fast_tokens_per_s: 40_000.0,
+            naive_tokens_per_s: 13_000.0,
+            fast_samples: vec![39_000.0, 40_000.0, 41_000.0],
+            naive_samples: vec![12_900.0, 13_000.0, 13_100.0],
+        }),
         sweep: MODELS.iter().flat_map(sweep).collect(),
         crossings: vec![Crossing {
             faster_below: "rnn-attention".into(),

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use crate::report::charts;
-use crate::report::markdown::thousands;
+use crate::report::markdown::{self, thousands};
 use crate::report::plots::{self, LineChart, escape};
 use crate::report::results::{CompareResults, ModelResult, SweepPoint};
 
@@ -21,6 +21,9 @@ pub(crate) fn page(results: &CompareResults) -> String {
     );
     opening(&mut out, results);
     models_table(&mut out, results);
+    if let Some(worth) = &results.worth {
+        let _ = writeln!(out, "<p>{}</p>", escape(&markdown::worth(worth)));
+    }
     learning(&mut out, results);
     lengths(&mut out, results);
     sweep(&mut out, results);
@@ -288,9 +291,14 @@ mod tests {
         let results = fixture::results();
         let page = page(&results);
         assert_eq!(page.matches("<svg").count(), 5 + 2 * 3, "five charts, three words of two models");
-        for part in
-            ["rnn-fixed", "held out", "kavanam compare --preset quick", "0123456789ab", "rnn-attention at 37"]
-        {
+        for part in [
+            "rnn-fixed",
+            "3.1 times as many",
+            "held out",
+            "kavanam compare --preset quick",
+            "0123456789ab",
+            "rnn-attention at 37",
+        ] {
             assert!(page.contains(part), "{part}");
         }
         for foreign in ["src=", "href=", "@import", "url("] {

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::report::results::{CompareResults, Crossing, ModelResult};
+use crate::report::results::{CompareResults, Crossing, ModelResult, Worth};
 
 /// A Markdown table whose columns line up: the first one to the left, the others to the right.
 pub(crate) struct Table {
@@ -73,6 +73,19 @@ pub(crate) fn models_table(models: &[ModelResult]) -> String {
         ]);
     }
     table.to_string()
+}
+
+/// One sentence on what the fast layers are worth.
+pub(crate) fn worth(worth: &Worth) -> String {
+    format!(
+        "{} is {} computed step by step and gate by gate: it trains {} tokens a second, the fast layers {} in steps beside \
+         it, {:.1} times as many.",
+        worth.naive,
+        worth.model,
+        thousands(worth.naive_tokens_per_s.round() as u64),
+        thousands(worth.fast_tokens_per_s.round() as u64),
+        worth.ratio
+    )
 }
 
 /// Step time in milliseconds: one row a length, one column a model, the fastest marked by `*`.

@@ -57,6 +57,9 @@ fn environment(results: &CompareResults) -> String {
 /// The tables that a run ends with.
 pub(crate) fn tables(results: &CompareResults) -> String {
     let mut text = markdown::models_table(&results.models);
+    if let Some(worth) = &results.worth {
+        text.push_str(&format!("\n{}\n", markdown::worth(worth)));
+    }
     if !results.sweep.is_empty() {
         text.push_str("\nTime of one training step in ms, by sequence length (* fastest):\n\n");
         text.push_str(&markdown::sweep_table(results));

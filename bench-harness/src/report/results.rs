@@ -29,6 +29,9 @@ pub(crate) struct CompareResults {
     pub(crate) data: DataSummary,
     /// One entry a model, in the order in which they were trained.
     pub(crate) models: Vec<ModelResult>,
+    /// What the fast layers are worth.
+    #[serde(default)]
+    pub(crate) worth: Option<Worth>,
     /// Training-step time against sequence length.
     pub(crate) sweep: Vec<SweepPoint>,
     /// Where the curves of the sweep cross.
@@ -174,6 +177,25 @@ pub(crate) struct SweepPoint {
     pub(crate) step_ms: f64,
     /// Raw samples; the models' samples alternate in time.
     pub(crate) samples_ms: Vec<f64>,
+}
+
+/// One model by fast and by naive layers: training steps in turn, on the same batches, from the same weights.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Worth {
+    /// The model's short name.
+    pub(crate) model: String,
+    /// That of the model by naive layers.
+    pub(crate) naive: String,
+    /// The median of the steps' ratios of speed, above 1 where the fast layers are faster.
+    pub(crate) ratio: f64,
+    /// Target tokens a second, the median of the steps, by the fast layers.
+    pub(crate) fast_tokens_per_s: f64,
+    /// The same by the naive ones.
+    pub(crate) naive_tokens_per_s: f64,
+    /// Every step's.
+    pub(crate) fast_samples: Vec<f64>,
+    /// Every step's.
+    pub(crate) naive_samples: Vec<f64>,
 }
 
 /// Between two neighbouring lengths the faster of two models changes.

@@ -10,3 +10,4 @@ pub(crate) mod progress;
 pub(crate) mod recipe;
 pub(crate) mod score;
 pub(crate) mod sweep;
+pub(crate) mod worth;

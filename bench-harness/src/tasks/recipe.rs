@@ -3,7 +3,8 @@
 //! The figures that chose each number stand in `docs/decisions/005-g2p-recipe.md`.
 
 use kavanam_model::models::{
-    AttentionKind, Bridge, CellKind, ContextTo, DropoutRates, RnnSeq2SeqConfig, TransformerConfig,
+    AttentionKind, Bridge, CellKind, ContextTo, DropoutRates, Implementation, RnnSeq2SeqConfig,
+    TransformerConfig,
 };
 use kavanam_model::train::{Decay, Schedule, TrainerConfig};
 use kavanam_model::{ModelConfig, ModelError};
@@ -32,6 +33,8 @@ pub(crate) enum Preset {
 pub(crate) enum Family {
     /// LSTM encoder–decoder through one fixed vector
     RnnFixed,
+    /// The same model, computed step by step and gate by gate: what the fast layers are worth
+    RnnNaive,
     /// Recurrent encoder–decoder with additive attention
     #[value(alias = "rnn")]
     RnnAttention,
@@ -40,13 +43,14 @@ pub(crate) enum Family {
 }
 
 impl Family {
-    /// In the order of the field's history, which is the order of training.
+    /// Those that are compared, in the order of the field's history, which is the order of training.
     pub(crate) const ALL: [Family; 3] = [Family::RnnFixed, Family::RnnAttention, Family::Transformer];
 
     /// The short name in tables, files and flags.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Family::RnnFixed => "rnn-fixed",
+            Family::RnnNaive => "rnn-naive",
             Family::RnnAttention => "rnn-attention",
             Family::Transformer => "transformer",
         }
@@ -73,6 +77,7 @@ impl Recipe {
             Family::Transformer => ModelConfig::Transformer(transformer),
             Family::RnnAttention => nearest(target, |hidden| rnn_attention(preset, vocabs, hidden)),
             Family::RnnFixed => nearest(target, |hidden| rnn_fixed(preset, vocabs, hidden)),
+            Family::RnnNaive => naive(nearest(target, |hidden| rnn_fixed(preset, vocabs, hidden))),
         };
         let peak_lr = if family == Family::Transformer { 2e-3 } else { 6e-3 };
         let (batch_tokens, warmup_steps, label_smoothing) = match preset {
@@ -187,6 +192,16 @@ fn rnn_fixed(preset: Preset, (source, target): (usize, usize), hidden: usize) ->
     })
 }
 
+/// The same model by naive layers.
+fn naive(model: ModelConfig) -> ModelConfig {
+    match model {
+        ModelConfig::RnnSeq2Seq(config) => {
+            ModelConfig::RnnSeq2Seq(RnnSeq2SeqConfig { implementation: Implementation::Naive, ..config })
+        }
+        other => other,
+    }
+}
+
 /// The model whose parameter count is nearest to `target`, over widths that fill whole vectors.
 fn nearest(target: usize, model: impl Fn(usize) -> ModelConfig) -> ModelConfig {
     (16..=1024)
@@ -231,9 +246,13 @@ pub(crate) fn describe(model: &ModelConfig) -> String {
                 ContextTo::Bottom => "",
                 ContextTo::All => " to all layers",
             };
+            let computed = match c.implementation {
+                Implementation::Fast => "",
+                Implementation::Naive => ", computed naively",
+            };
             let residual = if c.is_residual(c.layers - 1) { "residual " } else { "" };
             format!(
-                "{cell} encoder ({direction}, {}) and decoder ({}), {} + {} {residual}layers, {attention}{context}",
+                "{cell} encoder ({direction}, {}) and decoder ({}), {} + {} {residual}layers, {attention}{context}{computed}",
                 c.annotation(),
                 c.hidden,
                 c.layers,

@@ -6,7 +6,7 @@ use kavanam_kernels::rnn::{self, Direction, PackedCell, State, StateMut, StepInp
 use kavanam_kernels::{Activation, Context, MatMut, MatRef, ShapeError};
 
 use crate::nn::rnn::{CellWeights, ScanWeights};
-use crate::ops;
+use crate::ops::{self, RecurrentWeights, StateVars};
 use crate::param::ParamStore;
 use crate::tape::Tape;
 
@@ -14,6 +14,8 @@ use crate::tape::Tape;
 #[derive(Debug)]
 pub(crate) enum StepCell {
     Recurrent(PackedCell),
+    /// Nothing is packed.
+    Naive(RecurrentWeights),
     /// Its weights are packed with the linear layers'.
     Scan(ScanWeights),
 }
@@ -28,6 +30,7 @@ impl StepCell {
             CellWeights::Recurrent(weights) => {
                 StepCell::Recurrent(PackedCell::pack(ctx, &weights.views(params))?)
             }
+            CellWeights::Naive(weights) => StepCell::Naive(*weights),
             CellWeights::Scan(weights) => StepCell::Scan(*weights),
         })
     }
@@ -45,6 +48,44 @@ pub(crate) struct CellStates {
 }
 
 impl CellStates {
+    /// One step of layer `l`; gives its new output.
+    pub(crate) fn advance(
+        &mut self,
+        tape: &mut Tape<'_>,
+        cell: &StepCell,
+        l: usize,
+        input: &[f32],
+    ) -> Result<Vec<f32>, ShapeError> {
+        match cell {
+            StepCell::Scan(weights) => self.scan(tape, weights, l, input),
+            StepCell::Naive(weights) => self.naive(tape, weights, l, input),
+            StepCell::Recurrent(cell) => {
+                let mut gates = tape.buffer(self.rows * cell.cell().gate_columns(self.hidden));
+                self.step(tape.context(), cell, (l, Accum::Overwrite), input, &mut gates)
+            }
+        }
+    }
+
+    /// One step of layer `l` by the naive layer; gives its new output.
+    fn naive(
+        &mut self,
+        tape: &mut Tape<'_>,
+        weights: &RecurrentWeights,
+        l: usize,
+        input: &[f32],
+    ) -> Result<Vec<f32>, ShapeError> {
+        let x = tape.constant(input, self.rows, input.len() / self.rows.max(1))?;
+        let old = &self.states[l * self.vectors..(l + 1) * self.vectors];
+        let h = tape.constant(&old[0], self.rows, self.hidden)?;
+        let c = old.get(1).map(|c| tape.constant(c, self.rows, self.hidden)).transpose()?;
+        let along = (&vec![1; self.rows].into(), Direction::Forward);
+        let out = ops::naive_recurrent(tape, x, weights, along, Some(StateVars { h, c }))?;
+        for (state, var) in self.states[l * self.vectors..].iter_mut().zip(out.last.vars()) {
+            state.copy_from_slice(tape.value(var));
+        }
+        Ok(tape.value(out.y).to_vec())
+    }
+
     /// One step of layer `l`, `gates` being its scratch; gives its new output.
     pub(crate) fn step(
         &mut self,
@@ -77,7 +118,7 @@ impl CellStates {
     }
 
     /// One step of layer `l`, a minGRU or minLSTM; gives its new output.
-    pub(crate) fn scan(
+    fn scan(
         &mut self,
         tape: &mut Tape<'_>,
         weights: &ScanWeights,

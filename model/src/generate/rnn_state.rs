@@ -126,25 +126,22 @@ impl RnnState {
         // What the layer below gives.
         let mut x = tape.value(embedded).to_vec();
         for l in 0..layers.decoder.len() {
-            let mut y = match &packed.cells[l] {
-                StepCell::Scan(weights) => self.cells.scan(tape, weights, l, &x)?,
-                StepCell::Recurrent(cell) => {
+            let mut y = match (&packed.cells[l], &layers.attention) {
+                (StepCell::Recurrent(cell), Some(attention)) if l == 0 => {
                     let columns = cell.cell().gate_columns(self.cells.hidden);
                     let mut gates = tape.buffer(self.cells.rows * columns);
-                    if let (0, Some(attention)) = (l, &layers.attention) {
-                        let (looked, alpha) = self.look(tape, packed, attention)?;
-                        weights = Some(alpha);
-                        let token_cell = packed.token_cell.as_ref().expect("packed with additive attention");
-                        let into = MatMut::new(&mut gates, self.cells.rows, columns)?;
-                        rnn::project_with(tape.context(), token_cell, tape.matrix(embedded), into)?;
-                        let looked = context.insert(looked);
-                        self.cells.step(tape.context(), cell, (l, Accum::Add), looked, &mut gates)?
-                    } else {
-                        let looked = context.as_deref().filter(|_| config.reads_context(l));
-                        let both = looked.map(|looked| side_by_side(tape, self.cells.rows, &[&x, looked]));
-                        let input = both.as_deref().unwrap_or(&x);
-                        self.cells.step(tape.context(), cell, (l, Accum::Overwrite), input, &mut gates)?
-                    }
+                    let (looked, alpha) = self.look(tape, packed, attention)?;
+                    weights = Some(alpha);
+                    let token_cell = packed.token_cell.as_ref().expect("packed with additive attention");
+                    let into = MatMut::new(&mut gates, self.cells.rows, columns)?;
+                    rnn::project_with(tape.context(), token_cell, tape.matrix(embedded), into)?;
+                    let looked = context.insert(looked);
+                    self.cells.step(tape.context(), cell, (l, Accum::Add), looked, &mut gates)?
+                }
+                (cell, _) => {
+                    let looked = context.as_deref().filter(|_| config.reads_context(l));
+                    let both = looked.map(|looked| side_by_side(tape, self.cells.rows, &[&x, looked]));
+                    self.cells.advance(tape, cell, l, both.as_deref().unwrap_or(&x))?
                 }
             };
             if config.is_residual(l) {

@@ -16,7 +16,6 @@ use std::sync::Arc;
 
 use kavanam_kernels::Context;
 use kavanam_kernels::error::expect_dim;
-use kavanam_kernels::gemm::Accum;
 use kavanam_kernels::rnn::Direction;
 
 use crate::error::ModelError;
@@ -176,13 +175,7 @@ impl CharLm {
         let embedded = self.embedding.forward(tape, &tokens)?;
         let mut x = tape.value(embedded).to_vec();
         for (l, cell) in packed.cells.iter().enumerate() {
-            x = match cell {
-                StepCell::Scan(weights) => state.scan(tape, weights, l, &x)?,
-                StepCell::Recurrent(cell) => {
-                    let mut gates = tape.buffer(state.rows * cell.cell().gate_columns(state.hidden));
-                    state.step(tape.context(), cell, (l, Accum::Overwrite), &x, &mut gates)?
-                }
-            };
+            x = state.advance(tape, cell, l, &x)?;
         }
         let x = tape.constant(&x, state.rows, state.hidden)?;
         let logits = self.output.forward(tape, x)?;

@@ -16,8 +16,8 @@ pub use batch::{BOS, Batch, EOS, PAD, UNK};
 pub(crate) use config::wrong;
 pub use config::{
     AttentionKind, Bridge, CellKind, CharLmConfig, ClassifierConfig, ClassifierEncoder, ContextTo,
-    DropoutRates, FeedForwardActivation, ModelConfig, NormPlacement, Pooling, Positions, RnnSeq2SeqConfig,
-    TransformerConfig,
+    DropoutRates, FeedForwardActivation, Implementation, ModelConfig, NormPlacement, Pooling, Positions,
+    RnnSeq2SeqConfig, TransformerConfig,
 };
 
 pub use char_lm::{CharLm, CharLmState};

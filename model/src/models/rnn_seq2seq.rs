@@ -33,8 +33,8 @@ use kavanam_kernels::{Activation, Context};
 use crate::error::ModelError;
 use crate::generate::rnn_state::{Packed, RnnState};
 use crate::models::{
-    AttentionKind, Batch, Bridge, DecoderState, Encoded, LossOptions, ModelConfig, RnnSeq2SeqConfig, Seq2Seq,
-    StepOutput,
+    AttentionKind, Batch, Bridge, DecoderState, Encoded, Implementation, LossOptions, ModelConfig,
+    RnnSeq2SeqConfig, Seq2Seq, StepOutput,
 };
 use crate::nn::Linear;
 use crate::nn::additive_attention::AdditiveAttention;
@@ -75,12 +75,16 @@ impl Layers {
     fn new(store: &mut ParamStore, config: &RnnSeq2SeqConfig) -> Layers {
         let RnnSeq2SeqConfig { cell, embedding, hidden, encoder_hidden, .. } = *config;
         let annotation = config.annotation();
+        let implemented = |layer: RecurrentLayer| match config.implementation {
+            Implementation::Fast => layer,
+            Implementation::Naive => layer.naive(),
+        };
         let source = Embedding::new(store, "source_embedding", config.source_vocab, embedding);
         let target = Embedding::new(store, "target_embedding", config.target_vocab, embedding);
         let encoder = (0..config.layers).map(|l| {
             let input = if l == 0 { embedding } else { config.encoder_width(l - 1) };
             let sizes = [input, encoder_hidden];
-            RecurrentLayer::new(store, "encoder.rnn", l, cell, sizes, config.is_bidirectional(l))
+            implemented(RecurrentLayer::new(store, "encoder.rnn", l, cell, sizes, config.is_bidirectional(l)))
         });
         let encoder = encoder.collect();
         let mut bridge = Vec::new();
@@ -93,7 +97,8 @@ impl Layers {
             }
         }
         let decoder = (0..config.layers).map(|l| {
-            RecurrentLayer::new(store, "decoder.rnn", l, cell, [config.decoder_input(l), hidden], false)
+            let sizes = [config.decoder_input(l), hidden];
+            implemented(RecurrentLayer::new(store, "decoder.rnn", l, cell, sizes, false))
         });
         let decoder = decoder.collect();
         let (mut attention, mut readout) = (None, None);

@@ -39,6 +39,8 @@ impl CellKind {
 pub enum CellWeights {
     /// The gates see the state.
     Recurrent(RecurrentWeights),
+    /// The same weights, computed step by step and gate by gate.
+    Naive(RecurrentWeights),
     /// The gates see the input alone.
     Scan(ScanWeights),
 }
@@ -103,6 +105,7 @@ impl CellWeights {
     ) -> Result<RecurrentOutput, ShapeError> {
         match self {
             CellWeights::Recurrent(weights) => ops::recurrent(tape, x, weights, along, initial),
+            CellWeights::Naive(weights) => ops::naive_recurrent(tape, x, weights, along, initial),
             CellWeights::Scan(ScanWeights { cell, gates }) => {
                 let sums = ops::linear(tape, x, gates, Activation::Identity)?;
                 let kind = (*cell, ScanWeights::CANDIDATE);
@@ -112,11 +115,18 @@ impl CellWeights {
         }
     }
 
-    /// The weights of a cell whose gates see the state.
+    /// The weights of a cell whose gates see the state, in the fast layer.
     pub fn recurrent(&self) -> Option<&RecurrentWeights> {
         match self {
             CellWeights::Recurrent(weights) => Some(weights),
-            CellWeights::Scan(_) => None,
+            CellWeights::Naive(_) | CellWeights::Scan(_) => None,
+        }
+    }
+
+    fn naive(self) -> CellWeights {
+        match self {
+            CellWeights::Recurrent(weights) => CellWeights::Naive(weights),
+            other => other,
         }
     }
 }
@@ -142,6 +152,12 @@ impl RecurrentLayer {
         let reverse =
             bidirectional.then(|| cell_weights(store, name, &format!("l{index}_reverse"), kind, sizes));
         RecurrentLayer { forward, reverse }
+    }
+
+    /// The same layer, computed step by step and gate by gate.
+    #[must_use]
+    pub fn naive(self) -> RecurrentLayer {
+        RecurrentLayer { forward: self.forward.naive(), reverse: self.reverse.map(CellWeights::naive) }
     }
 
     /// The weights of the direction from start to end.

@@ -2,8 +2,8 @@
 
 use kavanam_kernels::{Context, Isa};
 use kavanam_model::models::{
-    AttentionKind, Bridge, CellKind, DropoutRates, FeedForwardActivation, NormPlacement, Positions,
-    RnnSeq2SeqConfig, TransformerConfig,
+    AttentionKind, Bridge, CellKind, DropoutRates, FeedForwardActivation, Implementation, NormPlacement,
+    Positions, RnnSeq2SeqConfig, TransformerConfig,
 };
 use kavanam_model::{Batch, ModelConfig};
 
@@ -97,7 +97,9 @@ pub(crate) fn rnns() -> Vec<ModelConfig> {
     (residual.layers, residual.residual, residual.dropout) = (3, true, 0.1);
     let mut scans = residual.clone();
     (scans.cell, scans.attention, scans.layers) = (CellKind::MinGru, AttentionKind::None, 4);
-    all.extend([gnmt, residual, scans].map(ModelConfig::RnnSeq2Seq));
+    let mut naive = residual.clone();
+    naive.implementation = Implementation::Naive;
+    all.extend([gnmt, residual, scans, naive].map(ModelConfig::RnnSeq2Seq));
     let mut forward = RnnSeq2SeqConfig::new(VOCAB, VOCAB, CellKind::Lstm, AttentionKind::None);
     (forward.embedding, forward.hidden, forward.encoder_hidden) = (6, 8, 8);
     all.push(ModelConfig::RnnSeq2Seq(forward));

@@ -23,10 +23,6 @@ impl Peer for Ours {
         "ours"
     }
 
-    fn version(&self) -> String {
-        env!("CARGO_PKG_VERSION").to_owned()
-    }
-
     fn follows_isa(&self) -> bool {
         true
     }

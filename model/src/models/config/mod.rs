@@ -7,7 +7,7 @@ mod transformer;
 
 pub use char_lm::CharLmConfig;
 pub use classifier::{ClassifierConfig, ClassifierEncoder, Pooling};
-pub use rnn::{AttentionKind, Bridge, CellKind, ContextTo, RnnSeq2SeqConfig};
+pub use rnn::{AttentionKind, Bridge, CellKind, ContextTo, Implementation, RnnSeq2SeqConfig};
 pub use transformer::{DropoutRates, FeedForwardActivation, NormPlacement, Positions, TransformerConfig};
 
 use serde::{Deserialize, Serialize};
@@ -111,7 +111,7 @@ mod tests {
         let config =
             ModelConfig::RnnSeq2Seq(RnnSeq2SeqConfig::new(30, 40, CellKind::Lstm, AttentionKind::Additive));
         let mut json = serde_json::to_value(&config).unwrap();
-        for field in ["only_first_bidirectional", "residual", "context"] {
+        for field in ["only_first_bidirectional", "residual", "context", "implementation"] {
             assert!(json.as_object_mut().unwrap().remove(field).is_some(), "{field}");
         }
         assert_eq!(serde_json::from_value::<ModelConfig>(json).unwrap(), config);
@@ -133,6 +133,13 @@ mod tests {
         assert!(r.validate().unwrap_err().to_string().contains("dropout"));
         let scan = RnnSeq2SeqConfig::new(30, 40, CellKind::MinGru, AttentionKind::Additive);
         assert!(scan.validate().unwrap_err().to_string().starts_with("config: attention is additive"));
+        for (cell, attention) in
+            [(CellKind::Tanh, AttentionKind::None), (CellKind::Lstm, AttentionKind::Additive)]
+        {
+            let mut naive = RnnSeq2SeqConfig::new(30, 40, cell, attention);
+            naive.implementation = Implementation::Naive;
+            assert!(naive.validate().unwrap_err().to_string().starts_with("config: implementation is naive"));
+        }
         let gnmt = RnnSeq2SeqConfig::gnmt(30, 40);
         gnmt.validate().unwrap();
         let refused = |change: &dyn Fn(&mut RnnSeq2SeqConfig), start: &str| {

@@ -77,6 +77,17 @@ pub enum ContextTo {
     All,
 }
 
+/// How recurrent layers are computed; the weights and the mathematics are the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Implementation {
+    /// By the fast layers.
+    #[default]
+    Fast,
+    /// Step by step and gate by gate ([`crate::ops::NaiveLayer`]), to show what the fast ones are worth.
+    Naive,
+}
+
 /// How the encoder's final states become the decoder's first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -129,6 +140,9 @@ pub struct RnnSeq2SeqConfig {
     pub tie_output: bool,
     /// The share of values that training sets to 0: of embeddings, between layers, and before the output.
     pub dropout: f32,
+    /// How the layers are computed.
+    #[serde(default)]
+    pub implementation: Implementation,
 }
 
 impl RnnSeq2SeqConfig {
@@ -155,6 +169,7 @@ impl RnnSeq2SeqConfig {
             readout: 256,
             tie_output: false,
             dropout: 0.2,
+            implementation: Implementation::Fast,
         }
     }
 
@@ -276,6 +291,13 @@ impl RnnSeq2SeqConfig {
             let expected =
                 "none or dot with a cell that is a scan: the context would depend on the state before it";
             return Err(wrong("attention", "additive", expected.to_owned()));
+        }
+        let naive = matches!(self.cell, CellKind::Lstm | CellKind::Gru);
+        if self.implementation == Implementation::Naive
+            && !(naive && self.attention != AttentionKind::Additive)
+        {
+            let expected = "fast but for an LSTM or a GRU without additive attention".to_owned();
+            return Err(wrong("implementation", "naive", expected));
         }
         if self.attention == AttentionKind::Dot && annotation != self.hidden {
             let expected = format!("{annotation} as the annotation that dot attention compares it with");
