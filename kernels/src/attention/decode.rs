@@ -317,7 +317,13 @@ impl Tasks<'_> {
         let dim = self.problem.dim;
         for r in 0..self.problem.rows() {
             let mut acc = [0.0; PANEL];
-            stored::multiply(simd, format, &q[r * dim..][..dim], (words, PANEL / format.per_word()), &mut acc);
+            stored::multiply(
+                simd,
+                format,
+                &q[r * dim..][..dim],
+                (words, PANEL / format.per_word()),
+                &mut acc,
+            );
             acc.iter_mut().zip(scales).for_each(|(score, scale)| *score *= scale);
             // SAFETY: these columns of the unit's row of scores belong to this task alone.
             let scores = unsafe { self.memory.part(place + r * self.places.stride, columns.len()) };
