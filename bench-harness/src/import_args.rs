@@ -11,7 +11,7 @@ pub(crate) enum ImportFormat {
     G2pEn,
     /// PyTorch: nn.LSTM, nn.GRU, nn.Linear and nn.Embedding
     Pytorch,
-    /// Keras: LSTM, GRU (reset_after), Dense and Embedding
+    /// Keras: LSTM, GRU, Dense and Embedding
     Keras,
 }
 

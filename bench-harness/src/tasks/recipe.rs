@@ -216,6 +216,7 @@ pub(crate) fn cell_name(cell: CellKind) -> &'static str {
     match cell {
         CellKind::Lstm => "LSTM",
         CellKind::Gru => "GRU",
+        CellKind::GruResetBefore => "GRU (reset before the product)",
         CellKind::Tanh => "tanh RNN",
         CellKind::Relu => "ReLU RNN",
         CellKind::MinGru => "minGRU",

@@ -26,6 +26,7 @@ impl CellKind {
         match self {
             CellKind::Lstm => Kernel::Recurrent(Cell::Lstm),
             CellKind::Gru => Kernel::Recurrent(Cell::Gru),
+            CellKind::GruResetBefore => Kernel::Recurrent(Cell::GruResetBefore),
             CellKind::Tanh => Kernel::Recurrent(Cell::Tanh),
             CellKind::Relu => Kernel::Recurrent(Cell::Relu),
             CellKind::MinGru => Kernel::Scan(MinCell::Gru),

@@ -223,7 +223,7 @@ pub(crate) mod tests {
 
     #[test]
     fn gradients_of_outputs_and_final_states() {
-        for cell in [Cell::Lstm, Cell::Gru, Cell::Tanh] {
+        for cell in [Cell::Lstm, Cell::Gru, Cell::GruResetBefore, Cell::Tanh] {
             for direction in [Direction::Forward, Direction::Reverse] {
                 let mut case = Case::new(6);
                 let weights = recurrent_weights(&mut case.store, cell, 3, 5);

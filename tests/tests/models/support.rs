@@ -80,6 +80,8 @@ pub(crate) fn rnns() -> Vec<ModelConfig> {
         }
     }
     for (cell, attention) in [
+        (CellKind::GruResetBefore, AttentionKind::None),
+        (CellKind::GruResetBefore, AttentionKind::Additive),
         (CellKind::MinGru, AttentionKind::None),
         (CellKind::MinGru, AttentionKind::Dot),
         (CellKind::MinLstm, AttentionKind::Dot),

@@ -7,11 +7,12 @@
 //! | its biases | one with each product | one |
 //! | gates of the GRU | r z n | z r h |
 //! | its biases | one with each product, that of n inside of the reset | two rows: input, state (`reset_after`) |
+//! | those of the GRU that resets before the product | (none in PyTorch) | one |
 //! | biases of the plain cell | one with each product | one |
 //! | minGRU, minLSTM (no layer of either; a dense one) | z n, f i n; one bias | the same |
 //!
-//! A GRU without `reset_after` multiplies the state by r before its product with the weights: another function, which
-//! the kernels do not have. It is refused.
+//! A GRU without `reset_after` multiplies the state by r before its product with the weights: another function, and the
+//! cell `gru_reset_before`. As a `gru` it is refused.
 //!
 //! # Source
 //! PyTorch's documentation of `torch.nn.LSTM` and `torch.nn.GRU`; `keras/src/layers/rnn/{lstm,gru}.py` of Keras 3.
@@ -107,7 +108,7 @@ impl<'n> CellTensor<'n> {
 fn keras_gates(cell: CellKind) -> &'static [usize] {
     match cell {
         CellKind::Lstm => &[0, 1, 2, 3],
-        CellKind::Gru => &[1, 0, 2],
+        CellKind::Gru | CellKind::GruResetBefore => &[1, 0, 2],
         CellKind::Tanh | CellKind::Relu => &[0],
         CellKind::MinGru => &[0, 1],
         CellKind::MinLstm => &[0, 1, 2],
@@ -126,13 +127,19 @@ fn keras_bias(
     if cell == CellKind::Gru && file.shape(name) == Some(&[len]) {
         let problem = format!(
             "has shape [{len}], that of a GRU without reset_after: it multiplies the state by the reset gate before \
-             the product with the weights, this project's cell after it; a GRU with reset_after=True has [2, {len}]"
+             the product with the weights, which is the cell \"gru_reset_before\" of the configuration; a GRU with \
+             reset_after=True has [2, {len}]"
         );
         return Err(file.wrong(name, problem));
     }
     let shape = match cell {
         CellKind::Gru => &[2, len][..],
-        CellKind::Lstm | CellKind::Tanh | CellKind::Relu | CellKind::MinGru | CellKind::MinLstm => &[len],
+        CellKind::Lstm
+        | CellKind::GruResetBefore
+        | CellKind::Tanh
+        | CellKind::Relu
+        | CellKind::MinGru
+        | CellKind::MinLstm => &[len],
     };
     let Some(bias) = file.take_if_there(name, shape)? else { return Ok(zeros()) };
     let bias = bias.chunks_exact(len).nth(row);
@@ -168,6 +175,8 @@ mod tests {
     const STEPS: usize = 6;
     const BATCH: usize = 2;
     const KINDS: [CellKind; 4] = [CellKind::Lstm, CellKind::Gru, CellKind::Tanh, CellKind::Relu];
+    const KERAS_KINDS: [CellKind; 5] =
+        [CellKind::Lstm, CellKind::Gru, CellKind::GruResetBefore, CellKind::Tanh, CellKind::Relu];
 
     fn random(shapes: &[(&str, &[usize])]) -> Contents {
         let mut random = Random(17);
@@ -279,6 +288,23 @@ mod tests {
         ((0..HIDDEN).map(new_h).collect(), Vec::new())
     }
 
+    /// As keras's GRUCell.call computes it without reset_after.
+    fn keras_gru_reset_before(file: &Contents, x: &[f64], (h, _): &State) -> State {
+        let v = |name: &str| values(file, &format!("rnn.l0.{name}"));
+        let matrix_x = affine(x, &v("kernel"), &v("bias"));
+        let inner = affine(h, &v("recurrent_kernel"), &[]);
+        let [z, r]: [Vec<f64>; 2] = [0, 1].map(|gate| {
+            (0..HIDDEN).map(|j| gate * HIDDEN + j).map(|j| sigmoid(matrix_x[j] + inner[j])).collect()
+        });
+        let reset: Vec<f64> = r.iter().zip(h).map(|(r, h)| r * h).collect();
+        let recurrent_h = affine(&reset, &v("recurrent_kernel"), &[]);
+        let new_h = |j: usize| {
+            let hh = (matrix_x[2 * HIDDEN + j] + recurrent_h[2 * HIDDEN + j]).tanh();
+            z[j] * h[j] + (1.0 - z[j]) * hh
+        };
+        ((0..HIDDEN).map(new_h).collect(), Vec::new())
+    }
+
     /// The imported layer's states of all steps, and the naive ones.
     fn both(
         cell: CellKind,
@@ -340,14 +366,16 @@ mod tests {
                 CellKind::Gru => both(cell, &contents, import, pytorch_gru),
                 CellKind::Tanh => both(cell, &contents, import, |f, x, s| pytorch_plain(f, x, s, f64::tanh)),
                 CellKind::Relu => both(cell, &contents, import, |f, x, s| pytorch_plain(f, x, s, relu)),
-                CellKind::MinGru | CellKind::MinLstm => unreachable!("neither has such a layer"),
+                CellKind::GruResetBefore | CellKind::MinGru | CellKind::MinLstm => {
+                    unreachable!("it has no such layer")
+                }
             });
         }
     }
 
     #[test]
     fn keras_layers_compute_what_keras_computes() {
-        for (cell, biased) in KINDS.into_iter().flat_map(|cell| [(cell, true), (cell, false)]) {
+        for (cell, biased) in KERAS_KINDS.into_iter().flat_map(|cell| [(cell, true), (cell, false)]) {
             let columns = cell.gates() * HIDDEN;
             let bias: &[usize] = if cell == CellKind::Gru { &[2, columns] } else { &[columns] };
             let shapes: [(&str, &[usize]); 3] = [
@@ -361,6 +389,7 @@ mod tests {
             assert_close(match cell {
                 CellKind::Lstm => both(cell, &contents, import, keras_lstm),
                 CellKind::Gru => both(cell, &contents, import, keras_gru),
+                CellKind::GruResetBefore => both(cell, &contents, import, keras_gru_reset_before),
                 CellKind::Tanh => both(cell, &contents, import, |f, x, s| keras_plain(f, x, s, f64::tanh)),
                 CellKind::Relu => both(cell, &contents, import, |f, x, s| keras_plain(f, x, s, relu)),
                 CellKind::MinGru | CellKind::MinLstm => unreachable!("neither has such a layer"),

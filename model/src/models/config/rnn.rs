@@ -11,8 +11,11 @@ use crate::error::ModelError;
 pub enum CellKind {
     /// Input, forget, cell and output gate (Hochreiter and Schmidhuber 1997; forget gate by Gers et al. 2000).
     Lstm,
-    /// Reset, update and new gate (Cho et al. 2014).
+    /// Reset, update and new gate (Cho et al. 2014), the reset after the state's product: PyTorch's and cuDNN's, Keras's with
+    /// `reset_after`.
     Gru,
+    /// The same with the reset before the product, as the paper writes it: Keras's without `reset_after`.
+    GruResetBefore,
     /// No gate, tanh (Elman 1990).
     Tanh,
     /// No gate, ReLU (Le, Jaitly and Hinton 2015).
@@ -28,7 +31,7 @@ impl CellKind {
     pub fn gates(self) -> usize {
         match self {
             CellKind::Lstm => 4,
-            CellKind::Gru | CellKind::MinLstm => 3,
+            CellKind::Gru | CellKind::GruResetBefore | CellKind::MinLstm => 3,
             CellKind::MinGru => 2,
             CellKind::Tanh | CellKind::Relu => 1,
         }
@@ -38,7 +41,12 @@ impl CellKind {
     pub fn states(self) -> usize {
         match self {
             CellKind::Lstm => 2,
-            CellKind::Gru | CellKind::Tanh | CellKind::Relu | CellKind::MinGru | CellKind::MinLstm => 1,
+            CellKind::Gru
+            | CellKind::GruResetBefore
+            | CellKind::Tanh
+            | CellKind::Relu
+            | CellKind::MinGru
+            | CellKind::MinLstm => 1,
         }
     }
 

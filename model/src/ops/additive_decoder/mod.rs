@@ -267,7 +267,7 @@ mod tests {
 
     #[test]
     fn gradients_of_every_weight_and_input() {
-        for cell in [Cell::Lstm, Cell::Gru, Cell::Tanh] {
+        for cell in [Cell::Lstm, Cell::Gru, Cell::GruResetBefore, Cell::Tanh] {
             let (batch, steps, source, e, annotation, hidden, attention) = (3, 4, 5, 2, 3, 4, 6);
             let mut case = Case::new(12);
             let weights = AdditiveDecoder {
