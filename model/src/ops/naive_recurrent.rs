@@ -9,7 +9,7 @@
 //! backward, for each step from the last, for each gate: d_x, d_h and the gradients of both weights by one product each
 //! ```
 //! No product over several steps or gates, no weights packed once, no fused gates, and full work for padding.
-//! Everything that this layer calls is fast by itself. Its mathematics is that of [`super::recurrent`].
+//! Everything that this layer calls is fast by itself. Its mathematics is that of [`super::recurrent()`].
 
 use std::sync::Arc;
 
@@ -262,7 +262,7 @@ fn gru_gradients(step: &Step, d: &[f32]) -> (Vec<Vec<f32>>, Vec<Vec<f32>>, Vec<f
     (vec![d_r.clone(), d_z.clone(), d_n], vec![d_r, d_z, d_q], each([d, z], |[d, z]| d * z))
 }
 
-/// As [`super::recurrent`], by a [`NaiveLayer`].
+/// As [`super::recurrent()`], by a [`NaiveLayer`].
 ///
 /// # Errors
 /// [`ShapeError`] when shapes do not fit.
