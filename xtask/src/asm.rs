@@ -92,25 +92,26 @@ fn functions(text: &str) -> Vec<Function<'_>> {
     all
 }
 
-/// The lines between a label and a jump back to it, where no other such pair lies between.
+/// The lines between a label and a jump back to it, where no other label and no other jump lies between: a k-loop is one
+/// block. (A larger span may be no loop at all: the tiles that a strip is cut into are blocks that jump to each other.)
 fn innermost_loops<'a>(lines: &[&'a str]) -> Vec<Vec<&'a str>> {
-    let label_at = |name: &str| lines.iter().position(|line| line.strip_suffix(':') == Some(name));
-    let mut spans: Vec<(usize, usize)> = Vec::new();
-    for (end, line) in lines.iter().enumerate() {
-        let mut words = line.split_whitespace();
-        let (Some(mnemonic), Some(target)) = (words.next(), words.next()) else { continue };
-        if !mnemonic.starts_with('j') {
+    let mut loops = Vec::new();
+    let mut start = None;
+    for (at, line) in lines.iter().enumerate() {
+        if let Some(label) = line.strip_suffix(':') {
+            start = Some((at, label));
             continue;
         }
-        if let Some(start) = label_at(target).filter(|&start| start < end) {
-            spans.push((start, end));
+        let mut words = line.split_whitespace();
+        let (Some(mnemonic), Some(target)) = (words.next(), words.next()) else { continue };
+        if mnemonic.starts_with('j') {
+            if let Some((start, _)) = start.filter(|(_, label)| *label == target) {
+                loops.push(lines[start..=at].to_vec());
+            }
+            start = None;
         }
     }
-    spans
-        .iter()
-        .filter(|a| !spans.iter().any(|b| *b != **a && a.0 <= b.0 && b.1 <= a.1))
-        .map(|&(start, end)| lines[start..=end].to_vec())
-        .collect()
+    loops
 }
 
 /// What is wrong with an instruction of a k-loop, if anything.
