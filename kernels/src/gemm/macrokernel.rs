@@ -228,7 +228,7 @@ impl Block<'_> {
         if self.right_in_place && width == cols.len() {
             let panel = b.sub(self.depth.clone(), cols);
             let (ptr, depth_stride) = (panel.as_ptr().cast(), panel.row_stride());
-            return Rhs { ptr, depth_stride, panel_stride: K::NR, group: depth };
+            return Rhs { ptr, depth_stride, panel_stride: K::NR, group: depth, far: false };
         }
         // Read in place, only the last panel of all can have a partial vector: it has the buffer alone.
         let offset = if self.right_in_place { 0 } else { cols.start - self.cols.start };
@@ -242,7 +242,7 @@ impl Block<'_> {
             unsafe { pack_panels(source, depth, group.len(), packed, (K::NR, lanes)) };
         }
         let ptr = b_block[offset * depth..(offset + width) * depth].as_ptr().cast();
-        Rhs { ptr, depth_stride: width.min(K::NR), panel_stride: K::NR * depth, group: depth }
+        Rhs { ptr, depth_stride: width.min(K::NR), panel_stride: K::NR * depth, group: depth, far: false }
     }
 
     #[inline(always)]

@@ -22,6 +22,9 @@ use crate::error::ShapeError;
 use crate::scratch::Words;
 use crate::view::MatRef;
 
+/// Bytes of weights that a core keeps near from one product to the next: the second-level cache of the core at hand.
+const NEAR: usize = 512 * 1024;
+
 /// A right operand `[k, n]` in the order in which one kernel reads it.
 ///
 /// It carries the identity of that kernel; [`super::gemm_packed`] refuses it under a context that
@@ -155,6 +158,7 @@ impl PackedWeights {
             depth_stride: self.panel_width(cols.start),
             panel_stride: self.kernel.nr * column,
             group: self.group,
+            far: self.bytes() > NEAR && self.panel_width(cols.start) == self.kernel.nr,
         }
     }
 

@@ -139,6 +139,8 @@ pub(crate) struct Rhs {
     pub(crate) depth_stride: usize,
     pub(crate) panel_stride: usize,
     pub(crate) group: usize,
+    /// Whether the next panel follows this one and lies in no near cache.
+    pub(crate) far: bool,
 }
 
 /// The part of C that a strip writes.

@@ -14,7 +14,7 @@
 //!   spent on padding, and the bits are the same because each element has its own chain over `p`.
 //! - Seven or eight rows of an operand that lies in place are 4 + 3 or 4 + 4, not 6 + 1 or 6 + 2: the small rest would wait
 //!   for its own sums, as four rows do not.
-//! - While a strip runs it asks for the next panel of rhs, a little in each turn, and each tile for its rows of C. Left to
+//! - While a strip over far panels runs it asks for the next one, a few lines a turn, and each tile for its rows of C. Left to
 //!   the hardware, the first tile of each panel waits for weights that lie in the third-level cache.
 //! - One or two rows have too few chains to hide the latency, so they take several panels of rhs at a time (4 or 2):
 //!   the chains of more columns, each as it was.
@@ -34,6 +34,15 @@ use super::{Lhs, Microkernel, Out, Rhs, Stored, Strip, kernel_with_lanes};
 
 /// Independent multiply-adds that hide their latency on the cores at hand.
 const CHAINS: usize = 8;
+
+/// Steps of one turn of the loop over a row-major left operand.
+const UNROLL: usize = 4;
+
+/// Lines of the next panel that a tile of `height` rows asks for in each turn: the panel is asked for by one tile where
+/// tiles are low, and so likely to be few, else by two.
+const fn lines_a_turn(height: usize) -> usize {
+    if height <= 4 { UNROLL } else { UNROLL / 2 }
+}
 
 /// The kernel with tiles of MR rows and VECS vectors, rhs stored as T.
 #[derive(Debug, Clone, Copy)]
@@ -88,9 +97,14 @@ impl<S: Simd, T: Stored, const MR: usize, const VECS: usize, const W: usize> Wit
             unreachable!("a strip is at most {VECS} vectors wide");
         }
         let rows = self.strip.rows;
-        let mut first = 0;
+        let whole = self.whole_tiles(rows);
+        for tile in 0..whole {
+            self.tile::<MR>(tile * MR);
+        }
+        let mut first = whole * MR;
         while first < rows {
-            let height = self.height(rows - first);
+            let rest = rows - first;
+            let height = if rest > MR { rest.div_ceil(2) } else { rest };
             match height {
                 1 => self.tile::<1>(first),
                 2 => self.tile::<2>(first),
@@ -98,8 +112,7 @@ impl<S: Simd, T: Stored, const MR: usize, const VECS: usize, const W: usize> Wit
                 4 => self.tile::<4>(first),
                 5 => self.tile::<5>(first),
                 6 => self.tile::<6>(first),
-                7 => self.tile::<7>(first),
-                _ => self.tile::<8>(first),
+                _ => self.tile::<7>(first),
             }
             first += height;
         }
@@ -107,27 +120,22 @@ impl<S: Simd, T: Stored, const MR: usize, const VECS: usize, const W: usize> Wit
 }
 
 impl<S: Simd, T: Stored, const MR: usize, const VECS: usize, const W: usize> Tiles<'_, S, T, MR, VECS, W> {
-    /// Rows of the next tile, of `rest` that are left: MR, unless so few would follow that they had to wait for
-    /// their own sums; then two tiles share them. A packed left operand is cut where it was packed.
+    /// How many tiles have MR rows: all that can, unless so few rows would follow that they had to wait for their own sums;
+    /// then the last of these tiles shares its rows with them. A packed left operand is cut where it was packed.
     #[inline(always)]
-    fn height(&self, rest: usize) -> usize {
+    fn whole_tiles(&self, rows: usize) -> usize {
         let Lhs { tile_stride, row_stride, .. } = self.strip.lhs;
-        let enough = const { CHAINS.div_ceil(VECS) };
-        if rest > MR && rest < MR + enough && tile_stride == MR * row_stride {
-            return rest.div_ceil(2);
-        }
-        rest.min(MR)
+        let few = 1..const { CHAINS.div_ceil(VECS) };
+        let shared = rows > MR && few.contains(&(rows % MR)) && tile_stride == MR * row_stride;
+        rows / MR - usize::from(shared)
     }
 
-    /// What the tile at row `first` asks for while it runs: the next panel, in shares by rows, if it follows this one.
+    /// What the tile at row `first` asks for while it runs: its share of the next panel, if that is far and not all asked for.
     #[inline(always)]
-    fn ahead<const H: usize>(&self, first: usize) -> Ahead {
-        let Strip { rows, depth, lhs, rhs, .. } = *self.strip;
-        if rhs.depth_stride != VECS * S::F32_LANES {
-            return Ahead::nothing(lhs.ptr);
-        }
-        let next = rhs.ptr.wrapping_add(rhs.panel_stride);
-        Ahead::share(next, rhs.panel_stride, (first..first + H, rows), depth)
+    fn ahead<const H: usize>(&self, first: usize) -> Option<Ahead> {
+        let Rhs { ptr, panel_stride, far, .. } = self.strip.rhs;
+        let start = first / H * (self.strip.depth / UNROLL * const { lines_a_turn(H) } * prefetch::LINE);
+        (far && start < panel_stride).then(|| Ahead::from(ptr.wrapping_add(panel_stride + start)))
     }
 
     /// The tile of H rows that starts at row `first` of the strip.
@@ -141,7 +149,7 @@ impl<S: Simd, T: Stored, const MR: usize, const VECS: usize, const W: usize> Til
         // SAFETY: row `first` is part of the left operand by `run`'s contract; it begins a tile, or no tile is packed.
         let a = unsafe { lhs.ptr.add(first / MR * lhs.tile_stride + first % MR * lhs.row_stride) };
         let depth = strip.depth;
-        if strip.out.col_stride == 1 {
+        if strip.rhs.far && strip.out.col_stride == 1 {
             for i in 0..H {
                 // The last column's line: the strip before this one has touched the first column's, if that is another.
                 let row = strip.out.ptr.wrapping_add((first + i) * strip.out.row_stride);
@@ -151,12 +159,19 @@ impl<S: Simd, T: Stored, const MR: usize, const VECS: usize, const W: usize> Til
         // SAFETY: `run`'s contract: H rows of lhs and W whole vectors of rhs, `depth` deep.
         let [acc] = unsafe {
             if const { T::PER_WORD == 1 } && lhs.row_stride == 1 {
-                let ahead = self.ahead::<H>(first);
-                accumulate::<S, T, 1, H, W, 1>(simd, depth, (a, 1, lhs.depth_stride), strip.rhs, ahead)
+                accumulate::<S, T, 1, H, W, 1>(simd, depth, (a, 1, lhs.depth_stride), strip.rhs)
             } else {
                 debug_assert!(lhs.depth_stride == 1 || strip.depth <= 1);
-                let ahead = self.ahead::<H>(first);
-                accumulate::<S, T, 1, H, W, 4>(simd, depth, (a, lhs.row_stride, 1), strip.rhs, ahead)
+                match self.ahead::<H>(first) {
+                    Some(ahead) if const { T::PER_WORD == 1 } => chain::<S, T, 1, H, W, UNROLL, true>(
+                        simd,
+                        depth,
+                        (a, lhs.row_stride, 1),
+                        strip.rhs,
+                        ahead,
+                    ),
+                    _ => accumulate::<S, T, 1, H, W, UNROLL>(simd, depth, (a, lhs.row_stride, 1), strip.rhs),
+                }
             }
         };
         // SAFETY: `run`'s contract on `out`, bias and residual.
@@ -207,10 +222,9 @@ impl<S: Simd, T: Stored, const MR: usize, const VECS: usize> Thin<'_, S, T, MR, 
         let (simd, strip) = (self.kernel.0, self.strip);
         let (lhs, depth, width) = (strip.lhs, strip.depth, VECS * S::F32_LANES);
         let rhs = Rhs { ptr: strip.rhs.ptr.wrapping_add(first * strip.rhs.panel_stride), ..strip.rhs };
-        let ahead = Ahead::nothing(lhs.ptr);
         let lhs = (lhs.ptr, lhs.row_stride, lhs.depth_stride);
         // SAFETY: `run`'s contract: H rows of lhs and P whole panels of rhs, `depth` deep.
-        let acc = unsafe { accumulate::<S, T, P, H, VECS, 4>(simd, depth, lhs, rhs, ahead) };
+        let acc = unsafe { accumulate::<S, T, P, H, VECS, UNROLL>(simd, depth, lhs, rhs) };
         for (panel, acc) in (first..).zip(acc) {
             let out = strip.out.ptr.wrapping_add(panel * width * strip.out.col_stride);
             let (out, finish) = (Out { ptr: out, ..strip.out }, strip.finish.after_col(panel * width));
@@ -231,20 +245,22 @@ unsafe fn accumulate<S: Simd, T: Stored, const P: usize, const H: usize, const W
     depth: usize,
     (mut a, row_stride, depth_stride): (*const f32, usize, usize),
     mut b: Rhs,
-    ahead: Ahead,
 ) -> [[[S::f32s; W]; H]; P] {
+    let nothing = Ahead::from(a);
     if const { !T::SCALED } {
         // SAFETY: the contract.
-        return unsafe { chain::<S, T, P, H, W, U>(simd, depth, (a, row_stride, depth_stride), b, ahead) };
+        return unsafe {
+            chain::<S, T, P, H, W, U, false>(simd, depth, (a, row_stride, depth_stride), b, nothing)
+        };
     }
     let mut sum = [[[simd.splat_f32s(0.0); W]; H]; P];
     for first in (0..depth).step_by(b.group) {
         let depth = b.group.min(depth - first);
         let words = Rhs { ptr: b.ptr.wrapping_add(b.depth_stride), ..b };
-        let ahead = Ahead::nothing(a);
         // SAFETY: the contract, for one group; its words follow the row of its scales.
-        let group =
-            unsafe { chain::<S, T, P, H, W, U>(simd, depth, (a, row_stride, depth_stride), words, ahead) };
+        let group = unsafe {
+            chain::<S, T, P, H, W, U, false>(simd, depth, (a, row_stride, depth_stride), words, nothing)
+        };
         for (panel, (sum, group)) in sum.iter_mut().zip(group).enumerate() {
             let scales = b.ptr.wrapping_add(panel * b.panel_stride).cast::<S::f32s>();
             for w in 0..W {
@@ -266,7 +282,15 @@ unsafe fn accumulate<S: Simd, T: Stored, const P: usize, const H: usize, const W
 /// # Safety
 /// As [`accumulate`].
 #[inline(always)]
-unsafe fn chain<S: Simd, T: Stored, const P: usize, const H: usize, const W: usize, const U: usize>(
+unsafe fn chain<
+    S: Simd,
+    T: Stored,
+    const P: usize,
+    const H: usize,
+    const W: usize,
+    const U: usize,
+    const AHEAD: bool,
+>(
     simd: S,
     depth: usize,
     (mut a, row_stride, depth_stride): (*const f32, usize, usize),
@@ -277,7 +301,9 @@ unsafe fn chain<S: Simd, T: Stored, const P: usize, const H: usize, const W: usi
     let words = const { if T::PER_WORD < U { U / T::PER_WORD } else { 1 } };
     let unrolled = words * T::PER_WORD;
     for _ in 0..depth / unrolled {
-        ahead.fetch(U);
+        if const { AHEAD } {
+            ahead.fetch(const { lines_a_turn(H) });
+        }
         for word in 0..words {
             for at in 0..T::PER_WORD {
                 let a = a.wrapping_add((word * T::PER_WORD + at) * depth_stride);
