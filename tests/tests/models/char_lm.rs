@@ -1,13 +1,13 @@
 //! Statements about language models of characters: gradients, bits, carried state, learning, checkpoints.
 
-use crate::support::{Random, VOCAB, bits, ctx};
+use crate::support::{Random, VOCAB, assert_differences, bits, ctx};
 use kavanam_kernels::{Context, Isa};
 use kavanam_model::generate::{SampleOptions, sample};
 use kavanam_model::models::char_lm::windows;
 use kavanam_model::models::{CellKind, CharLm, CharLmConfig};
 use kavanam_model::train::{Decay, Example, Schedule, Trainable, Trainer, TrainerConfig};
 use kavanam_model::vocab::Vocab;
-use kavanam_model::{Grads, LossOptions, Pool, Tape};
+use kavanam_model::{Grads, LossOptions, ParamStore, Pool, Tape};
 
 const CELLS: [CellKind; 4] = [CellKind::Lstm, CellKind::Gru, CellKind::MinGru, CellKind::MinLstm];
 
@@ -43,30 +43,9 @@ fn gradients_agree_with_differences() {
         let out = model.examples_loss(&mut tape, &examples, &LossOptions { label_smoothing: 0.1 }).unwrap();
         let at_start = f64::from(tape.value(out)[0]);
         tape.backward(out, &mut grads).unwrap();
-        let h = 1.0f32 / 64.0;
-        for id in model.params().ids().collect::<Vec<_>>() {
-            let gradient = grads.get(id).to_vec();
-            let scale = 1.0 / (gradient.len() as f32).sqrt();
-            let direction: Vec<f32> = gradient.iter().map(|_| random.symmetric().signum() * scale).collect();
-            let analytic: f64 = gradient.iter().zip(&direction).map(|(g, u)| f64::from(g * u)).sum();
-            let mut at = |steps: f32| {
-                let old = model.params().get(id).to_vec();
-                for (x, u) in model.params_mut().get_mut(id).iter_mut().zip(&direction) {
-                    *x += steps * h * u;
-                }
-                let value = loss(&model, &examples, &pool);
-                model.params_mut().get_mut(id).copy_from_slice(&old);
-                value
-            };
-            let numeric = (8.0 * (at(1.0) - at(-1.0)) - (at(2.0) - at(-2.0))) / (12.0 * f64::from(h));
-            // As for the models from sequence to sequence: the roundings of the loss, over the step.
-            let tolerance = 12.0 * f64::from(f32::EPSILON) * at_start / f64::from(h) + 2e-3 * analytic.abs();
-            assert!(
-                (analytic - numeric).abs() <= tolerance,
-                "{} of {cell:?}: gradient {analytic}, differences {numeric}, tolerance {tolerance}",
-                model.params().name(id)
-            );
-        }
+        let parts = (&mut model, CharLm::params_mut as fn(&mut CharLm) -> &mut ParamStore);
+        let loss = |model: &CharLm| loss(model, &examples, &pool);
+        assert_differences(&format!("{cell:?}"), parts, (&grads, at_start), &mut random, loss);
     }
 }
 

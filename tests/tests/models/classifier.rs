@@ -1,9 +1,9 @@
 //! Statements about classifiers: gradients, bits, padding, learning.
 
-use crate::support::{Random, VOCAB, bits, ctx};
+use crate::support::{Random, VOCAB, assert_differences, bits, ctx};
 use kavanam_kernels::{Context, Isa};
 use kavanam_model::models::{CellKind, Classifier, ClassifierConfig, ClassifierEncoder, Pooling};
-use kavanam_model::{Grads, Pool, Tape};
+use kavanam_model::{Grads, ParamStore, Pool, Tape};
 
 const SEQUENCES: [&[u32]; 3] = [&[4, 9, 7, 5, 10], &[6], &[10, 3, 8]];
 const CLASSES: [u32; 3] = [0, 3, 1];
@@ -61,30 +61,9 @@ fn gradients_agree_with_differences() {
         let out = model.loss(&mut tape, (&tokens, &lengths), &CLASSES).unwrap();
         let at_start = f64::from(tape.value(out)[0]);
         tape.backward(out, &mut grads).unwrap();
-        let h = 1.0f32 / 64.0;
-        for id in model.params().ids().collect::<Vec<_>>() {
-            let gradient = grads.get(id).to_vec();
-            let scale = 1.0 / (gradient.len() as f32).sqrt();
-            let direction: Vec<f32> = gradient.iter().map(|_| random.symmetric().signum() * scale).collect();
-            let analytic: f64 = gradient.iter().zip(&direction).map(|(g, u)| f64::from(g * u)).sum();
-            let mut at = |steps: f32| {
-                let old = model.params().get(id).to_vec();
-                for (x, u) in model.params_mut().get_mut(id).iter_mut().zip(&direction) {
-                    *x += steps * h * u;
-                }
-                let value = loss(&model, &pool);
-                model.params_mut().get_mut(id).copy_from_slice(&old);
-                value
-            };
-            let numeric = (8.0 * (at(1.0) - at(-1.0)) - (at(2.0) - at(-2.0))) / (12.0 * f64::from(h));
-            // As for the models from sequence to sequence: the roundings of the loss, over the step.
-            let tolerance = 12.0 * f64::from(f32::EPSILON) * at_start / f64::from(h) + 2e-3 * analytic.abs();
-            assert!(
-                (analytic - numeric).abs() <= tolerance,
-                "{} of {config:?}: gradient {analytic}, differences {numeric}, tolerance {tolerance}",
-                model.params().name(id)
-            );
-        }
+        let parts = (&mut model, Classifier::params_mut as fn(&mut Classifier) -> &mut ParamStore);
+        let loss = |model: &Classifier| loss(model, &pool);
+        assert_differences(&format!("{config:?}"), parts, (&grads, at_start), &mut random, loss);
     }
 }
 

@@ -1,9 +1,9 @@
 //! Statements about whole models: gradients, parameter counts, bits, padding, causality, learning.
 
-use crate::support::{Random, bits, ctx, pairs, rnns, small_pairs, transformers};
+use crate::support::{Random, assert_differences, bits, ctx, pairs, rnns, small_pairs, transformers};
 use kavanam_kernels::{Context, Isa};
 use kavanam_model::models::{AttentionKind, BOS, NormPlacement, TransformerConfig};
-use kavanam_model::{Batch, DropoutKey, Grads, LossOptions, ModelConfig, Pool, Seq2Seq, Tape};
+use kavanam_model::{Batch, DropoutKey, Grads, LossOptions, ModelConfig, ParamStore, Pool, Seq2Seq, Tape};
 
 /// Teacher-forced logits, `[size][target_len][vocab]` flat.
 fn teacher_forced(ctx: &Context, model: &dyn Seq2Seq, batch: &Batch) -> Vec<f32> {
@@ -60,30 +60,12 @@ fn gradients_of_whole_models_agree_with_differences() {
         tape.backward(out, &mut grads).unwrap();
         assert!((at_start - loss(model.as_ref(), &batch, &pool)).abs() <= 1e-5 * at_start);
 
-        let h = 1.0f32 / 64.0;
-        for id in model.params().ids().collect::<Vec<_>>() {
-            let name = model.params().name(id).to_owned();
-            let gradient = grads.get(id).to_vec();
-            let scale = 1.0 / (gradient.len() as f32).sqrt();
-            let direction: Vec<f32> = gradient.iter().map(|_| random.symmetric().signum() * scale).collect();
-            let analytic: f64 = gradient.iter().zip(&direction).map(|(g, u)| f64::from(g * u)).sum();
-            let mut at = |steps: f32| {
-                let old = model.params().get(id).to_vec();
-                for (x, u) in model.params_mut().get_mut(id).iter_mut().zip(&direction) {
-                    *x += steps * h * u;
-                }
-                let value = loss(model.as_ref(), &batch, &pool);
-                model.params_mut().get_mut(id).copy_from_slice(&old);
-                value
-            };
-            let numeric = (8.0 * (at(1.0) - at(-1.0)) - (at(2.0) - at(-2.0))) / (12.0 * f64::from(h));
-            // The loss is rounded to f32 and carries some roundings more: 8·ε·loss for each of 18/12 differences.
-            let tolerance = 12.0 * f64::from(f32::EPSILON) * at_start / f64::from(h) + 2e-3 * analytic.abs();
-            assert!(
-                (analytic - numeric).abs() <= tolerance,
-                "{name} of {config:?}: gradient {analytic}, differences {numeric}, tolerance {tolerance}"
-            );
-        }
+        let grads = (&grads, at_start);
+        let params =
+            (&mut model, (|model| model.params_mut()) as fn(&mut Box<dyn Seq2Seq>) -> &mut ParamStore);
+        assert_differences(&format!("{config:?}"), params, grads, &mut random, |model| {
+            loss(model.as_ref(), &batch, &pool)
+        });
     }
 }
 

@@ -5,7 +5,7 @@ use kavanam_model::models::{
     AttentionKind, Bridge, CellKind, DropoutRates, FeedForwardActivation, Implementation, NormPlacement,
     Positions, RnnSeq2SeqConfig, TransformerConfig,
 };
-use kavanam_model::{Batch, ModelConfig};
+use kavanam_model::{Batch, Grads, ModelConfig, ParamStore};
 
 pub(crate) const VOCAB: usize = 11;
 
@@ -119,4 +119,40 @@ pub(crate) fn pairs() -> Vec<(Vec<u32>, Vec<u32>)> {
 
 pub(crate) fn small_pairs() -> Batch {
     Batch::from_pairs(&pairs()).unwrap()
+}
+
+/// Asserts that the gradient of each tensor agrees with differences of the loss along one direction of random signs.
+/// `at_start` is the loss where the gradients were made; `params` gives the model's parameters.
+#[track_caller]
+pub(crate) fn assert_differences<M: ?Sized>(
+    what: &str,
+    (model, params): (&mut M, fn(&mut M) -> &mut ParamStore),
+    (grads, at_start): (&Grads, f64),
+    random: &mut Random,
+    loss: impl Fn(&M) -> f64,
+) {
+    let h = 1.0f32 / 64.0;
+    for id in params(model).ids().collect::<Vec<_>>() {
+        let gradient = grads.get(id);
+        let scale = 1.0 / (gradient.len() as f32).sqrt();
+        let direction: Vec<f32> = gradient.iter().map(|_| random.symmetric().signum() * scale).collect();
+        let analytic: f64 = gradient.iter().zip(&direction).map(|(g, u)| f64::from(g * u)).sum();
+        let mut at = |steps: f32| {
+            let old = params(model).get(id).to_vec();
+            for (x, u) in params(model).get_mut(id).iter_mut().zip(&direction) {
+                *x += steps * h * u;
+            }
+            let value = loss(model);
+            params(model).get_mut(id).copy_from_slice(&old);
+            value
+        };
+        let numeric = (8.0 * (at(1.0) - at(-1.0)) - (at(2.0) - at(-2.0))) / (12.0 * f64::from(h));
+        // The loss is rounded to f32 and carries some roundings more: 8·ε·loss for each of 18/12 differences.
+        let tolerance = 12.0 * f64::from(f32::EPSILON) * at_start / f64::from(h) + 2e-3 * analytic.abs();
+        assert!(
+            (analytic - numeric).abs() <= tolerance,
+            "{} of {what}: gradient {analytic}, differences {numeric}, tolerance {tolerance}",
+            params(model).name(id)
+        );
+    }
 }
