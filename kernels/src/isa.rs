@@ -12,6 +12,11 @@ use pulp::{Simd, WithSimd};
 
 use crate::error::IsaError;
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(all(target_arch = "x86_64", target_os = "linux", any(test, feature = "testing")))]
+mod emulated_amx;
+
 /// The name of an instruction set, whether or not this CPU has it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum IsaName {
@@ -23,11 +28,15 @@ pub enum IsaName {
     Avx2,
     /// x86-64-v4: AVX-512 F, BW, CD, DQ, VL, sixteen f32 lanes.
     Avx512,
+    /// AVX-512 and the tile unit with bf16 and int8, for matrix products of less than f32's precision. What runs on
+    /// vectors is what [`IsaName::Avx512`] runs.
+    Amx,
 }
 
 impl IsaName {
     /// Every name, from the narrowest to the widest.
-    pub const ALL: [IsaName; 4] = [IsaName::Scalar, IsaName::Neon, IsaName::Avx2, IsaName::Avx512];
+    pub const ALL: [IsaName; 5] =
+        [IsaName::Scalar, IsaName::Neon, IsaName::Avx2, IsaName::Avx512, IsaName::Amx];
 
     /// The word that logs, JSON and `KAVANAM_ISA` use.
     pub const fn as_str(self) -> &'static str {
@@ -36,6 +45,7 @@ impl IsaName {
             IsaName::Neon => "neon",
             IsaName::Avx2 => "avx2",
             IsaName::Avx512 => "avx512",
+            IsaName::Amx => "amx",
         }
     }
 }
@@ -64,9 +74,26 @@ enum Token {
     Avx2(pulp::x86::V3),
     #[cfg(target_arch = "x86_64")]
     Avx512(pulp::x86::V4),
+    #[cfg(target_arch = "x86_64")]
+    Amx(pulp::x86::V4),
+    /// The tile unit in software, beside the vectors that there are: see `testing::amx`.
+    #[cfg(all(target_arch = "x86_64", target_os = "linux", any(test, feature = "testing")))]
+    EmulatedAmx(EmulatedBeside),
     #[cfg(target_arch = "aarch64")]
     Neon(pulp::aarch64::Neon),
 }
+
+/// The vectors beside an emulated tile unit.
+#[cfg(all(target_arch = "x86_64", target_os = "linux", any(test, feature = "testing")))]
+#[derive(Debug, Clone, Copy)]
+enum EmulatedBeside {
+    Avx2(pulp::x86::V3),
+    Avx512(pulp::x86::V4),
+}
+
+/// The proof that tile instructions run in this process.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Tiles(());
 
 /// An instruction set that this CPU has. There is no way to make one that it has not.
 #[derive(Debug, Clone, Copy)]
@@ -89,6 +116,8 @@ impl Isa {
             IsaName::Avx2 => pulp::x86::V3::try_new().map(|t| Isa(Token::Avx2(t))),
             #[cfg(target_arch = "x86_64")]
             IsaName::Avx512 => pulp::x86::V4::try_new().map(|t| Isa(Token::Avx512(t))),
+            #[cfg(target_arch = "x86_64")]
+            IsaName::Amx => Isa::amx(),
             #[cfg(target_arch = "aarch64")]
             IsaName::Neon => pulp::aarch64::Neon::try_new().map(|t| Isa(Token::Neon(t))),
             #[allow(unreachable_patterns)]
@@ -98,6 +127,55 @@ impl Isa {
             requested: name,
             available: Isa::available().iter().map(|isa| isa.name().as_str()).collect::<Vec<_>>().join(", "),
         })
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn amx() -> Option<Isa> {
+        pulp::x86::V4::try_new().filter(|_| amx::available()).map(|t| Isa(Token::Amx(t)))
+    }
+
+    /// The tile unit in software, beside the widest vectors that there are; `None` where they have fewer than eight lanes.
+    ///
+    /// # Safety
+    /// Tile instructions must be emulated in this process from now on.
+    #[cfg(all(target_arch = "x86_64", target_os = "linux", any(test, feature = "testing")))]
+    unsafe fn with_emulated_tiles() -> Option<Isa> {
+        let wide = pulp::x86::V4::try_new().map(EmulatedBeside::Avx512);
+        let vectors = wide.or_else(|| pulp::x86::V3::try_new().map(EmulatedBeside::Avx2));
+        vectors.map(|vectors| Isa(Token::EmulatedAmx(vectors)))
+    }
+
+    /// See `testing::amx`.
+    #[cfg(any(test, feature = "testing"))]
+    pub(crate) fn amx_or_emulated() -> Option<Isa> {
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        return emulated_amx::amx();
+        #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+        None
+    }
+
+    /// The proof that tile instructions run, where they do.
+    pub(crate) fn tiles(self) -> Option<Tiles> {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Token::Amx(_) => Some(Tiles(())),
+            #[cfg(all(target_arch = "x86_64", target_os = "linux", any(test, feature = "testing")))]
+            Token::EmulatedAmx(_) => Some(Tiles(())),
+            _ => None,
+        }
+    }
+
+    /// The set of its vectors: its own name, but for [`IsaName::Amx`].
+    pub(crate) fn vectors(self) -> IsaName {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Token::Amx(_) => IsaName::Avx512,
+            #[cfg(all(target_arch = "x86_64", target_os = "linux", any(test, feature = "testing")))]
+            Token::EmulatedAmx(EmulatedBeside::Avx2(_)) => IsaName::Avx2,
+            #[cfg(all(target_arch = "x86_64", target_os = "linux", any(test, feature = "testing")))]
+            Token::EmulatedAmx(EmulatedBeside::Avx512(_)) => IsaName::Avx512,
+            _ => self.name(),
+        }
     }
 
     /// The widest set that this CPU has.
@@ -113,6 +191,7 @@ impl Isa {
         {
             all.extend(pulp::x86::V3::try_new().map(|t| Isa(Token::Avx2(t))));
             all.extend(pulp::x86::V4::try_new().map(|t| Isa(Token::Avx512(t))));
+            all.extend(Isa::amx());
         }
         #[cfg(target_arch = "aarch64")]
         all.extend(pulp::aarch64::Neon::try_new().map(|t| Isa(Token::Neon(t))));
@@ -127,6 +206,10 @@ impl Isa {
             Token::Avx2(_) => IsaName::Avx2,
             #[cfg(target_arch = "x86_64")]
             Token::Avx512(_) => IsaName::Avx512,
+            #[cfg(target_arch = "x86_64")]
+            Token::Amx(_) => IsaName::Amx,
+            #[cfg(all(target_arch = "x86_64", target_os = "linux", any(test, feature = "testing")))]
+            Token::EmulatedAmx(_) => IsaName::Amx,
             #[cfg(target_arch = "aarch64")]
             Token::Neon(_) => IsaName::Neon,
         }
@@ -153,7 +236,11 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Token::Avx2(t) => Simd::vectorize(t, op),
             #[cfg(target_arch = "x86_64")]
-            Token::Avx512(t) => Simd::vectorize(t, op),
+            Token::Avx512(t) | Token::Amx(t) => Simd::vectorize(t, op),
+            #[cfg(all(target_arch = "x86_64", target_os = "linux", any(test, feature = "testing")))]
+            Token::EmulatedAmx(EmulatedBeside::Avx2(t)) => Simd::vectorize(t, op),
+            #[cfg(all(target_arch = "x86_64", target_os = "linux", any(test, feature = "testing")))]
+            Token::EmulatedAmx(EmulatedBeside::Avx512(t)) => Simd::vectorize(t, op),
             #[cfg(target_arch = "aarch64")]
             Token::Neon(t) => Simd::vectorize(t, op),
         }
@@ -162,7 +249,7 @@ impl Isa {
 
 impl PartialEq for Isa {
     fn eq(&self, other: &Isa) -> bool {
-        self.name() == other.name()
+        (self.name(), self.vectors()) == (other.name(), other.vectors())
     }
 }
 

@@ -48,6 +48,12 @@ impl ScratchBuf {
         ScratchBuf { lines, len }
     }
 
+    /// The buffer as 32-bit words.
+    pub(crate) fn words_mut(&mut self) -> &mut [u32] {
+        // SAFETY: as in `deref_mut`; f32 and u32 have the same size and alignment, and every bit pattern is one of both.
+        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast::<u32>(), self.len) }
+    }
+
     /// A buffer of `len` zeros.
     pub fn zeroed(len: usize) -> ScratchBuf {
         let mut buf = ScratchBuf::take(len);

@@ -19,6 +19,7 @@ fn needs(isa: IsaName) -> &'static str {
         IsaName::Neon => "64-bit Arm",
         IsaName::Avx2 => "x86-64-v3",
         IsaName::Avx512 => "x86-64-v4",
+        IsaName::Amx => "x86-64-v4, AMX",
     }
 }
 

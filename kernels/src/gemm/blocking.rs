@@ -23,6 +23,7 @@ const fn tuned(isa: IsaName) -> Blocking {
         IsaName::Neon => Blocking { mc: 96, kc: 512, nc: 2040 },
         IsaName::Avx2 => Blocking { mc: 96, kc: 512, nc: 2048 },
         IsaName::Avx512 => Blocking { mc: 192, kc: 384, nc: 2016 },
+        IsaName::Amx => Blocking { mc: 256, kc: 512, nc: 1024 },
     }
 }
 
@@ -37,9 +38,9 @@ pub(super) fn blocking(ctx: &Context, kernel: &KernelInfo) -> Blocking {
 }
 
 /// The depth of each block of K (the last may be shallower): the fewest blocks of at most `kc`, of
-/// equal depth. It depends on `k` and the table only, so that a row's bits do not depend on M.
-pub(super) fn block_depth(k: usize, kc: usize) -> usize {
-    if k == 0 { 1 } else { k.div_ceil(k.div_ceil(kc)) }
+/// equal depth, in whole steps of the kernel. It depends on `k` and the table only, so that a row's bits do not depend on M.
+pub(super) fn block_depth(k: usize, kc: usize, kernel: &KernelInfo) -> usize {
+    if k == 0 { 1 } else { k.div_ceil(k.div_ceil(kc)).next_multiple_of(kernel.k_step) }
 }
 
 #[cfg(test)]
@@ -57,9 +58,11 @@ mod tests {
             let Blocking { mc, nc, .. } = tuned(kernel.isa);
             assert!(mc.is_multiple_of(kernel.mr) && nc.is_multiple_of(kernel.nr), "{}", kernel.name);
         }
+        let [vectors, tiles] = [1, 32].map(|step| kernels().iter().find(|k| k.k_step == step).unwrap());
         for k in 0..1000 {
-            let depth = block_depth(k, 100);
+            let depth = block_depth(k, 100, vectors);
             assert!((1..=100).contains(&depth) && k.div_ceil(depth) == k.div_ceil(100));
+            assert!(k == 0 || block_depth(k, 100, tiles).is_multiple_of(32));
         }
     }
 }

@@ -5,8 +5,9 @@
 
 use super::macrokernel::{Part, Problem, RightOperand};
 use super::microkernel::with_kernel;
+use super::tiles::TilePart;
 use crate::context::Context;
-use crate::isa::Isa;
+use crate::isa::{Isa, IsaName};
 
 /// Multiply-adds below which a task is not worth handing to another thread (about 20 µs).
 pub(super) const MIN_TASK_WORK: usize = 1 << 20;
@@ -34,7 +35,10 @@ pub(super) fn run(ctx: &Context, problem: &Problem<'_>) {
 /// Out of line, so that the kernels are compiled once and not once for each way to run a task.
 #[inline(never)]
 fn run_part(isa: Isa, part: Part<'_>) {
-    with_kernel(isa, part.problem.kernel.storage, part);
+    match isa.tiles() {
+        Some(tiles) if part.problem.kernel.isa == IsaName::Amx => isa.dispatch(TilePart { part, tiles }),
+        _ => with_kernel(isa, part.problem.kernel.storage, part),
+    }
 }
 
 /// How many slabs of rows and of columns: as many parts as threads, cut along the longer side.

@@ -92,7 +92,7 @@ pub fn gemm_int8(
     }
     let (row_stride, col_stride) = (c.row_stride(), c.col_stride());
     let out = Out { ptr: c.as_mut_ptr(), row_stride, col_stride };
-    let kernel = int8_kernel_of(ctx.isa().name());
+    let kernel = int8_kernel_of(ctx.isa());
     let product = Product { a, b, out, accum, epilogue: *epilogue, kernel };
     let work = m.max(MEMORY_BOUND_ROWS).saturating_mul(b.cols()).saturating_mul(k.max(1));
     let threads = ctx.thread_count().min((work / MIN_TASK_WORK).max(1));
@@ -113,7 +113,7 @@ pub fn gemm_int8(
 
 /// The name of the kernel that [`gemm_int8`] runs under `ctx`, for example `int8_6x16_avx2`.
 pub fn int8_kernel_name(ctx: &Context) -> &'static str {
-    int8_kernel_of(ctx.isa().name()).name
+    int8_kernel_of(ctx.isa()).name
 }
 
 /// The operands against each other and against the context.
@@ -123,7 +123,7 @@ fn check(ctx: &Context, a: &Int8Rows<'_>, b: &PackedWeights) -> Result<(), Shape
         let value = format!("{:?}", b.format());
         return Err(ShapeError::Value { argument: "b.format", value, expected: "Int8" });
     }
-    let kernel = kernel_of(ctx.isa().name(), b.format().storage()).name;
+    let kernel = kernel_of(ctx.isa(), b.format().storage()).name;
     if b.kernel_name() != kernel {
         let packed_for = b.kernel_name();
         return Err(ShapeError::PackedForAnotherKernel { argument: "b", packed_for, kernel });

@@ -16,7 +16,7 @@ use std::ops::Range;
 use pulp::Simd;
 
 use super::epilogue::{Accum, Epilogue};
-use super::microkernel::{Finish, KernelInfo, KernelVisitor, Lhs, Microkernel, Out, Rhs, Storage, Strip};
+use super::microkernel::{Finish, KernelInfo, KernelVisitor, Lhs, Microkernel, Out, Rhs, Strip};
 use super::pack::{GROUP, Source, pack_panel, pack_panels};
 use super::packed::PackedWeights;
 use super::placement::{self, Left};
@@ -45,13 +45,6 @@ impl RightOperand<'_> {
             RightOperand::Packed(b) => b.cols(),
         }
     }
-
-    pub(super) fn storage(&self) -> Storage {
-        match self {
-            RightOperand::Plain(_) => Storage::F32,
-            RightOperand::Packed(b) => b.format().storage(),
-        }
-    }
 }
 
 /// One product with checked shapes; every task sees the whole of it.
@@ -67,6 +60,29 @@ pub(super) struct Problem<'a> {
     pub(super) epilogue: Epilogue<'a>,
     /// `kc` is the depth of the blocks of K; `mc` and `nc` are in whole tiles.
     pub(super) blocking: Blocking,
+}
+
+impl<'a> Problem<'a> {
+    /// C from element (`row`, `col`) on.
+    #[inline(always)]
+    pub(super) fn out(&self, row: usize, col: usize) -> Out<f32> {
+        let offset = row * self.c.row_stride + col * self.c.col_stride;
+        Out { ptr: self.c.ptr.wrapping_add(offset), ..self.c }
+    }
+
+    /// What is done to the sums of these rows and columns over that block of K.
+    #[inline(always)]
+    pub(super) fn finish(&self, rows: Range<usize>, cols: Range<usize>, depth: Range<usize>) -> Finish<'a> {
+        let Problem { a, accum, epilogue, .. } = self;
+        let last = depth.end == a.cols();
+        Finish {
+            scale: epilogue.scale,
+            add: depth.start > 0 || *accum == Accum::Add,
+            bias: epilogue.bias.filter(|_| last).map(|bias| &bias[cols.clone()]),
+            activation: if last { epilogue.activation } else { Default::default() },
+            residual: epilogue.residual.filter(|_| last).map(|r| r.sub(rows, cols)),
+        }
+    }
 }
 
 // SAFETY: `c` is the only part that is not Sync by itself; tasks write disjoint parts of it.
@@ -252,23 +268,15 @@ impl Block<'_> {
         lhs: Lhs<f32>,
         rhs: Rhs,
     ) -> Strip<'_, K> {
-        let Problem { a, c, accum, epilogue, .. } = self.problem;
-        let last = self.depth.end == a.cols();
-        let offset = self.rows.start * c.row_stride + cols.start * c.col_stride;
+        let finish = self.problem.finish(self.rows.clone(), cols.clone(), self.depth.clone());
         Strip {
             rows: self.rows.len(),
             cols: cols.len(),
             depth: self.depth.len(),
             lhs,
             rhs,
-            out: Out { ptr: c.ptr.wrapping_add(offset), ..*c },
-            finish: Finish {
-                scale: epilogue.scale,
-                add: self.depth.start > 0 || *accum == Accum::Add,
-                bias: epilogue.bias.filter(|_| last).map(|bias| &bias[cols.clone()]),
-                activation: if last { epilogue.activation } else { Default::default() },
-                residual: epilogue.residual.filter(|_| last).map(|r| r.sub(self.rows.clone(), cols)),
-            },
+            out: self.problem.out(self.rows.start, cols.start),
+            finish,
         }
     }
 }

@@ -7,9 +7,12 @@
 //! # Accuracy
 //! `|ĉ − c| ≤ γ_k·(|A|·|B|)` element by element: each element is a chain of fused multiply-adds
 //! over `p` within a block of K, and the blocks are added in order. The result has the same bits for
-//! any number of threads, for a row alone or in any batch, and for plain or packed weights. A
-//! [`Precision`](crate::Precision) is a floor of accuracy: every kernel with an A in f32 serves all of them, and
-//! [`gemm_int8`], which rounds A, is asked for by name.
+//! any number of threads, for a row alone or in any batch, and for plain or packed weights.
+//!
+//! A [`Precision`](crate::Precision) is a floor of accuracy. Kernels on vectors have an A in f32 and serve all of them. Where the CPU has
+//! tiles and k is at least 32, `Highest` obeys the same bound with six products of bf16 parts, `High` adds `2⁻¹⁵·(1 + 2⁻⁸)·(|A|·|B|)` (about 2⁻¹⁷ on
+//! random data) and `Medium` `2·2⁻⁸·(1 + 2⁻⁷)·(|A|·|B|)`, the rounding of both operands; all three take products below 2⁻¹²⁶
+//! for zero, and elements below that too (`gemm::tests::tiles`). [`gemm_int8`], which rounds A to integers, is asked for by name.
 //!
 //! # Source
 //! Goto and van de Geijn, *Anatomy of High-Performance Matrix Multiplication*, 2008; the macrokernel
@@ -26,8 +29,10 @@ mod pack;
 mod packed;
 mod placement;
 pub(crate) mod quantise;
+mod split;
 #[cfg(test)]
 mod tests;
+mod tiles;
 
 pub use crate::rowwise::Activation;
 pub use batched::gemm_batched;
@@ -41,7 +46,7 @@ use crate::context::{Blocking, Context};
 use crate::error::{ShapeError, expect_dim};
 use crate::view::{MatMut, MatRef};
 use macrokernel::{Problem, RightOperand};
-use microkernel::kernel_of;
+use microkernel::kernel_for;
 
 /// `C = activation(scale·A·B [+ C] + bias) + residual`, any strides.
 ///
@@ -82,7 +87,7 @@ pub fn gemm_packed(
     accum: Accum,
     epilogue: &Epilogue<'_>,
 ) -> Result<(), ShapeError> {
-    let kernel = kernel_of(ctx.isa().name(), b.format().storage()).name;
+    let kernel = kernel_for(ctx, b.rows(), b.format()).name;
     if b.kernel_name() != kernel {
         return Err(ShapeError::PackedForAnotherKernel {
             argument: "b",
@@ -93,9 +98,10 @@ pub fn gemm_packed(
     product(ctx, a, RightOperand::Packed(b), c, accum, epilogue)
 }
 
-/// The name of the kernel that `ctx` selects for operands in f32, for example `f32_6x16_avx2`.
+/// The name of the kernel that `ctx` selects for operands in f32, for example `f32_6x16_avx2`. (With k below 32 a kernel on tiles is
+/// never selected.)
 pub fn kernel_name(ctx: &Context) -> &'static str {
-    kernel_of(ctx.isa().name(), Storage::F32).name
+    kernel_for(ctx, usize::MAX, WeightFormat::F32).name
 }
 
 /// Every kernel of this crate, whether or not this CPU can run it: the support matrix.
@@ -116,10 +122,13 @@ fn product(
     expect_dim("c", "rows", a.rows(), c.rows())?;
     expect_dim("c", "cols", n, c.cols())?;
     epilogue.check(a.rows(), n)?;
-    let kernel = kernel_of(ctx.isa().name(), b.storage());
+    let kernel = match b {
+        RightOperand::Plain(_) => kernel_for(ctx, k, WeightFormat::F32),
+        RightOperand::Packed(packed) => packed.kernel(),
+    };
     let sizes = blocking::blocking(ctx, kernel);
     let kc = match b {
-        RightOperand::Plain(_) => blocking::block_depth(k, sizes.kc),
+        RightOperand::Plain(_) => blocking::block_depth(k, sizes.kc, kernel),
         RightOperand::Packed(packed) => packed.depth(),
     };
     let blocking = Blocking { kc, ..sizes };

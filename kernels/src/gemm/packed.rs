@@ -7,18 +7,23 @@
 //!       [a row of scales]                       where it is scaled
 //!       rows of words                           as `microkernel::Stored` says
 //! ```
-//! Panels of f32 words are as wide as their columns, rounded up to a vector; the others are filled up to NR.
+//! Panels of f32 words are as wide as their columns, rounded up to a vector; the others are filled up to NR. Panels for tiles hold whole
+//! tiles instead of rows of words: see `gemm::split`.
 
 use std::ops::Range;
 
-use pulp::Simd;
+use pulp::{Simd, WithSimd};
 
 use super::blocking::{block_depth, blocking};
-use super::microkernel::{KernelInfo, KernelVisitor, Microkernel, Rhs, Storage, kernel_of, with_kernel};
+use super::microkernel::amx::BLOCK;
+use super::microkernel::{KernelInfo, KernelVisitor, Microkernel, Rhs, Storage, kernel_for, with_kernel};
 use super::pack::{Source, pack_panels};
 use super::quantise::{WeightFormat, decode, encode, scale_of};
+use super::split::{Magnitudes, pack_right, right_element};
+use super::tiles::OddColumns;
 use crate::context::Context;
 use crate::error::ShapeError;
+use crate::isa::IsaName;
 use crate::scratch::Words;
 use crate::view::MatRef;
 
@@ -39,10 +44,12 @@ pub struct PackedWeights {
     group: usize,
     format: WeightFormat,
     kernel: &'static KernelInfo,
+    /// Columns that a kernel on tiles needs as they were.
+    odd: OddColumns,
 }
 
 impl PackedWeights {
-    /// Packs `b` as f32 for the kernel that `ctx` selects.
+    /// Packs `b` for the kernel that `ctx` selects: as f32, or where its precision asks for less and the CPU has tiles, as bf16 parts.
     ///
     /// # Errors
     /// [`ShapeError::Overflow`] when the packed size does not fit in memory's address range.
@@ -57,9 +64,16 @@ impl PackedWeights {
     /// As [`PackedWeights::pack`]; and [`ShapeError::Value`] when the format's group is no positive multiple of 8, or
     /// when an integer format is asked for and an element is not finite or beyond half of the largest f32.
     pub fn pack_as(ctx: &Context, b: MatRef<'_>, format: WeightFormat) -> Result<Self, ShapeError> {
-        let kernel = kernel_of(ctx.isa().name(), format.storage());
-        let mut packed =
-            PackedWeights { words: Words::default(), rows: 0, cols: 0, depth: 1, group: 1, format, kernel };
+        let mut packed = PackedWeights {
+            words: Words::default(),
+            rows: 0,
+            cols: 0,
+            depth: 1,
+            group: 1,
+            format,
+            kernel: kernel_for(ctx, b.rows(), format),
+            odd: OddColumns::default(),
+        };
         packed.repack(ctx, b)?;
         Ok(packed)
     }
@@ -70,8 +84,8 @@ impl PackedWeights {
     /// As [`PackedWeights::pack_as`]; then the old weights stand.
     pub fn repack(&mut self, ctx: &Context, b: MatRef<'_>) -> Result<(), ShapeError> {
         self.format.check_numbers()?;
-        let kernel = kernel_of(ctx.isa().name(), self.format.storage());
-        let even = block_depth(b.rows(), blocking(ctx, kernel).kc);
+        let kernel = kernel_for(ctx, b.rows(), self.format);
+        let even = block_depth(b.rows(), blocking(ctx, kernel).kc, kernel);
         let (depth, group) = match self.format {
             WeightFormat::Int4 { group } => (even.next_multiple_of(group), group),
             _ => (even, even),
@@ -83,7 +97,8 @@ impl PackedWeights {
             depth,
             group,
             kernel,
-            ..*self
+            format: self.format,
+            odd: OddColumns::default(),
         };
         let len = shape.len().ok_or(ShapeError::Overflow { argument: "b" })?;
         // After the size: a broadcast may claim more elements than anyone can look at.
@@ -91,8 +106,9 @@ impl PackedWeights {
         let mut words = std::mem::take(&mut self.words);
         words.resize(len);
         *self = PackedWeights { words, ..shape };
-        match kernel.storage {
-            Storage::F32 => with_kernel(ctx.isa(), kernel.storage, PackF32(self, b)),
+        match (kernel.isa, kernel.storage) {
+            (IsaName::Amx, _) => ctx.isa().dispatch(PackTiles(self, b)),
+            (_, Storage::F32) => with_kernel(ctx.isa(), kernel.storage, PackF32(self, b)),
             _ => self.encode(b),
         }
         Ok(())
@@ -127,6 +143,12 @@ impl PackedWeights {
     pub fn unpack(&self) -> Vec<f32> {
         let storage = self.kernel.storage;
         let mut elements = vec![0.0; self.rows * self.cols];
+        if self.kernel.isa == IsaName::Amx {
+            for (i, x) in elements.iter_mut().enumerate() {
+                *x = self.tile_element(i / self.cols, i % self.cols);
+            }
+            return elements;
+        }
         for (p, row) in elements.chunks_exact_mut(self.cols.max(1)).enumerate() {
             let (block, within) = (p / self.depth * self.depth, p % self.depth);
             let (group, at) = (within / self.group * self.group, within % self.group);
@@ -141,6 +163,11 @@ impl PackedWeights {
             }
         }
         elements
+    }
+
+    /// The kernel that it was packed for.
+    pub(super) fn kernel(&self) -> &'static KernelInfo {
+        self.kernel
     }
 
     /// The depth of the blocks of K.
@@ -175,7 +202,11 @@ impl PackedWeights {
         let (per_word, scaled) =
             (self.kernel.storage.per_word(), usize::from(self.kernel.storage.largest() > 0));
         let (whole, rest) = (depth / self.group, depth % self.group);
-        let words = |depth: usize| if depth == 0 { 0 } else { scaled + depth.div_ceil(per_word) };
+        let parts = self.kernel.storage.parts();
+        let words = |depth: usize| match depth.next_multiple_of(self.kernel.k_step) {
+            0 => 0,
+            depth => scaled + depth.div_ceil(per_word) * parts,
+        };
         whole * words(self.group) + words(rest)
     }
 
@@ -275,6 +306,72 @@ impl KernelVisitor for PackF32<'_> {
             };
             // SAFETY: the source is the view `part`.
             unsafe { pack_panels(source, depth, n, block, (K::NR, lanes)) };
+        }
+    }
+}
+
+impl PackedWeights {
+    /// The panel for tiles that starts with column `panel`, in the block of K with rows `depth`.
+    #[inline]
+    pub(super) fn tile_panel(&self, depth: Range<usize>, panel: usize) -> &[u32] {
+        let words = self.column_words(depth.len()) * self.kernel.nr;
+        &self.words[self.offset(depth, panel)..][..words]
+    }
+
+    /// Marks the columns of a panel for which parts do not stand.
+    pub(super) fn mark_odd(&self, depth: &Range<usize>, cols: &Range<usize>, odd: &mut [bool; BLOCK]) {
+        self.odd.mark(depth, cols, odd);
+    }
+
+    /// Element (p, j) of a column that is marked as odd.
+    pub(super) fn odd_element(&self, p: usize, j: usize) -> f32 {
+        self.odd.element(p, j).expect("the column is odd in this block of K")
+    }
+
+    /// Element (p, j) as a product on tiles uses it.
+    fn tile_element(&self, p: usize, j: usize) -> f32 {
+        let block = p / self.depth * self.depth;
+        let depth = block..(block + self.depth).min(self.rows);
+        let panel = j / self.kernel.nr * self.kernel.nr;
+        self.odd.element(p, j).unwrap_or_else(|| {
+            let words = self.tile_panel(depth, panel);
+            right_element(words, self.kernel.storage.parts(), p - block, j - panel)
+        })
+    }
+}
+
+/// Packs whole tiles of bf16 parts, block of K after block of K, in the shell of the vectors.
+struct PackTiles<'a>(&'a mut PackedWeights, MatRef<'a>);
+
+impl WithSimd for PackTiles<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        match self.0.kernel.storage.parts() {
+            1 => self.run::<1>(),
+            2 => self.run::<2>(),
+            _ => self.run::<3>(),
+        }
+    }
+}
+
+impl PackTiles<'_> {
+    #[inline(always)]
+    fn run<const P: usize>(self) {
+        let PackTiles(packed, b) = self;
+        let (k, n, storage) = (b.rows(), b.cols(), packed.kernel.storage);
+        for pc in (0..k).step_by(packed.depth) {
+            let depth = pc..(pc + packed.depth).min(k);
+            for panel in (0..n).step_by(BLOCK) {
+                let cols = panel..(panel + BLOCK).min(n);
+                let part = b.sub(depth.clone(), cols.clone());
+                let (at, words) =
+                    (packed.offset(depth.clone(), panel), packed.column_words(depth.len()) * BLOCK);
+                let mut magnitudes = [Magnitudes::NONE; BLOCK];
+                pack_right::<P>(part, &mut packed.words[at..at + words], &mut magnitudes);
+                packed.odd.keep(part, (pc, panel), storage, &magnitudes[..cols.len()]);
+            }
         }
     }
 }

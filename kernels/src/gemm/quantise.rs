@@ -88,6 +88,7 @@ pub(crate) fn encode(storage: Storage, x: f32, scale: f32) -> u32 {
             let integer = (x / scale).round_ties_even().clamp(-limit, limit) as i32;
             (integer + largest as i32 + 1) as u32
         }
+        Storage::Split2 | Storage::Split3 => unreachable!("parts are made by gemm::split"),
     }
 }
 
@@ -102,16 +103,17 @@ pub(super) fn decode(storage: Storage, word: u32, at: usize, scale: f32) -> f32 
             let integer = (field & ((1 << bits) - 1)) as i32 - storage.largest() as i32 - 1;
             integer as f32 * scale
         }
+        Storage::Split2 | Storage::Split3 => unreachable!("parts are read by gemm::split"),
     }
 }
 
 /// The bf16 next to `x`, ties to even; a NaN stays one.
-fn bf16_bits(x: f32) -> u32 {
+#[inline(always)]
+pub(super) fn bf16_bits(x: f32) -> u32 {
     let bits = x.to_bits();
-    if x.is_nan() {
-        return (bits >> 16) | 0x40;
-    }
-    (bits + 0x7fff + (bits >> 16 & 1)) >> 16
+    // Without a branch, so that a loop over it becomes vectors; a NaN may wrap around, and is not taken.
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+    if x.is_nan() { (bits >> 16) | 0x40 } else { rounded }
 }
 
 #[cfg(test)]

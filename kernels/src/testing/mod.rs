@@ -45,3 +45,15 @@ pub fn for_each_isa(mut property: impl FnMut(&Context)) {
         }
     }
 }
+
+/// The instruction set `amx`: of this CPU, or else, on Linux, in software beside the widest vectors that there are. `None` where those have fewer than eight
+/// lanes, or where it cannot be emulated.
+///
+/// A CPU without a tile unit faults at each tile instruction; a handler of `SIGILL`, installed by the first call, does what the manual
+/// says and goes on. So tests run the machine code that the unit would run.
+///
+/// # Panics
+/// When the handler cannot be installed.
+pub fn amx() -> Option<Isa> {
+    Isa::amx_or_emulated()
+}

@@ -11,9 +11,9 @@ use super::{Activation, Finish, Out, Stored};
 ///
 /// The order of operations on an element is the same wherever it stands: `scale`, old C, bias,
 /// activation, residual.
-pub(super) struct Tile<S: Simd, const H: usize, const W: usize> {
-    pub(super) simd: S,
-    pub(super) acc: [[S::f32s; W]; H],
+pub(crate) struct Tile<S: Simd, const H: usize, const W: usize> {
+    pub(crate) simd: S,
+    pub(crate) acc: [[S::f32s; W]; H],
 }
 
 impl<S: Simd, const H: usize, const W: usize> Tile<S, H, W> {
@@ -23,7 +23,7 @@ impl<S: Simd, const H: usize, const W: usize> Tile<S, H, W> {
     /// # Safety
     /// Rows `first .. first + H` of `out`, and of bias and residual if any, exist with `cols` columns.
     #[inline(always)]
-    pub(super) unsafe fn finish<T: Stored>(
+    pub(crate) unsafe fn finish<T: Stored>(
         mut self,
         first: usize,
         cols: usize,

@@ -9,6 +9,7 @@
 //!   `finish.add` is set.
 //! - Any number of rows with 1 to NR columns, few rows with any number of panels, any depth (0 included) work.
 
+pub(crate) mod amx;
 mod finish;
 mod outer_product;
 mod pairs;
@@ -19,12 +20,14 @@ use std::marker::PhantomData;
 
 use pulp::{Simd, WithSimd};
 
+pub(crate) use finish::Tile;
 use outer_product::OuterProduct;
 pub(crate) use pairs::{PairProducts, PairStrip, PairVisitor, Pairs, RowScale, WordBlock, with_pairs};
 pub use stored::Storage;
 pub(crate) use stored::{Bf16, F32, Int4, Int8, Stored};
 
-use crate::context::Precision;
+use crate::context::{Context, Precision};
+use crate::gemm::WeightFormat;
 use crate::isa::{Isa, IsaName};
 use crate::rowwise::Activation;
 use crate::view::MatRef;
@@ -36,7 +39,7 @@ pub struct KernelInfo {
     pub name: &'static str,
     /// The instruction set that it needs.
     pub isa: IsaName,
-    /// How it reads A: as f32, or as int8 with a scale a row.
+    /// How it reads A: as f32, as int8 with a scale a row, or as bf16 parts.
     pub left: Storage,
     /// How it reads B.
     pub storage: Storage,
@@ -48,6 +51,8 @@ pub struct KernelInfo {
     pub nr: usize,
     /// f32 lanes of one of its vectors.
     pub lanes: usize,
+    /// K is cut into blocks at multiples of it.
+    pub k_step: usize,
 }
 
 /// The tile of an ISA: rows, columns, lanes.
@@ -62,7 +67,14 @@ const fn f32_sums(
     storage: Storage,
     (isa, [mr, nr, lanes]): (IsaName, [usize; 3]),
 ) -> KernelInfo {
-    KernelInfo { name, isa, left: Storage::F32, storage, precision: Precision::Strict, mr, nr, lanes }
+    let (left, precision) = (Storage::F32, Precision::Strict);
+    KernelInfo { name, isa, left, storage, precision, mr, nr, lanes, k_step: 1 }
+}
+
+/// A kernel on tiles, with f32 sums of products of bf16 parts.
+const fn tile_sums(name: &'static str, storage: Storage, precision: Precision) -> KernelInfo {
+    let (mr, nr, k_step) = (amx::BLOCK, amx::BLOCK, amx::STEP);
+    KernelInfo { name, isa: IsaName::Amx, left: storage, storage, precision, mr, nr, lanes: 16, k_step }
 }
 
 /// A kernel with i32 sums of int8 products. What is rounded is A, and the caller asks for it by name.
@@ -71,7 +83,7 @@ const fn i32_sums(name: &'static str, tile: (IsaName, [usize; 3])) -> KernelInfo
 }
 
 /// Every kernel of this crate, whether or not this CPU can run it.
-pub(crate) const KERNELS: [KernelInfo; 20] = [
+pub(crate) const KERNELS: [KernelInfo; 23] = [
     f32_sums("f32_4x4_scalar", Storage::F32, SCALAR),
     f32_sums("f32_8x12_neon", Storage::F32, NEON),
     f32_sums("f32_6x16_avx2", Storage::F32, AVX2),
@@ -92,18 +104,41 @@ pub(crate) const KERNELS: [KernelInfo; 20] = [
     i32_sums("int8_8x12_neon", NEON),
     i32_sums("int8_6x16_avx2", AVX2),
     i32_sums("int8_8x48_avx512", AVX512),
+    tile_sums("bf16_32x32_amx", Storage::Bf16, Precision::Medium),
+    tile_sums("bf16x2_32x32_amx", Storage::Split2, Precision::High),
+    tile_sums("bf16x3_32x32_amx", Storage::Split3, Precision::Highest),
 ];
 
 /// The kernel of that instruction set for int8 on both sides.
-pub(crate) fn int8_kernel_of(isa: IsaName) -> &'static KernelInfo {
-    let found = KERNELS.iter().find(|kernel| kernel.isa == isa && kernel.left == Storage::Int8);
+pub(crate) fn int8_kernel_of(isa: Isa) -> &'static KernelInfo {
+    let found = KERNELS.iter().find(|kernel| kernel.isa == isa.vectors() && kernel.left == Storage::Int8);
     found.expect("the table has one for each instruction set")
 }
 
-/// The kernel of that instruction set for a left operand in f32 and a right operand that is stored so.
-pub(crate) fn kernel_of(isa: IsaName, storage: Storage) -> &'static KernelInfo {
-    let fits =
-        |kernel: &&KernelInfo| (kernel.isa, kernel.left, kernel.storage) == (isa, Storage::F32, storage);
+/// The depth from which on tiles keep the bound of f32 for [`Precision::Highest`]; below it a step would be padding too.
+const TILES_MIN_DEPTH: usize = amx::STEP;
+
+/// The kernel that `ctx` selects for an A in f32 and a B of `depth` rows that is asked for in that format. It depends on the
+/// instruction set, the precision, the format and k, never on the number of rows.
+pub(crate) fn kernel_for(ctx: &Context, depth: usize, format: WeightFormat) -> &'static KernelInfo {
+    let precision = ctx.matmul_precision();
+    let rounded = match format {
+        WeightFormat::F32 => precision != Precision::Strict,
+        WeightFormat::Bf16 => precision == Precision::Medium,
+        WeightFormat::Int8 | WeightFormat::Int4 { .. } => false,
+    };
+    if ctx.isa().tiles().is_some() && rounded && depth >= TILES_MIN_DEPTH {
+        let found = KERNELS.iter().find(|k| k.isa == IsaName::Amx && k.precision == precision);
+        return found.expect("the table has one for each precision");
+    }
+    kernel_of(ctx.isa(), format.storage())
+}
+
+/// The kernel on vectors of that instruction set for a left operand in f32 and a right operand that is stored so.
+pub(crate) fn kernel_of(isa: Isa, storage: Storage) -> &'static KernelInfo {
+    let fits = |kernel: &&KernelInfo| {
+        (kernel.isa, kernel.left, kernel.storage) == (isa.vectors(), Storage::F32, storage)
+    };
     let found = KERNELS.iter().find(fits);
     found.expect("the table has every pair")
 }
@@ -233,6 +268,7 @@ pub(crate) fn with_kernel<V: KernelVisitor>(isa: Isa, storage: Storage, visitor:
         Storage::Bf16 => isa.dispatch(Select::<V, Bf16>(visitor, PhantomData)),
         Storage::Int8 => isa.dispatch(Select::<V, Int8>(visitor, PhantomData)),
         Storage::Int4 => isa.dispatch(Select::<V, Int4>(visitor, PhantomData)),
+        Storage::Split2 | Storage::Split3 => unreachable!("{storage:?} is for tiles"),
     }
 }
 
@@ -269,13 +305,13 @@ mod tests {
     fn the_kernel_that_runs_is_the_one_in_the_table() {
         for isa in Isa::available() {
             let in_f32 = KERNELS.iter().filter(|info| info.left == Storage::F32);
-            let of_isa: Vec<_> = in_f32.filter(|info| info.isa == isa.name()).collect();
+            let of_isa: Vec<_> = in_f32.filter(|info| info.isa == isa.vectors()).collect();
             assert_eq!(of_isa.len(), 4);
             for info in of_isa {
-                assert_eq!(kernel_of(isa.name(), info.storage), info);
+                assert_eq!(kernel_of(isa, info.storage), info);
                 let shape = (info.name, info.mr, info.nr, info.lanes);
                 assert_eq!(with_kernel(isa, info.storage, Shape), shape);
-                assert!(info.name.ends_with(&format!("_{}x{}_{isa}", info.mr, info.nr)));
+                assert!(info.name.ends_with(&format!("_{}x{}_{}", info.mr, info.nr, isa.vectors())));
             }
         }
     }
@@ -291,12 +327,12 @@ mod tests {
     #[test]
     fn int8_on_both_sides_has_the_tiles_of_int8_weights() {
         for isa in Isa::available() {
-            let (info, weights) = (int8_kernel_of(isa.name()), kernel_of(isa.name(), Storage::Int8));
+            let (info, weights) = (int8_kernel_of(isa), kernel_of(isa, Storage::Int8));
             assert_eq!((info.mr, info.nr, info.lanes), (weights.mr, weights.nr, weights.lanes));
             let mut shape = [0; 3];
             with_pairs(isa, PairShape(&mut shape));
             assert_eq!(shape, [info.mr, info.nr, info.lanes]);
-            assert_eq!(info.name, format!("int8_{}x{}_{isa}", info.mr, info.nr));
+            assert_eq!(info.name, format!("int8_{}x{}_{}", info.mr, info.nr, isa.vectors()));
         }
     }
 }

@@ -117,7 +117,7 @@ pub(crate) trait PairVisitor {
 /// Runs `visitor` with the kernel of `isa`; its tiles are those of the f32 kernel for int8 weights.
 pub(crate) fn with_pairs<V: PairVisitor>(isa: Isa, visitor: V) {
     const PROOF: &str = "an Isa is the proof that the CPU has it";
-    match isa.name() {
+    match isa.vectors() {
         #[cfg(target_arch = "x86_64")]
         IsaName::Avx2 => Shell::<_, _, 6, 2>::enter(pulp::x86::V3::try_new().expect(PROOF), visitor),
         #[cfg(target_arch = "x86_64")]

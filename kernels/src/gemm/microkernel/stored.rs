@@ -45,6 +45,10 @@ pub enum Storage {
     Int8,
     /// Eight integers of 4 bits.
     Int4,
+    /// Two bf16, and as many words again for what they leave: an f32 to 2⁻¹⁷.
+    Split2,
+    /// Three times two bf16: all of an f32.
+    Split3,
 }
 
 impl Storage {
@@ -52,16 +56,25 @@ impl Storage {
     pub(crate) const fn per_word(self) -> usize {
         match self {
             Storage::F32 => 1,
-            Storage::Bf16 => 2,
+            Storage::Bf16 | Storage::Split2 | Storage::Split3 => 2,
             Storage::Int8 => 4,
             Storage::Int4 => 8,
+        }
+    }
+
+    /// How many words hold an element together.
+    pub(crate) const fn parts(self) -> usize {
+        match self {
+            Storage::Split2 => 2,
+            Storage::Split3 => 3,
+            _ => 1,
         }
     }
 
     /// The largest integer that is stored; 0 where none is. The smallest is its negative.
     pub(crate) const fn largest(self) -> u32 {
         match self {
-            Storage::F32 | Storage::Bf16 => 0,
+            Storage::F32 | Storage::Bf16 | Storage::Split2 | Storage::Split3 => 0,
             Storage::Int8 => 127,
             Storage::Int4 => 7,
         }

@@ -2,6 +2,7 @@
 
 mod int8;
 mod stored;
+mod tiles;
 
 use std::num::NonZeroUsize;
 

@@ -1,0 +1,278 @@
+//! Products on the tile unit (AMX): blocks of 32 × 32 sums in four tile registers, operands in bf16 or 8 bits.
+//!
+//! # Naive form
+//! ```text
+//! for (a, b) in the products of parts { for i in 0..32 { for j in 0..32 { for p in 0..depth {
+//!     sums[i][j] += lhs.part[a][i][p] * rhs.part[b][p][j]
+//! } } } }
+//! ```
+//! An operand in f32 is a sum of one, two or three bf16 parts (`gemm::split`); one, three or six products of parts are kept.
+//!
+//! # Deviations
+//! - Two tiles of each side feed four products: each tile that is loaded is used twice, so loads keep up with the unit.
+//! - The next product of parts changes one side only, so three products need 8 loads for 12 multiplications, six need 14 for 24.
+//!   Within a step they come in the order from small to large where that order allows it.
+//! - The whole loop over k is one `asm!` block: the compiler knows no tile registers and cannot keep sums in them.
+//! - The sums are stored to a block of memory of their own, rows 128 bytes apart, and go through the epilogue from there: rows of C
+//!   that lie a power of two apart would all meet in one set of the cache.
+//! - Up to 16 rows use two tiles of sums, not four.
+//!
+//! # Accuracy
+//! One tile instruction adds 16 pairs: the even and the odd products of a row are two chains of fused multiply-adds, from
+//! zero, whose sum is added to the tile. Products of bf16 are exact in f32. Subnormal numbers count as zero, on the way in and on the
+//! way out.
+//!
+//! # Source
+//! Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, `TDPBF16PS`, `TDPBSUD`; Intel 64 and IA-32 Architectures
+//! Optimization Reference Manual, chapter 20.
+
+use std::arch::asm;
+use std::marker::PhantomData;
+
+use super::Storage;
+use crate::isa::Tiles;
+
+/// Rows of A, and columns of B, of one tile.
+pub(crate) const SIDE: usize = 16;
+/// Rows and columns of a block of sums.
+pub(crate) const BLOCK: usize = 2 * SIDE;
+/// 32-bit words of one tile: 16 rows of 64 bytes.
+pub(crate) const TILE_WORDS: usize = SIDE * SIDE;
+/// Elements along k of one tile of bf16; of bytes there are twice as many.
+pub(crate) const STEP: usize = 32;
+
+/// What `ldtilecfg` reads: all eight tiles have 16 rows of 64 bytes.
+#[repr(C, align(64))]
+struct Config {
+    palette: u8,
+    start_row: u8,
+    reserved: [u8; 14],
+    bytes_a_row: [u16; 16],
+    rows: [u8; 16],
+}
+
+static WHOLE_TILES: Config = Config {
+    palette: 1,
+    start_row: 0,
+    reserved: [0; 14],
+    bytes_a_row: [64, 64, 64, 64, 64, 64, 64, 64, 0, 0, 0, 0, 0, 0, 0, 0],
+    rows: [16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0],
+};
+
+/// The tile unit of this thread, configured. It gives the registers back when it is dropped, so it cannot be sent to
+/// another thread.
+pub(crate) struct TileUnit(PhantomData<*const ()>);
+
+impl TileUnit {
+    /// Configures the tiles of this thread.
+    pub(crate) fn configure(_: Tiles) -> TileUnit {
+        // SAFETY: the token proves that the instruction runs; it reads the 64 bytes of the configuration.
+        unsafe {
+            asm!("ldtilecfg [{}]", in(reg) &raw const WHOLE_TILES, options(nostack, readonly, preserves_flags));
+        }
+        TileUnit(PhantomData)
+    }
+}
+
+impl Drop for TileUnit {
+    fn drop(&mut self) {
+        // SAFETY: a `TileUnit` exists only where tile instructions run, and nobody's sums live between blocks.
+        unsafe { asm!("tilerelease", options(nostack, nomem, preserves_flags)) };
+    }
+}
+
+/// The operands of one block of sums, in whole tiles.
+///
+/// Left: step `s`, part `q` of the first 16 rows is tile `s · parts + q`; the second 16 rows lie `left_stride` words on. A tile has
+/// a row of A in each row. Right: step `s`, part `q` of the first 16 columns is tile `(s · parts + q) · 2`, the other 16
+/// columns are the next tile. A tile has in row `q` the words of k = `q · per_word …` of 16 columns.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct TileBlock {
+    pub(crate) left: *const u32,
+    pub(crate) left_stride: usize,
+    pub(crate) right: *const u32,
+    pub(crate) steps: usize,
+    /// Whether there is a second tile of rows.
+    pub(crate) two_rows: bool,
+}
+
+// The registers: sums in 0 … 3 (row by row), the left operand in 4 and 5, the right one in 6 and 7.
+macro_rules! left {
+    (0, $part:literal) => {
+        concat!("tileloadd tmm4, [{left} + {row}*1 + 1024*", $part, "]\n")
+    };
+    (1, $part:literal) => {
+        concat!("tileloadd tmm5, [{lower} + {row}*1 + 1024*", $part, "]\n")
+    };
+}
+macro_rules! right {
+    (0, $part:literal) => {
+        concat!("tileloadd tmm6, [{right} + {row}*1 + 2048*", $part, "]\n")
+    };
+    (1, $part:literal) => {
+        concat!("tileloadd tmm7, [{right} + {row}*1 + 2048*", $part, " + 1024]\n")
+    };
+}
+macro_rules! multiply {
+    ($with:literal, 0, 0) => {
+        concat!($with, " tmm0, tmm4, tmm6\n")
+    };
+    ($with:literal, 0, 1) => {
+        concat!($with, " tmm1, tmm4, tmm7\n")
+    };
+    ($with:literal, 1, 0) => {
+        concat!($with, " tmm2, tmm5, tmm6\n")
+    };
+    ($with:literal, 1, 1) => {
+        concat!($with, " tmm3, tmm5, tmm7\n")
+    };
+}
+/// The first product of a step: both sides are loaded, each tile just before its first use.
+macro_rules! load_both {
+    (four, $with:literal, $a:literal, $b:literal) => {
+        concat!(
+            right!(0, $b),
+            left!(0, $a),
+            multiply!($with, 0, 0),
+            right!(1, $b),
+            multiply!($with, 0, 1),
+            left!(1, $a),
+            multiply!($with, 1, 0),
+            multiply!($with, 1, 1),
+        )
+    };
+    (two, $with:literal, $a:literal, $b:literal) => {
+        concat!(right!(0, $b), left!(0, $a), multiply!($with, 0, 0), right!(1, $b), multiply!($with, 0, 1),)
+    };
+}
+/// A product with another part of the left operand.
+macro_rules! load_left {
+    (four, $with:literal, $a:literal) => {
+        concat!(
+            left!(0, $a),
+            multiply!($with, 0, 0),
+            multiply!($with, 0, 1),
+            left!(1, $a),
+            multiply!($with, 1, 0),
+            multiply!($with, 1, 1),
+        )
+    };
+    (two, $with:literal, $a:literal) => {
+        concat!(left!(0, $a), multiply!($with, 0, 0), multiply!($with, 0, 1))
+    };
+}
+/// A product with another part of the right operand.
+macro_rules! load_right {
+    (four, $with:literal, $b:literal) => {
+        concat!(
+            right!(0, $b),
+            multiply!($with, 0, 0),
+            multiply!($with, 1, 0),
+            right!(1, $b),
+            multiply!($with, 0, 1),
+            multiply!($with, 1, 1),
+        )
+    };
+    (two, $with:literal, $b:literal) => {
+        concat!(right!(0, $b), multiply!($with, 0, 0), right!(1, $b), multiply!($with, 0, 1))
+    };
+}
+/// Part 0 is the largest. One product.
+macro_rules! one_product {
+    ($tiles:tt, $with:literal) => {
+        load_both!($tiles, $with, 0, 0)
+    };
+}
+/// low·high, high·high, high·low.
+macro_rules! three_products {
+    ($tiles:tt, $with:literal) => {
+        concat!(load_both!($tiles, $with, 1, 0), load_left!($tiles, $with, 0), load_right!($tiles, $with, 1))
+    };
+}
+/// low·high, middle·high, middle·middle, high·middle, high·high, high·low.
+macro_rules! six_products {
+    ($tiles:tt, $with:literal) => {
+        concat!(
+            load_both!($tiles, $with, 2, 0),
+            load_left!($tiles, $with, 1),
+            load_right!($tiles, $with, 1),
+            load_left!($tiles, $with, 0),
+            load_right!($tiles, $with, 0),
+            load_right!($tiles, $with, 2),
+        )
+    };
+}
+
+/// The loop over k with `$step` in it.
+macro_rules! sums {
+    ($name:ident, $step:expr, $parts:literal) => {
+        /// # Safety
+        /// As [`TileUnit::sums`].
+        #[inline(never)]
+        unsafe fn $name(block: &TileBlock, sums: *mut u32) {
+            if block.steps == 0 {
+                // SAFETY: the contract.
+                unsafe { sums.write_bytes(0, BLOCK * BLOCK) };
+                return;
+            }
+            // SAFETY: the contract: the tiles are configured, the operands are readable in whole tiles, `sums` is a writable block.
+            unsafe {
+                asm!(
+                    "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
+                    "2:",
+                    $step,
+                    concat!("add {left}, 1024*", $parts),
+                    concat!("add {lower}, 1024*", $parts),
+                    concat!("add {right}, 2048*", $parts),
+                    "dec {steps}",
+                    "jnz 2b",
+                    "tilestored [{sums} + {sums_row}*1], tmm0",
+                    "tilestored [{sums} + {sums_row}*1 + 64], tmm1",
+                    "tilestored [{sums} + {sums_row}*1 + 2048], tmm2",
+                    "tilestored [{sums} + {sums_row}*1 + 2048 + 64], tmm3",
+                    left = inout(reg) block.left => _,
+                    lower = inout(reg) block.left.wrapping_add(block.left_stride) => _,
+                    right = inout(reg) block.right => _,
+                    steps = inout(reg) block.steps => _,
+                    row = in(reg) 64usize,
+                    sums = in(reg) sums,
+                    sums_row = in(reg) 128usize,
+                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                    out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                    options(nostack),
+                );
+            }
+        }
+    };
+}
+
+sums!(bf16_four, one_product!(four, "tdpbf16ps"), 1);
+sums!(bf16_two, one_product!(two, "tdpbf16ps"), 1);
+sums!(split2_four, three_products!(four, "tdpbf16ps"), 2);
+sums!(split2_two, three_products!(two, "tdpbf16ps"), 2);
+sums!(split3_four, six_products!(four, "tdpbf16ps"), 3);
+sums!(split3_two, six_products!(two, "tdpbf16ps"), 3);
+
+impl TileUnit {
+    /// Writes the sums of one block, 32 rows of 32 columns; the lower 16 rows are zero where `block` has one tile of rows.
+    ///
+    /// # Safety
+    /// `block` reaches readable tiles, the second tile of rows only if `two_rows`.
+    pub(crate) unsafe fn sums(&self, storage: Storage, block: &TileBlock, sums: &mut [f32; BLOCK * BLOCK]) {
+        let sums = sums.as_mut_ptr().cast::<u32>();
+        // SAFETY: the unit is configured, because `self` exists; the rest is the contract.
+        unsafe {
+            match (storage, block.two_rows) {
+                (Storage::Bf16, true) => bf16_four(block, sums),
+                (Storage::Bf16, false) => bf16_two(block, sums),
+                (Storage::Split2, true) => split2_four(block, sums),
+                (Storage::Split2, false) => split2_two(block, sums),
+                (Storage::Split3, true) => split3_four(block, sums),
+                (Storage::Split3, false) => split3_two(block, sums),
+                (Storage::F32 | Storage::Int8 | Storage::Int4, _) => {
+                    unreachable!("tiles hold no {storage:?}")
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,278 @@
+//! f32 as a sum of bf16 parts, in whole tiles: what the tile unit multiplies.
+//!
+//! # Naive form
+//! ```text
+//! high = bf16(x);  middle = bf16(x - high);  low = bf16(x - high - middle)          ties to even
+//! ```
+//! # Accuracy
+//! A bf16 has 8 significant bits, so the rest after one part is at most `2⁻⁸·|x|`, and after two at most `2⁻¹⁷·|x|` (the first rest is
+//! below half of a last place of `high`; only a power of two reaches it, and that is a bf16). Three parts are all of x: what is left after
+//! two has at most 7 significant bits. For a product x·y with |x·y| = 1 this gives
+//!
+//! | precision | products kept | left out, at most |
+//! |---|---|---|
+//! | `Medium` | high·high | `2·2⁻⁸ + 2⁻¹⁶` |
+//! | `High` | and high·low, low·high | `2⁻¹⁶` (low·low) `+ 2·2⁻¹⁷` (what two parts miss, on each side) `= 2⁻¹⁵` (and `2⁻²⁴` of higher order) |
+//! | `Highest` | and middle·middle, high·low, low·high of three parts | `2·2⁻⁸·2⁻¹⁷ + 2⁻³⁴ < 1.001·2⁻²⁴` |
+//!
+//! What the sums add for `Highest`: u = 2⁻²⁴. A step of 32 along k adds six partial sums to each element, and inside of the largest there
+//! are 15 roundings of its two chains (the first product of a chain is exact) and one where they meet; those of the smaller products count 2⁻⁸ as much. With
+//! s steps this is `(16 + 6·s)·u·(1 + 2⁻⁵)`, the products that were left out add `1.001·u`, and for k ≥ 32 both together stay below `k·u ≤ γ_k`:
+//! the bound of f32 multiply-adds. Below 32 it would not, so `Highest` takes tiles from there on only.
+//!
+//! # Where parts do not do
+//! Infinity and NaN have no rest, a number that rounds up to infinity has none either, and parts of a number below 2⁻¹¹⁰ are
+//! subnormal, which tiles take for zero. Rows of A and columns of B with such an element are found while they are converted, and what they make is
+//! computed by fused multiply-adds, element by element (`gemm::tiles`).
+//!
+//! # Source
+//! Henry, Tang and Heinecke, *Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations*, 2019.
+
+use super::microkernel::Storage;
+use super::microkernel::amx::{SIDE, STEP, TILE_WORDS};
+use super::pack::{Source, pack_panel};
+use super::quantise::bf16_bits;
+use crate::view::MatRef;
+
+/// The smallest magnitude that rounds to infinity as bf16, as bits.
+const ROUNDS_TO_INFINITY: u32 = 0x7f7f_8000;
+/// 2⁻¹¹⁰ as bits: the third part of a smaller number may be subnormal.
+const TINY: u32 = (127 - 110) << 23;
+
+/// Words of one column, `depth` deep, in `parts` parts.
+pub(super) fn column_words(depth: usize, parts: usize) -> usize {
+    depth.div_ceil(STEP) * (STEP / 2) * parts
+}
+
+/// The magnitudes of a row of A or a column of B, as bits.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Magnitudes {
+    largest: u32,
+    /// Less 1, modulo 2³²: zero is no small number.
+    smallest_less_one: u32,
+}
+
+impl Magnitudes {
+    /// Those of no elements.
+    pub(super) const NONE: Magnitudes = Magnitudes { largest: 0, smallest_less_one: u32::MAX };
+
+    #[inline(always)]
+    fn add(&mut self, x: f32) {
+        let magnitude = x.to_bits() & 0x7fff_ffff;
+        self.largest = self.largest.max(magnitude);
+        self.smallest_less_one = self.smallest_less_one.min(magnitude.wrapping_sub(1));
+    }
+
+    /// Whether parts of that storage stand for all of the elements, as its precision asks.
+    pub(super) fn fit(self, storage: Storage) -> bool {
+        match storage {
+            Storage::Split3 => self.largest < ROUNDS_TO_INFINITY && self.smallest_less_one >= TINY - 1,
+            Storage::Split2 => self.largest < ROUNDS_TO_INFINITY,
+            _ => true,
+        }
+    }
+}
+
+/// The parts of `x`, each the bits of an f32 whose lower half is zero.
+#[inline(always)]
+fn parts_of<const P: usize>(x: f32) -> [u32; P] {
+    let mut rest = x;
+    [(); P].map(
+        #[inline(always)]
+        |()| {
+            let bits = bf16_bits(rest) << 16;
+            rest -= f32::from_bits(bits);
+            bits
+        },
+    )
+}
+
+/// Two numbers that follow each other along k.
+#[inline(always)]
+fn pair(first: u32, second: u32) -> u32 {
+    first >> 16 | second
+}
+
+/// Packs rows of A: 16 rows after 16 rows, step after step of k, part after part, a tile of [`TILE_WORDS`] with a row of A in each row.
+/// `magnitudes` has one element a row.
+///
+/// # Panics
+/// When `tiles` or `magnitudes` is too short.
+#[inline(always)]
+pub(super) fn pack_left<const P: usize>(a: MatRef<'_>, tiles: &mut [u32], magnitudes: &mut [Magnitudes]) {
+    let (rows, depth) = (a.rows(), a.cols());
+    let mut tiles = tiles.chunks_exact_mut(P * TILE_WORDS);
+    let mut staging = [0.0f32; SIDE * STEP];
+    for first in (0..rows).step_by(SIDE) {
+        let height = SIDE.min(rows - first);
+        let magnitudes = &mut magnitudes[first..first + height];
+        magnitudes.fill(Magnitudes::NONE);
+        staging[height * STEP..].fill(0.0);
+        for p in (0..depth).step_by(STEP) {
+            let part = a.sub(first..first + height, p..(p + STEP).min(depth));
+            let source = Source {
+                ptr: part.as_ptr(),
+                depth_stride: part.row_stride(),
+                lane_stride: part.col_stride(),
+            };
+            // SAFETY: the source is the view `part`, its rows as the depth.
+            unsafe { pack_panel(source, height, part.cols(), &mut staging[..height * STEP], STEP) };
+            let tiles = tiles.next().expect("a tile for each 16 rows and each step");
+            for (i, row) in staging.as_chunks::<STEP>().0.iter().enumerate() {
+                let mut parts = [[0u32; STEP]; P];
+                for (p, x) in row.iter().enumerate() {
+                    for (part, bits) in parts.iter_mut().zip(parts_of::<P>(*x)) {
+                        part[p] = bits;
+                    }
+                }
+                for (q, part) in parts.iter().enumerate() {
+                    let words = &mut tiles[q * TILE_WORDS + i * SIDE..][..SIDE];
+                    for (word, two) in words.iter_mut().zip(part.as_chunks::<2>().0) {
+                        *word = pair(two[0], two[1]);
+                    }
+                }
+            }
+            for (row, magnitudes) in staging.as_chunks::<STEP>().0.iter().zip(magnitudes.iter_mut()) {
+                row[..part.cols()].iter().for_each(
+                    #[inline(always)]
+                    |x| magnitudes.add(*x),
+                );
+            }
+        }
+    }
+}
+
+/// Packs a panel of B, at most two tiles wide: step after step of k, part after part, two tiles of [`TILE_WORDS`] beside each other,
+/// each with pairs of k in its rows. `magnitudes` has one element a column.
+///
+/// # Panics
+/// When `tiles` or `magnitudes` is too short, or the panel too wide.
+#[inline(always)]
+pub(super) fn pack_right<const P: usize>(b: MatRef<'_>, tiles: &mut [u32], magnitudes: &mut [Magnitudes]) {
+    let (depth, cols) = (b.rows(), b.cols());
+    assert!(cols <= 2 * SIDE);
+    let mut steps = tiles.chunks_exact_mut(P * 2 * TILE_WORDS);
+    magnitudes[..cols].fill(Magnitudes::NONE);
+    for p in (0..depth).step_by(STEP) {
+        let tiles = steps.next().expect("two tiles for each step");
+        let rows = p..(p + STEP).min(depth);
+        for side in 0..2 {
+            let lanes = (side * SIDE).min(cols)..((side + 1) * SIDE).min(cols);
+            let mut staging = [0.0f32; STEP * SIDE];
+            if !lanes.is_empty() {
+                let part = b.sub(rows.clone(), lanes.clone());
+                let source = Source {
+                    ptr: part.as_ptr(),
+                    depth_stride: part.row_stride(),
+                    lane_stride: part.col_stride(),
+                };
+                let staged = &mut staging[..rows.len() * SIDE];
+                // SAFETY: the source is the view `part`.
+                unsafe { pack_panel(source, rows.len(), lanes.len(), staged, SIDE) };
+            }
+            for (q, two) in staging.as_chunks::<{ 2 * SIDE }>().0.iter().enumerate() {
+                for j in 0..SIDE {
+                    let (first, second) = (parts_of::<P>(two[j]), parts_of::<P>(two[SIDE + j]));
+                    for part in 0..P {
+                        tiles[(2 * part + side) * TILE_WORDS + q * SIDE + j] =
+                            pair(first[part], second[part]);
+                    }
+                }
+            }
+            let magnitudes = &mut magnitudes[lanes];
+            for row in staging.as_chunks::<SIDE>().0.iter().take(rows.len()) {
+                for (magnitudes, x) in magnitudes.iter_mut().zip(row) {
+                    magnitudes.add(*x);
+                }
+            }
+        }
+    }
+}
+
+/// Element (p, j) of a panel that [`pack_right`] made with `parts` parts: the sum of its parts, without a rounding.
+#[inline(always)]
+pub(super) fn right_element(tiles: &[u32], parts: usize, p: usize, j: usize) -> f32 {
+    let tile = p / STEP * parts * 2 + j / SIDE;
+    let at = p % STEP / 2 * SIDE + j % SIDE;
+    (0..parts)
+        .map(
+            #[inline(always)]
+            |part| {
+                let word = tiles[(tile + 2 * part) * TILE_WORDS + at];
+                f32::from_bits(if p.is_multiple_of(2) { word << 16 } else { word & 0xffff_0000 })
+            },
+        )
+        .sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::uniform;
+
+    fn within(x: f32, parts: &[u32], bound: f64) {
+        let sum: f64 = parts.iter().map(|bits| f64::from(f32::from_bits(*bits))).sum();
+        assert!((f64::from(x) - sum).abs() <= bound * f64::from(x).abs(), "{x:e}: {parts:x?}");
+    }
+
+    #[test]
+    fn parts_stand_for_a_number_within_their_bounds() {
+        let edges =
+            [1.0, 1.0 - f32::EPSILON / 2.0, 1.0 + f32::EPSILON, 1.003_906_2, 3.389e38, 7.8e-34, 0.0, -0.0];
+        for x in uniform(20_000, 3).into_iter().chain(edges) {
+            within(x, &parts_of::<1>(x), f64::powi(2.0, -8));
+            within(x, &parts_of::<2>(x), f64::powi(2.0, -17));
+            within(x, &parts_of::<3>(x), 0.0);
+            assert!(parts_of::<3>(x).iter().all(|bits| bits & 0xffff == 0));
+        }
+        assert_eq!(parts_of::<1>(f32::INFINITY), [f32::INFINITY.to_bits()]);
+        assert!(f32::from_bits(parts_of::<1>(f32::NAN)[0]).is_nan());
+    }
+
+    #[test]
+    fn magnitudes_tell_where_parts_do_not_do() {
+        let fit = |x: f32, storage| {
+            let mut magnitudes = Magnitudes::NONE;
+            [1.0, 0.0, x].into_iter().for_each(|x| magnitudes.add(x));
+            magnitudes.fit(storage)
+        };
+        for (x, in_two, in_three) in [
+            (-2.5, true, true),
+            (0.0, true, true),
+            (f32::INFINITY, false, false),
+            (f32::NAN, false, false),
+            (-f32::MAX, false, false),
+            (f32::from_bits(ROUNDS_TO_INFINITY - 1), true, true),
+            (f32::from_bits(TINY), true, true),
+            (-f32::from_bits(TINY - 1), true, false),
+            (f32::from_bits(1), true, false),
+        ] {
+            assert_eq!((fit(x, Storage::Split2), fit(x, Storage::Split3)), (in_two, in_three), "{x:e}");
+            assert!(fit(x, Storage::Bf16));
+        }
+    }
+
+    #[test]
+    fn a_panel_holds_its_elements() {
+        for (depth, cols) in [(1, 1), (32, 16), (33, 17), (70, 32)] {
+            let b = uniform(depth * cols, 5);
+            for transposed in [false, true] {
+                let view = if transposed {
+                    MatRef::new(&b, cols, depth).unwrap().t()
+                } else {
+                    MatRef::new(&b, depth, cols).unwrap()
+                };
+                let mut tiles = vec![u32::MAX; 2 * SIDE * column_words(depth, 3)];
+                let mut magnitudes = [Magnitudes::NONE; 2 * SIDE];
+                pack_right::<3>(view, &mut tiles, &mut magnitudes);
+                for p in 0..depth {
+                    for j in 0..cols {
+                        assert_eq!(right_element(&tiles, 3, p, j), view.at(p, j));
+                    }
+                }
+                // What fills the last step and the last tile is zero.
+                assert_eq!(tiles.iter().filter(|word| **word == u32::MAX).count(), 0);
+            }
+        }
+    }
+}
