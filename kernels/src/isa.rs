@@ -229,7 +229,7 @@ impl Isa {
     }
 
     /// Runs `op` inside the shell compiled for this set.
-    #[inline]
+    // Not inlined: each operation's shells would be compiled once in every unit that calls them.
     pub fn dispatch<Op: WithSimd>(self, op: Op) -> Op::Output {
         match self.0 {
             Token::Scalar(t) => t.vectorize(op),

@@ -108,6 +108,13 @@ impl Words {
         self.len = len;
     }
 
+    /// Some of the words as f32.
+    pub(crate) fn as_f32(&self, part: std::ops::Range<usize>) -> &[f32] {
+        let words = &self[part];
+        // SAFETY: u32 and f32 have the same size and alignment, and every bit pattern is one of both.
+        unsafe { std::slice::from_raw_parts(words.as_ptr().cast::<f32>(), words.len()) }
+    }
+
     /// The words as f32.
     pub(crate) fn as_f32_mut(&mut self) -> &mut [f32] {
         // SAFETY: `resize` made sure that `lines` holds at least `len` initialised f32; `&mut self` makes

@@ -13,10 +13,12 @@
 //!   itself.
 //! - A tile's sums stay in registers over all of K: they are integers, so blocks of K need no order and C is not read
 //!   back. Only the weights are laid out in blocks.
+//! - Where the CPU has a tile unit, it multiplies bytes (`byte_tiles`); the sums are exact, so no bit depends on it.
 //! - Rounding to an integer is the addition of 1.5·2²³, whose sum has the integer in its low bits.
 
 use std::ops::Range;
 
+use super::byte_tiles::TilePart;
 use super::driver::{MEMORY_BOUND_ROWS, MIN_TASK_WORK, slab};
 use super::epilogue::{Accum, Epilogue};
 use super::microkernel::{
@@ -106,7 +108,11 @@ pub fn gemm_int8(
         } else {
             cols = slab(b.cols(), kernel.nr, parts, task);
         }
-        with_pairs(ctx.isa(), Part { product: &product, rows, cols });
+        let part = Part { product: &product, rows, cols };
+        match ctx.isa().tiles() {
+            Some(tiles) => ctx.isa().dispatch(TilePart { part, tiles }),
+            None => with_pairs(ctx.isa(), part),
+        }
     });
     Ok(())
 }
@@ -140,9 +146,9 @@ fn check(ctx: &Context, a: &Int8Rows<'_>, b: &PackedWeights) -> Result<(), Shape
 }
 
 /// One product with checked shapes; every task sees the whole of it.
-struct Product<'a> {
-    a: Int8Rows<'a>,
-    b: &'a PackedWeights,
+pub(super) struct Product<'a> {
+    pub(super) a: Int8Rows<'a>,
+    pub(super) b: &'a PackedWeights,
     out: Out<f32>,
     accum: Accum,
     epilogue: Epilogue<'a>,
@@ -153,10 +159,10 @@ struct Product<'a> {
 unsafe impl Sync for Product<'_> {}
 
 /// One task: this part of C.
-struct Part<'a> {
-    product: &'a Product<'a>,
-    rows: Range<usize>,
-    cols: Range<usize>,
+pub(super) struct Part<'a> {
+    pub(super) product: &'a Product<'a>,
+    pub(super) rows: Range<usize>,
+    pub(super) cols: Range<usize>,
 }
 
 impl PairVisitor for Part<'_> {
@@ -166,9 +172,9 @@ impl PairVisitor for Part<'_> {
         let b = product.b;
         let nr = Pairs::<S, MR, VECS>::NR;
         debug_assert_eq!((Pairs::<S, MR, VECS>::MR, nr), (product.kernel.mr, product.kernel.nr));
-        let depths: Vec<Range<usize>> =
-            (0..b.rows()).step_by(b.depth()).map(|p| p..(p + b.depth()).min(b.rows())).collect();
-        let row_words: usize = depths.iter().map(|depth| 2 * depth.len().div_ceil(4)).sum();
+        let depths = b.depths();
+        let row_words: usize =
+            depths.iter().map(|depth| Order::Pairs.words() * depth.len().div_ceil(4)).sum();
         let mut pairs = Words::default();
         pairs.resize(ROWS.min(rows.len()) * row_words);
         let mut scales = [RowScale::default(); ROWS];
@@ -178,7 +184,7 @@ impl PairVisitor for Part<'_> {
             let block = first..(first + ROWS).min(rows.end);
             for (i, scale) in block.clone().zip(&mut scales) {
                 let to = &mut pairs[(i - first) * row_words..][..row_words];
-                *scale = quantise_row(product.a, i, b.depth(), &mut staging, to);
+                *scale = quantise_row::<false>(product.a, i, b.depth(), &mut staging, to);
             }
             for j in cols.clone().step_by(nr) {
                 let panel = j..(j + nr).min(cols.end);
@@ -207,25 +213,31 @@ impl Product<'_> {
         &'a self,
         rows: Range<usize>,
         cols: Range<usize>,
-        (scales, lhs, blocks): (&'a [RowScale], &'a [u32], &'a [WordBlock]),
+        (scales_of_rows, lhs, blocks): (&'a [RowScale], &'a [u32], &'a [WordBlock]),
         nr: usize,
     ) -> PairStrip<'a> {
+        let (out, finish) = (self.out(rows.start, cols.start), self.finish(rows, cols.clone()));
+        let scales = blocks.first().map_or(ONES.as_ptr(), |block| block.ptr.wrapping_sub(nr).cast());
+        PairStrip { rows: scales_of_rows, cols: cols.len(), lhs, blocks, scales, out, finish }
+    }
+
+    /// C from element (`row`, `col`) on.
+    #[inline(always)]
+    pub(super) fn out(&self, row: usize, col: usize) -> Out<f32> {
+        let offset = row * self.out.row_stride + col * self.out.col_stride;
+        Out { ptr: self.out.ptr.wrapping_add(offset), ..self.out }
+    }
+
+    /// What is done to the sums of these rows and columns.
+    #[inline(always)]
+    pub(super) fn finish(&self, rows: Range<usize>, cols: Range<usize>) -> Finish<'_> {
         let Epilogue { scale, bias, activation, residual } = self.epilogue;
-        let offset = rows.start * self.out.row_stride + cols.start * self.out.col_stride;
-        PairStrip {
-            rows: scales,
-            cols: cols.len(),
-            lhs,
-            blocks,
-            scales: blocks.first().map_or(ONES.as_ptr(), |block| block.ptr.wrapping_sub(nr).cast()),
-            out: Out { ptr: self.out.ptr.wrapping_add(offset), ..self.out },
-            finish: Finish {
-                scale,
-                add: self.accum == Accum::Add,
-                bias: bias.map(|bias| &bias[cols.clone()]),
-                activation,
-                residual: residual.map(|residual| residual.sub(rows, cols)),
-            },
+        Finish {
+            scale,
+            add: self.accum == Accum::Add,
+            bias: bias.map(|bias| &bias[cols.clone()]),
+            activation,
+            residual: residual.map(|residual| residual.sub(rows, cols)),
         }
     }
 }
@@ -233,9 +245,35 @@ impl Product<'_> {
 /// The scales of a panel without rows, for the widest panel.
 static ONES: [f32; 64] = [1.0; 64];
 
-/// Row `i` as pairs of 16 bits: of each four elements the even ones, then the odd ones, block of K by block.
+/// How the integers of a row are laid out for a kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Order {
+    /// Of each four elements the even ones, then the odd ones: pairs of 16 bits.
+    Pairs,
+    /// Four elements in a word, as they are.
+    Bytes,
+}
+
+impl Order {
+    /// Words of each four elements.
+    pub(super) const fn words(self) -> usize {
+        match self {
+            Order::Pairs => 2,
+            Order::Bytes => 1,
+        }
+    }
+}
+
+/// Row `i` in an order, block of K by block.
 #[inline(always)]
-fn quantise_row(a: Int8Rows<'_>, i: usize, depth: usize, staging: &mut [f32], pairs: &mut [u32]) -> RowScale {
+pub(super) fn quantise_row<const BYTES: bool>(
+    a: Int8Rows<'_>,
+    i: usize,
+    depth: usize,
+    staging: &mut [f32],
+    words: &mut [u32],
+) -> RowScale {
+    let order = if BYTES { Order::Bytes } else { Order::Pairs };
     let (row, scale, inverse): (&[f32], f32, f32) = match a {
         Int8Rows::Given { values, scales } => {
             staging.iter_mut().zip(0..).for_each(|(x, p)| *x = f32::from(values.at(i, p)));
@@ -255,18 +293,18 @@ fn quantise_row(a: Int8Rows<'_>, i: usize, depth: usize, staging: &mut [f32], pa
             (row, scale, 1.0 / scale)
         }
     };
-    let (mut sum, mut to) = (0u32, pairs);
+    let (mut sum, mut to) = (0u32, words);
     for block in row.chunks(depth) {
-        let (here, rest) = to.split_at_mut(2 * block.len().div_ceil(4));
-        sum = sum.wrapping_add(pairs_of(block, inverse, here));
+        let (here, rest) = to.split_at_mut(order.words() * block.len().div_ceil(4));
+        sum = sum.wrapping_add(integers_of::<BYTES>(block, inverse, here));
         to = rest;
     }
     RowScale { scale, excess: sum.wrapping_mul(128) }
 }
 
-/// Writes one block's pairs and returns the sum of its integers, modulo 2³².
+/// Writes one block's integers and returns their sum, modulo 2³².
 #[inline(always)]
-fn pairs_of(row: &[f32], inverse: f32, to: &mut [u32]) -> u32 {
+fn integers_of<const BYTES: bool>(row: &[f32], inverse: f32, to: &mut [u32]) -> u32 {
     /// 1.5·2²³: the last place of its neighbours is 1.
     const ROUND: f32 = 12_582_912.0;
     let (fours, rest) = row.as_chunks::<4>();
@@ -274,13 +312,25 @@ fn pairs_of(row: &[f32], inverse: f32, to: &mut [u32]) -> u32 {
     last[..rest.len()].copy_from_slice(rest);
     let tail = (!rest.is_empty()).then_some(&last);
     let mut sum = 0u32;
-    for (four, to) in fours.iter().chain(tail).zip(to.as_chunks_mut::<2>().0) {
-        let q = four.map(
-            #[inline(always)]
-            |x| (x * inverse + ROUND).to_bits().wrapping_sub(ROUND.to_bits()),
-        );
-        *to = [(q[0] & 0xffff) | q[2] << 16, (q[1] & 0xffff) | q[3] << 16];
-        sum = q.iter().fold(sum, |sum, q| sum.wrapping_add(*q));
+    let quantised = fours.iter().chain(tail).map(
+        #[inline(always)]
+        |four| {
+            let q = four.map(
+                #[inline(always)]
+                |x| (x * inverse + ROUND).to_bits().wrapping_sub(ROUND.to_bits()),
+            );
+            sum = q.iter().fold(sum, |sum, q| sum.wrapping_add(*q));
+            q
+        },
+    );
+    if BYTES {
+        for (q, to) in quantised.zip(to) {
+            *to = (q[0] & 0xff) | (q[1] & 0xff) << 8 | (q[2] & 0xff) << 16 | q[3] << 24;
+        }
+    } else {
+        for (q, to) in quantised.zip(to.as_chunks_mut::<2>().0) {
+            *to = [(q[0] & 0xffff) | q[2] << 16, (q[1] & 0xffff) | q[3] << 16];
+        }
     }
     sum
 }

@@ -20,6 +20,7 @@
 
 mod batched;
 mod blocking;
+mod byte_tiles;
 mod driver;
 mod epilogue;
 mod int8;

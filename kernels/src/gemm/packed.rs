@@ -15,7 +15,7 @@ use std::ops::Range;
 use pulp::{Simd, WithSimd};
 
 use super::blocking::{block_depth, blocking};
-use super::microkernel::amx::BLOCK;
+use super::microkernel::amx::{BLOCK, SIDE};
 use super::microkernel::{KernelInfo, KernelVisitor, Microkernel, Rhs, Storage, kernel_for, with_kernel};
 use super::pack::{Source, pack_panels};
 use super::quantise::{WeightFormat, decode, encode, scale_of};
@@ -104,7 +104,7 @@ impl PackedWeights {
         // After the size: a broadcast may claim more elements than anyone can look at.
         self.format.check_elements(b)?;
         let mut words = std::mem::take(&mut self.words);
-        words.resize(len);
+        words.resize(len + shape.beyond());
         *self = PackedWeights { words, ..shape };
         match (kernel.isa, kernel.storage) {
             (IsaName::Amx, _) => ctx.isa().dispatch(PackTiles(self, b)),
@@ -131,7 +131,7 @@ impl PackedWeights {
 
     /// The bytes that hold the elements: what a product reads of them.
     pub fn bytes(&self) -> usize {
-        size_of_val(&*self.words)
+        size_of_val(&*self.words) - size_of::<u32>() * self.beyond()
     }
 
     /// The kernel that it was packed for.
@@ -173,6 +173,16 @@ impl PackedWeights {
     /// The depth of the blocks of K.
     pub(super) fn depth(&self) -> usize {
         self.depth
+    }
+
+    /// The blocks of K.
+    pub(super) fn depths(&self) -> Vec<Range<usize>> {
+        (0..self.rows).step_by(self.depth).map(|p| p..(p + self.depth).min(self.rows)).collect()
+    }
+
+    /// Columns of a panel.
+    pub(super) fn panel_cols(&self) -> usize {
+        self.kernel.nr
     }
 
     /// The panels with columns `cols` of the block of K with rows `depth`, as the kernel reads them.
@@ -233,6 +243,11 @@ impl PackedWeights {
         let blocks = (self.rows / self.depth).checked_mul(self.column_words(self.depth))?;
         let column = blocks.checked_add(self.column_words(self.rows % self.depth))?;
         cols.checked_mul(column).filter(|&len| len <= isize::MAX as usize / 8)
+    }
+
+    /// Words behind the last one that a tile of bytes may read: the rows that the last step of a block lacks.
+    fn beyond(&self) -> usize {
+        if self.kernel.storage == Storage::Int8 { self.kernel.nr * (SIDE - 1) } else { 0 }
     }
 
     /// Stores the elements of `b`, rounded as the format says.
@@ -311,6 +326,30 @@ impl KernelVisitor for PackF32<'_> {
 }
 
 impl PackedWeights {
+    /// The scales of columns `cols` of a panel of int8.
+    pub(super) fn column_scales(&self, panel: &Range<usize>, cols: &Range<usize>) -> &[f32] {
+        if self.rows == 0 {
+            return &[0.0; BLOCK][..cols.len()];
+        }
+        let at = self.offset(0..self.depth.min(self.rows), panel.start) + cols.start - panel.start;
+        self.words.as_f32(at..at + cols.len())
+    }
+
+    /// The words of `count` columns from column `first` of a panel of int8 on, in the block of K with rows `depth`: rows of `panel_cols`
+    /// words, whole steps of 16 rows and whole tiles of 16 columns, of which those beyond the block hold anything.
+    pub(super) fn panel_words(
+        &self,
+        depth: Range<usize>,
+        panel: &Range<usize>,
+        (first, count): (usize, usize),
+    ) -> &[u32] {
+        let rows = depth.len().div_ceil(4).next_multiple_of(SIDE);
+        // The words follow their row of scales.
+        let at = self.offset(depth, panel.start) + self.kernel.nr + first;
+        let reached = (rows - 1) * self.kernel.nr + count.next_multiple_of(SIDE);
+        &self.words[at..at + reached]
+    }
+
     /// The panel for tiles that starts with column `panel`, in the block of K with rows `depth`.
     #[inline]
     pub(super) fn tile_panel(&self, depth: Range<usize>, panel: usize) -> &[u32] {

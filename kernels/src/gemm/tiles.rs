@@ -232,14 +232,14 @@ fn original(panel: &Panel<'_>, problem: &Problem<'_>, p: usize, j: usize) -> f32
 
 /// The sums of a block: 32 rows of 32, where the tile unit stores them.
 #[repr(align(64))]
-struct Sums([f32; BLOCK * BLOCK]);
+pub(super) struct Sums(pub(super) [f32; BLOCK * BLOCK]);
 
 /// Applies the epilogue and stores the first rows and columns of a block of sums.
 ///
 /// # Safety
 /// `out` has so many rows and columns, and so have bias and residual.
 #[inline(always)]
-unsafe fn store<S: Simd>(
+pub(super) unsafe fn store<S: Simd>(
     simd: S,
     sums: &Sums,
     (rows, cols): (usize, usize),

@@ -26,6 +26,7 @@
 //! Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, `TDPBF16PS`, `TDPBSUD`; Intel 64 and IA-32 Architectures
 //! Optimization Reference Manual, chapter 20.
 
+#[cfg(target_arch = "x86_64")]
 use std::arch::asm;
 use std::marker::PhantomData;
 
@@ -67,6 +68,7 @@ impl TileUnit {
     /// Configures the tiles of this thread.
     pub(crate) fn configure(_: Tiles) -> TileUnit {
         // SAFETY: the token proves that the instruction runs; it reads the 64 bytes of the configuration.
+        #[cfg(target_arch = "x86_64")]
         unsafe {
             asm!("ldtilecfg [{}]", in(reg) &raw const WHOLE_TILES, options(nostack, readonly, preserves_flags));
         }
@@ -77,7 +79,10 @@ impl TileUnit {
 impl Drop for TileUnit {
     fn drop(&mut self) {
         // SAFETY: a `TileUnit` exists only where tile instructions run, and nobody's sums live between blocks.
-        unsafe { asm!("tilerelease", options(nostack, nomem, preserves_flags)) };
+        #[cfg(target_arch = "x86_64")]
+        unsafe {
+            asm!("tilerelease", options(nostack, nomem, preserves_flags))
+        };
     }
 }
 
@@ -94,6 +99,20 @@ pub(crate) struct TileBlock {
     pub(crate) steps: usize,
     /// Whether there is a second tile of rows.
     pub(crate) two_rows: bool,
+}
+
+/// The operands of one block of sums in bytes: signed on the left, in tiles as [`TileBlock`] has them; unsigned on the right, as rows of
+/// words for vectors, four elements along k in each.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ByteBlock {
+    pub(crate) left: *const u32,
+    pub(crate) left_stride: usize,
+    pub(crate) right: *const u32,
+    /// Words from one row of the right operand to the next.
+    pub(crate) right_stride: usize,
+    pub(crate) steps: usize,
+    pub(crate) two_rows: bool,
+    pub(crate) two_cols: bool,
 }
 
 // The registers: sums in 0 … 3 (row by row), the left operand in 4 and 5, the right one in 6 and 7.
@@ -210,12 +229,14 @@ macro_rules! sums {
         /// As [`TileUnit::sums`].
         #[inline(never)]
         unsafe fn $name(block: &TileBlock, sums: *mut u32) {
-            if block.steps == 0 {
-                // SAFETY: the contract.
-                unsafe { sums.write_bytes(0, BLOCK * BLOCK) };
-                return;
+            debug_assert!(block.steps > 0);
+            #[cfg(not(target_arch = "x86_64"))]
+            {
+                _ = (block, sums);
+                unreachable!("a token of tiles exists on x86-64 only");
             }
             // SAFETY: the contract: the tiles are configured, the operands are readable in whole tiles, `sums` is a writable block.
+            #[cfg(target_arch = "x86_64")]
             unsafe {
                 asm!(
                     "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
@@ -246,6 +267,56 @@ macro_rules! sums {
     };
 }
 
+/// As [`sums`], but for bytes: adds to the sums, and reads the right operand where rows of words lie for vectors. `$lower` says whether
+/// there is a second tile of rows, `$wide` a second one of columns.
+macro_rules! byte_sums {
+    ($name:ident, $step:expr) => {
+        /// # Safety
+        /// As [`TileUnit::add_bytes`].
+        #[inline(never)]
+        unsafe fn $name(block: &ByteBlock, sums: *mut u32) {
+            #[cfg(not(target_arch = "x86_64"))]
+            {
+                _ = (block, sums);
+                unreachable!("a token of tiles exists on x86-64 only");
+            }
+            // SAFETY: the contract: the tiles are configured, the operands are readable in whole tiles, `sums` is a block.
+            #[cfg(target_arch = "x86_64")]
+            unsafe {
+                asm!(
+                    "tileloadd tmm0, [{sums} + {sums_row}*1]",
+                    "tileloadd tmm1, [{sums} + {sums_row}*1 + 64]",
+                    "tileloadd tmm2, [{sums} + {sums_row}*1 + 2048]",
+                    "tileloadd tmm3, [{sums} + {sums_row}*1 + 2048 + 64]",
+                    "2:",
+                    $step,
+                    "add {left}, 1024",
+                    "add {lower}, 1024",
+                    "add {right}, {right_step}",
+                    "dec {steps}",
+                    "jnz 2b",
+                    "tilestored [{sums} + {sums_row}*1], tmm0",
+                    "tilestored [{sums} + {sums_row}*1 + 64], tmm1",
+                    "tilestored [{sums} + {sums_row}*1 + 2048], tmm2",
+                    "tilestored [{sums} + {sums_row}*1 + 2048 + 64], tmm3",
+                    left = inout(reg) block.left => _,
+                    lower = inout(reg) block.left.wrapping_add(block.left_stride) => _,
+                    right = inout(reg) block.right => _,
+                    steps = inout(reg) block.steps => _,
+                    row = in(reg) 64usize,
+                    right_row = in(reg) 4 * block.right_stride,
+                    right_step = in(reg) 4 * SIDE * block.right_stride,
+                    sums = in(reg) sums,
+                    sums_row = in(reg) 128usize,
+                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                    out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                    options(nostack),
+                );
+            }
+        }
+    };
+}
+
 sums!(bf16_four, one_product!(four, "tdpbf16ps"), 1);
 sums!(bf16_two, one_product!(two, "tdpbf16ps"), 1);
 sums!(split2_four, three_products!(four, "tdpbf16ps"), 2);
@@ -253,11 +324,55 @@ sums!(split2_two, three_products!(two, "tdpbf16ps"), 2);
 sums!(split3_four, six_products!(four, "tdpbf16ps"), 3);
 sums!(split3_two, six_products!(two, "tdpbf16ps"), 3);
 
+// Registers as above; a row of the right operand is `right_row` bytes from the next, and 16 columns are 64 bytes of it.
+macro_rules! bytes_right {
+    (0) => {
+        "tileloadd tmm6, [{right} + {right_row}*1]\n"
+    };
+    (1) => {
+        "tileloadd tmm7, [{right} + {right_row}*1 + 64]\n"
+    };
+}
+byte_sums!(
+    bytes_two_by_two,
+    concat!(
+        bytes_right!(0),
+        left!(0, 0),
+        multiply!("tdpbsud", 0, 0),
+        bytes_right!(1),
+        multiply!("tdpbsud", 0, 1),
+        left!(1, 0),
+        multiply!("tdpbsud", 1, 0),
+        multiply!("tdpbsud", 1, 1),
+    )
+);
+byte_sums!(
+    bytes_one_by_two,
+    concat!(
+        bytes_right!(0),
+        left!(0, 0),
+        multiply!("tdpbsud", 0, 0),
+        bytes_right!(1),
+        multiply!("tdpbsud", 0, 1)
+    )
+);
+byte_sums!(
+    bytes_two_by_one,
+    concat!(
+        bytes_right!(0),
+        left!(0, 0),
+        multiply!("tdpbsud", 0, 0),
+        left!(1, 0),
+        multiply!("tdpbsud", 1, 0)
+    )
+);
+byte_sums!(bytes_one_by_one, concat!(bytes_right!(0), left!(0, 0), multiply!("tdpbsud", 0, 0)));
+
 impl TileUnit {
     /// Writes the sums of one block, 32 rows of 32 columns; the lower 16 rows are zero where `block` has one tile of rows.
     ///
     /// # Safety
-    /// `block` reaches readable tiles, the second tile of rows only if `two_rows`.
+    /// `block` reaches readable tiles, the second tile of rows only if `two_rows`, and has at least one step.
     pub(crate) unsafe fn sums(&self, storage: Storage, block: &TileBlock, sums: &mut [f32; BLOCK * BLOCK]) {
         let sums = sums.as_mut_ptr().cast::<u32>();
         // SAFETY: the unit is configured, because `self` exists; the rest is the contract.
@@ -272,6 +387,23 @@ impl TileUnit {
                 (Storage::F32 | Storage::Int8 | Storage::Int4, _) => {
                     unreachable!("tiles hold no {storage:?}")
                 }
+            }
+        }
+    }
+
+    /// Adds the products of one block of bytes to its sums, 32 rows of 32 columns, modulo 2³².
+    ///
+    /// # Safety
+    /// `block` reaches readable tiles, the second ones of rows and columns only if it says so, and has at least one step.
+    pub(crate) unsafe fn add_bytes(&self, block: &ByteBlock, sums: &mut [u32; BLOCK * BLOCK]) {
+        let sums = sums.as_mut_ptr();
+        // SAFETY: the unit is configured, because `self` exists; the rest is the contract.
+        unsafe {
+            match (block.two_rows, block.two_cols) {
+                (true, true) => bytes_two_by_two(block, sums),
+                (true, false) => bytes_two_by_one(block, sums),
+                (false, true) => bytes_one_by_two(block, sums),
+                (false, false) => bytes_one_by_one(block, sums),
             }
         }
     }

