@@ -14,7 +14,6 @@ use super::mask::Sight;
 use super::online::{Row, score, seen, shift};
 use super::problem::Shape;
 use super::tile::{Dest, Extent, Left, Onto, Right, dest, left, product, right};
-use crate::lanes;
 use crate::math::exp_flushed;
 use crate::view::{MatMut, MatRef};
 
@@ -22,9 +21,10 @@ use crate::view::{MatMut, MatRef};
 pub(super) struct Head<'a> {
     pub(super) index: usize,
     pub(super) q: MatRef<'a>,
-    pub(super) out: MatRef<'a>,
     pub(super) d_out: MatRef<'a>,
     pub(super) lse: &'a [f32],
+    /// D of the region's rows.
+    pub(super) delta: &'a [f32],
     pub(super) first_row: usize,
     pub(super) dropout: Option<HeadDropout>,
     /// The region's rows, of which the first is `first_row`.
@@ -71,11 +71,10 @@ impl Block<'_> {
     }
 }
 
-/// Scratch of a tile: P and dS [rows, stride], and D of its rows.
+/// Scratch of a tile: P and dS [rows, stride].
 pub(super) struct Scores<'a> {
     pub(super) p: &'a mut [f32],
     pub(super) d_s: &'a mut [f32],
-    pub(super) delta: &'a mut [f32],
 }
 
 /// Some rows of a head against a block of keys.
@@ -97,9 +96,6 @@ impl Tile<'_, '_> {
     /// All gradients that the tile gives.
     #[inline(always)]
     pub(super) fn run<S: Simd>(&mut self, simd: S, bias: bool) {
-        for (r, delta) in self.scores.delta[..self.rows.len()].iter_mut().enumerate() {
-            *delta = lanes::dot(simd, self.d_out.row(r), self.head.out.row(self.rows.start + r));
-        }
         for rows in groups(&self.rows) {
             let seen = self.block.sight.rows(&rows, &self.block.keys);
             self.products(simd, &rows, &seen);
@@ -173,7 +169,7 @@ impl Tile<'_, '_> {
         let local = i - self.rows.start;
         let whole = self.columns::<S>(&self.seen);
         let columns = self.columns::<S>(seen_by_group);
-        let delta = simd.splat_f32s(self.scores.delta[local]);
+        let delta = simd.splat_f32s(self.head.delta[i - self.head.first_row]);
         let p = &mut self.scores.p[local * stride..][..stride];
         let d_s = &mut self.scores.d_s[local * stride..][..stride];
         if columns != whole {

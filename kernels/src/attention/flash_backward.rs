@@ -6,7 +6,7 @@
 //! dV = Pᵀ·dO     dK = scale·dSᵀ·Q     dQ = scale·dS·K     d_bias = Σ_batch dS
 //! ```
 //! That is the naive form, with three matrices of the size of the scores. Here P is made again, block by
-//! block, from the saved log-sum-exp, and nothing of that size is stored:
+//! block, from the saved log-sum-exp, and nothing of that size is stored, only D:
 //! - Key blocks are the outer loop: Kᵀ and Vᵀ of a block are transposed once for all query rows, and the
 //!   five products are [`product`](super::tile::product), Pᵀ and dSᵀ read across.
 //! - Sums over keys (dQ) and over rows (dK, dV) are chains of multiply-adds in ascending order, so how the
@@ -25,6 +25,8 @@ use super::blocks::BlockList;
 use super::problem::{KEY_BLOCK, ROW_CHUNK, ROW_TILE, Shape, Shared, cut, deal, piece, pieces_of};
 use super::{AttentionSpec, Saved, stage};
 use crate::context::Context;
+use crate::gemm::microkernel::prefetch;
+use crate::lanes;
 use crate::scratch::ScratchBuf;
 use crate::view::{HeadsMut, HeadsRef, MatMut};
 
@@ -129,7 +131,11 @@ impl Backward<'_> {
         let rows = seq_q.min(ROW_TILE);
         let lens = [dim * stride, v_dim * stride, KEY_BLOCK * dim, rows * dim, rows * v_dim, rows * stride];
         let [keys, values, k_rows, q_rows, d_out_rows, scores] = lens;
-        let lens = [keys, values, k_rows, q_rows, d_out_rows, scores, scores, rows];
+        let delta = match cut_into {
+            Cut::Heads { .. } | Cut::Keys => self.shape.group() * seq_q,
+            Cut::Rows | Cut::BiasRows => seq_q.min(ROW_CHUNK),
+        };
+        let lens = [keys, values, k_rows, q_rows, d_out_rows, scores, scores, delta];
         let mut scratch = ScratchBuf::take(lens.iter().sum());
         let [keys, values, k_rows, q_rows, d_out_rows, p, d_s, delta] = cut(&mut scratch, lens);
         let mut state = State { keys, values, k_rows, q_rows, d_out_rows, p, d_s, delta };
@@ -142,7 +148,7 @@ impl Backward<'_> {
 }
 
 /// Scratch of one task: Kᵀ and Vᵀ of a block [dim, stride], gapless copies of K of the block and of Q and dO of
-/// a tile where they are needed, P and dS of a tile [ROW_TILE, stride], and the D of the tile's rows.
+/// a tile where they are needed, P and dS of a tile [ROW_TILE, stride], and D of all rows of a region.
 struct State<'a> {
     keys: &'a mut [f32],
     values: &'a mut [f32],
@@ -230,6 +236,7 @@ impl Backward<'_> {
         if seen.is_empty() {
             return;
         }
+        self.deltas(simd, &region, state.delta);
         let size = self.spec.mask.blocks.and_then(<[_]>::first).map_or(KEY_BLOCK, BlockList::block);
         let mut from = before;
         while from < seen.end {
@@ -253,7 +260,7 @@ impl Backward<'_> {
             };
             let mut block = Block { keys, stride, kt, vt, k, d_k, d_v, sight, fresh: true };
             for head in region.heads.clone() {
-                let mut head = self.head(&region, head);
+                let mut head = self.head(&region, head, state.delta);
                 let list = self.spec.mask.list(head.index);
                 for rows in row_tiles(list, block.keys.start, rows.clone()) {
                     let seen = sight.rows(&rows, &block.keys);
@@ -263,7 +270,7 @@ impl Backward<'_> {
                     let q = stage::scaled(simd, scale, head.q, rows.clone(), state.q_rows);
                     let d_out = head.d_out.sub(rows.clone(), 0..self.shape.v_dim);
                     let d_out = stage::gather(simd, d_out, state.d_out_rows);
-                    let scores = Scores { p: state.p, d_s: state.d_s, delta: state.delta };
+                    let scores = Scores { p: state.p, d_s: state.d_s };
                     let (head, block) = (&mut head, &mut block);
                     Tile { problem: self, head, block, rows, seen, q, d_out, scores }.run(simd, parts.bias);
                 }
@@ -272,14 +279,30 @@ impl Backward<'_> {
         }
     }
 
+    /// D of the region's rows, head after head: once, where every block of keys would have to read O again.
     #[inline(always)]
-    fn head(&self, region: &Region, index: usize) -> Head<'_> {
+    fn deltas<S: Simd>(&self, simd: S, region: &Region, delta: &mut [f32]) {
+        let rows = region.rows.clone();
+        for (head, delta) in region.heads.clone().zip(delta.chunks_exact_mut(rows.len())) {
+            let (out, d_out) = (self.saved.out.head(region.batch, head), self.d_out.head(region.batch, head));
+            for (i, delta) in rows.clone().zip(delta) {
+                if i + stage::AHEAD < rows.end {
+                    [out, d_out].iter().for_each(|view| prefetch::row(view.row(i + stage::AHEAD)));
+                }
+                *delta = lanes::dot(simd, d_out.row(i), out.row(i));
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn head<'a>(&'a self, region: &Region, index: usize, delta: &'a [f32]) -> Head<'a> {
         let Shape { heads, seq_q, .. } = self.shape;
         let batch = region.batch;
+        let rows = region.rows.len();
         Head {
             index,
             q: self.saved.q.head(batch, index),
-            out: self.saved.out.head(batch, index),
+            delta: &delta[(index - region.heads.start) * rows..][..rows],
             d_out: self.d_out.head(batch, index),
             lse: &self.saved.lse[(batch * heads + index) * seq_q..][..seq_q],
             first_row: region.rows.start,

@@ -9,9 +9,13 @@
 //! decoded row equal the row of the full pass. A's element is broadcast, so A may be read along either
 //! axis (P for P·V, Pᵀ for Pᵀ·dO); rows of B and C are contiguous. Columns that fill no vector are
 //! loaded and stored under a mask, so that no operand needs a padded copy.
+//!
+//! A call asks for the rows of C below its own: gradients lie in the second- or third-level cache, each strip of six rows is a few hundred
+//! cycles, and a fifth of them went into waiting for the sums to begin with.
 
 use pulp::{MemMask, Simd, WithSimd};
 
+use crate::gemm::microkernel::prefetch;
 use crate::view::{MatMut, MatRef};
 
 /// The most rows of one call: 6 rows × 2 vectors of accumulators, 2 vectors of B and 1 broadcast fill the
@@ -103,7 +107,8 @@ pub(super) struct Extent {
 /// # Safety
 /// Every element that the extent names lies in memory that may be read (A, B) or written (C); C overlaps
 /// neither A nor B.
-#[inline(always)]
+// Not inlined: its bodies would be compiled once more in every unit that calls it.
+#[inline(never)]
 pub(super) unsafe fn product<S: Simd>(simd: S, extent: Extent, a: Left, b: Right, c: Dest, onto: Onto) {
     let Extent { rows, cols, depth } = extent;
     let mut first = 0;
@@ -199,6 +204,12 @@ impl<const MR: usize, const ACROSS: bool> Group<MR, ACROSS> {
         let mask = MemMask::new(simd.mask_between_m32s(0, last as u32).mask());
         let partial = |v: usize| TAIL && v + 1 == NV;
         let mut acc = [[simd.splat_f32s(0.0); NV]; MR];
+        if const { MR == GROUP } && !matches!(onto, Onto::Zero) {
+            // The rows that the next call adds to: left to the hardware, its sums would wait for them.
+            for r in MR..2 * MR {
+                prefetch::line(c.ptr.wrapping_add(r * c.stride + col));
+            }
+        }
         // SAFETY (all blocks): rows below MR, columns below `cols` and depths below `depth` are elements that
         // the caller of `product` vouches for; a vector that would pass `cols` is accessed under the mask.
         if !matches!(onto, Onto::Zero) {

@@ -43,7 +43,7 @@ pub(super) const LINE: usize = 16;
 
 /// Asks for the line that holds `at`, into the first-level cache.
 #[inline(always)]
-pub(super) fn line<T>(at: *const T) {
+pub(crate) fn line<T>(at: *const T) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: as above.
     unsafe {
