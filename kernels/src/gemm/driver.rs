@@ -4,16 +4,28 @@
 //! all of K: there is no barrier, and no bit depends on where the cuts lie.
 
 use super::macrokernel::{Part, Problem, RightOperand};
-use super::microkernel::with_kernel;
+use super::microkernel::{KernelInfo, with_kernel};
 use super::tiles::TilePart;
 use crate::context::Context;
 use crate::isa::{Isa, IsaName};
 
-/// Multiply-adds below which a task is not worth handing to another thread (about 20 µs).
-pub(super) const MIN_TASK_WORK: usize = 1 << 20;
+/// Multiply-adds below which a task is not worth handing to another thread (about 20 µs on vectors).
+const MIN_TASK_WORK: usize = 1 << 20;
 /// A product of fewer rows takes as long as one of this many: it waits for memory. With it a second thread gains
 /// from 768×768 on and is not called for 512×512 (docs/decisions/002-gemm.md).
-pub(super) const MEMORY_BOUND_ROWS: usize = 4;
+const MEMORY_BOUND_ROWS: usize = 4;
+
+/// How many threads a product of `m × n × k` is worth.
+pub(super) fn threads_for(ctx: &Context, kernel: &KernelInfo, [m, n, k]: [usize; 3]) -> usize {
+    // Tiles do so many multiply-adds in the time of one on vectors; taken from the peak of the unit, not measured.
+    let rate = match (kernel.isa, kernel.storage.parts()) {
+        (IsaName::Amx, 1) => 16,
+        (IsaName::Amx, _) => 4,
+        _ => 1,
+    };
+    let work = m.max(rate * MEMORY_BOUND_ROWS).saturating_mul(n).saturating_mul(k.max(1));
+    ctx.thread_count().min((work / (rate * MIN_TASK_WORK)).max(1))
+}
 
 /// Computes all of C.
 pub(super) fn run(ctx: &Context, problem: &Problem<'_>) {
@@ -21,8 +33,7 @@ pub(super) fn run(ctx: &Context, problem: &Problem<'_>) {
     if m == 0 || n == 0 {
         return;
     }
-    let work = m.max(MEMORY_BOUND_ROWS).saturating_mul(n).saturating_mul(k.max(1));
-    let threads = ctx.thread_count().min((work / MIN_TASK_WORK).max(1));
+    let threads = threads_for(ctx, problem.kernel, [m, n, k]);
     let (row_parts, col_parts) = grid(problem, threads);
     let (mr, nr) = (problem.kernel.mr, problem.kernel.nr);
     ctx.for_each_task(row_parts * col_parts, |task| {

@@ -19,7 +19,7 @@
 use std::ops::Range;
 
 use super::byte_tiles::TilePart;
-use super::driver::{MEMORY_BOUND_ROWS, MIN_TASK_WORK, slab};
+use super::driver::{slab, threads_for};
 use super::epilogue::{Accum, Epilogue};
 use super::microkernel::{
     Finish, KernelInfo, Out, PairProducts, PairStrip, PairVisitor, Pairs, RowScale, WordBlock,
@@ -96,8 +96,7 @@ pub fn gemm_int8(
     let out = Out { ptr: c.as_mut_ptr(), row_stride, col_stride };
     let kernel = int8_kernel_of(ctx.isa());
     let product = Product { a, b, out, accum, epilogue: *epilogue, kernel };
-    let work = m.max(MEMORY_BOUND_ROWS).saturating_mul(b.cols()).saturating_mul(k.max(1));
-    let threads = ctx.thread_count().min((work / MIN_TASK_WORK).max(1));
+    let threads = threads_for(ctx, kernel, [m, b.cols(), k]);
     let (row_tiles, col_tiles) = (m.div_ceil(kernel.mr), b.cols().div_ceil(kernel.nr));
     let by_rows = row_tiles >= threads;
     let parts = threads.min(if by_rows { row_tiles } else { col_tiles });

@@ -3,5 +3,6 @@
 mod char_lm;
 mod classifier;
 mod decoding;
+mod precision;
 mod properties;
 mod support;
