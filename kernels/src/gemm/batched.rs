@@ -19,7 +19,7 @@ use crate::view::{MatBatchMut, MatBatchRef};
 /// A `[count, m, k]`, B `[count, k, n]`, C `[count, m, n]`, bias `[n]`.
 ///
 /// # Errors
-/// [`ShapeError`] when the shapes do not fit together, or when the epilogue has a residual, of which there
+/// [`ShapeError`] when the shapes do not fit together, or when the epilogue has a gate or a residual, of which there
 /// could be one only; nothing has been read or written then.
 ///
 /// # Accuracy
@@ -39,12 +39,11 @@ pub fn gemm_batched(
     expect_dim("c", "rows", la.rows, lc.rows)?;
     expect_dim("c", "cols", lb.cols, lc.cols)?;
     epilogue.check(lc.rows, lc.cols)?;
-    if epilogue.residual.is_some() {
-        return Err(ShapeError::Value {
-            argument: "epilogue.residual",
-            value: "a matrix".to_owned(),
-            expected: "none: a batch has no single residual",
-        });
+    for (argument, matrix) in [("epilogue.gate", epilogue.gate), ("epilogue.residual", epilogue.residual)] {
+        if matrix.is_some() {
+            let expected = "none: a batch has no single matrix of that shape";
+            return Err(ShapeError::Value { argument, value: "a matrix".to_owned(), expected });
+        }
     }
     let alone = ctx.single_threaded();
     let (across, inside) = if lc.count >= ctx.thread_count() { (*ctx, alone) } else { (alone, *ctx) };

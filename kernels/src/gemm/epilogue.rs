@@ -1,6 +1,9 @@
-//! What happens to a product before it is stored: scale, bias, activation, residual, in one pass
+//! What happens to a product before it is stored: scale, bias, activation, gate, residual, in one pass
 //! over registers, never a second pass over C.
 
+use std::ops::Range;
+
+use super::microkernel::Finish;
 use crate::error::{ShapeError, expect_dim};
 use crate::rowwise::Activation;
 use crate::view::MatRef;
@@ -15,7 +18,9 @@ pub enum Accum {
     Add,
 }
 
-/// `C = activation(scale·A·B [+ C] + bias) + residual`, all parts optional.
+/// `C = activation(scale·A·B [+ C] + bias)∘gate + residual`, all parts optional.
+///
+/// With a gate, a gated feed-forward layer is two products and no pass of its own: `up = X·U`, then `C = silu(X·W)∘up`.
 ///
 /// ```
 /// use kavanam_kernels::{Activation, gemm::Epilogue};
@@ -31,13 +36,15 @@ pub struct Epilogue<'a> {
     pub bias: Option<&'a [f32]>,
     /// Applied after the bias.
     pub activation: Activation,
-    /// Added after the activation; C's shape, any strides.
+    /// Multiplied with what the activation gives; C's shape, any strides.
+    pub gate: Option<MatRef<'a>>,
+    /// Added last; C's shape, any strides.
     pub residual: Option<MatRef<'a>>,
 }
 
 impl Default for Epilogue<'_> {
     fn default() -> Self {
-        Epilogue { scale: 1.0, bias: None, activation: Activation::Identity, residual: None }
+        Epilogue { scale: 1.0, bias: None, activation: Activation::Identity, gate: None, residual: None }
     }
 }
 
@@ -65,6 +72,12 @@ impl<'a> Epilogue<'a> {
         Epilogue { activation, ..self }
     }
 
+    /// The same with what the activation gives multiplied by `gate`, element by element.
+    #[must_use]
+    pub fn gate(self, gate: MatRef<'a>) -> Self {
+        Epilogue { gate: Some(gate), ..self }
+    }
+
     /// The same with `residual` added last.
     #[must_use]
     pub fn residual(self, residual: MatRef<'a>) -> Self {
@@ -76,10 +89,33 @@ impl<'a> Epilogue<'a> {
         if let Some(bias) = self.bias {
             expect_dim("bias", "elements", cols, bias.len())?;
         }
-        if let Some(residual) = self.residual {
-            expect_dim("residual", "rows", rows, residual.rows())?;
-            expect_dim("residual", "cols", cols, residual.cols())?;
+        for (argument, matrix) in [("gate", self.gate), ("residual", self.residual)] {
+            if let Some(matrix) = matrix {
+                expect_dim(argument, "rows", rows, matrix.rows())?;
+                expect_dim(argument, "cols", cols, matrix.cols())?;
+            }
         }
         Ok(())
+    }
+
+    /// What is done to the sums of these rows and columns over one block of K: `add` says whether C is read, `last` whether it is the last block.
+    #[inline(always)]
+    pub(super) fn finish(
+        &self,
+        rows: Range<usize>,
+        cols: Range<usize>,
+        (add, last): (bool, bool),
+    ) -> Finish<'a> {
+        let part = |matrix: Option<MatRef<'a>>| {
+            matrix.filter(|_| last).map(|matrix| matrix.sub(rows.clone(), cols.clone()))
+        };
+        Finish {
+            scale: self.scale,
+            add,
+            bias: self.bias.filter(|_| last).map(|bias| &bias[cols.clone()]),
+            activation: if last { self.activation } else { Activation::Identity },
+            gate: part(self.gate),
+            residual: part(self.residual),
+        }
     }
 }

@@ -1,4 +1,4 @@
-//! Products of int8 and int8, with exact sums in i32: `C = activation(scale·Â·B [+ C] + bias) + residual`.
+//! Products of int8 and int8, with exact sums in i32: `C = activation(scale·Â·B [+ C] + bias)∘gate + residual`.
 //!
 //! # Naive form
 //! ```text
@@ -60,13 +60,13 @@ impl Int8Rows<'_> {
     }
 }
 
-/// `C = activation(scale·Â·B [+ C] + bias) + residual`, where Â is A rounded to int8 row by row and B holds int8.
+/// `C = activation(scale·Â·B [+ C] + bias)∘gate + residual`, where Â is A rounded to int8 row by row and B holds int8.
 ///
 /// The sums of products are exact. A row's scale depends on that row alone, so its result has the same bits in any
 /// batch and for any number of threads. A row with an element that is not finite gives NaN.
 ///
 /// # Shapes
-/// A `[m, k]`, B `[k, n]` packed as [`WeightFormat::Int8`], C `[m, n]`, bias `[n]`, residual `[m, n]`.
+/// A `[m, k]`, B `[k, n]` packed as [`WeightFormat::Int8`], C `[m, n]`, bias `[n]`, gate and residual `[m, n]`.
 ///
 /// # Errors
 /// [`ShapeError`] when the shapes do not fit together, when B has another format or was packed for another
@@ -230,14 +230,7 @@ impl Product<'_> {
     /// What is done to the sums of these rows and columns.
     #[inline(always)]
     pub(super) fn finish(&self, rows: Range<usize>, cols: Range<usize>) -> Finish<'_> {
-        let Epilogue { scale, bias, activation, residual } = self.epilogue;
-        Finish {
-            scale,
-            add: self.accum == Accum::Add,
-            bias: bias.map(|bias| &bias[cols.clone()]),
-            activation,
-            residual: residual.map(|residual| residual.sub(rows, cols)),
-        }
+        self.epilogue.finish(rows, cols, (self.accum == Accum::Add, true))
     }
 }
 

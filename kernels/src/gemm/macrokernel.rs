@@ -73,15 +73,8 @@ impl<'a> Problem<'a> {
     /// What is done to the sums of these rows and columns over that block of K.
     #[inline(always)]
     pub(super) fn finish(&self, rows: Range<usize>, cols: Range<usize>, depth: Range<usize>) -> Finish<'a> {
-        let Problem { a, accum, epilogue, .. } = self;
-        let last = depth.end == a.cols();
-        Finish {
-            scale: epilogue.scale,
-            add: depth.start > 0 || *accum == Accum::Add,
-            bias: epilogue.bias.filter(|_| last).map(|bias| &bias[cols.clone()]),
-            activation: if last { epilogue.activation } else { Default::default() },
-            residual: epilogue.residual.filter(|_| last).map(|r| r.sub(rows, cols)),
-        }
+        let add = depth.start > 0 || self.accum == Accum::Add;
+        self.epilogue.finish(rows, cols, (add, depth.end == self.a.cols()))
     }
 }
 

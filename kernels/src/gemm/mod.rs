@@ -1,4 +1,4 @@
-//! The matrix product `C = activation(scale·A·B [+ C] + bias) + residual` in f32.
+//! The matrix product `C = activation(scale·A·B [+ C] + bias)∘gate + residual` in f32.
 //!
 //! # Naive form
 //! ```text
@@ -49,10 +49,10 @@ use crate::view::{MatMut, MatRef};
 use macrokernel::{Problem, RightOperand};
 use microkernel::kernel_for;
 
-/// `C = activation(scale·A·B [+ C] + bias) + residual`, any strides.
+/// `C = activation(scale·A·B [+ C] + bias)∘gate + residual`, any strides.
 ///
 /// # Shapes
-/// A `[m, k]`, B `[k, n]`, C `[m, n]`, bias `[n]`, residual `[m, n]`. With k = 0 the product is 0.
+/// A `[m, k]`, B `[k, n]`, C `[m, n]`, bias `[n]`, gate and residual `[m, n]`. With k = 0 the product is 0.
 ///
 /// # Errors
 /// [`ShapeError`] when the shapes do not fit together; nothing has been read or written then.

@@ -6,11 +6,12 @@
 use pulp::{Simd, WithSimd};
 
 use super::{Activation, Finish, Out, Stored};
+use crate::view::MatRef;
 
 /// A computed tile on its way to C: H × W vectors, of which the first `cols` columns count.
 ///
 /// The order of operations on an element is the same wherever it stands: `scale`, old C, bias,
-/// activation, residual.
+/// activation, gate, residual.
 pub(crate) struct Tile<S: Simd, const H: usize, const W: usize> {
     pub(crate) simd: S,
     pub(crate) acc: [[S::f32s; W]; H],
@@ -21,7 +22,7 @@ impl<S: Simd, const H: usize, const W: usize> Tile<S, H, W> {
     /// narrower than f32 the tile goes through memory: a fraction of what is spent on it, and one instance for all.
     ///
     /// # Safety
-    /// Rows `first .. first + H` of `out`, and of bias and residual if any, exist with `cols` columns.
+    /// Rows `first .. first + H` of `out`, and of bias, gate and residual if any, exist with `cols` columns.
     #[inline(always)]
     pub(crate) unsafe fn finish<T: Stored>(
         mut self,
@@ -31,7 +32,8 @@ impl<S: Simd, const H: usize, const W: usize> Tile<S, H, W> {
         out: Out<f32>,
     ) {
         let simd = self.simd;
-        let contiguous = out.col_stride == 1 && finish.residual.is_none_or(|r| r.col_stride() == 1);
+        let of_c = [finish.gate, finish.residual];
+        let contiguous = out.col_stride == 1 && of_c.iter().flatten().all(|matrix| matrix.col_stride() == 1);
         if const { T::PER_WORD > 1 } || cols < W * S::F32_LANES || !contiguous {
             // A copy, so that the tile itself stays in registers on the other path.
             let tile = self.acc;
@@ -103,21 +105,50 @@ impl<S: Simd, const H: usize, const W: usize> Tile<S, H, W> {
     #[inline(always)]
     unsafe fn residual_and_store(&mut self, first: usize, finish: &Finish<'_>, out: Out<f32>) {
         let simd = self.simd;
+        if let Some(gate) = finish.gate {
+            // SAFETY: the contract on the gate.
+            unsafe {
+                self.join(
+                    first,
+                    gate,
+                    #[inline(always)]
+                    |x, gate| simd.mul_f32s(x, gate),
+                )
+            };
+        }
         if let Some(residual) = finish.residual {
-            for (i, row) in self.acc.iter_mut().enumerate() {
-                let from =
-                    residual.as_ptr().wrapping_add((first + i) * residual.row_stride()).cast::<S::f32s>();
-                for (w, x) in row.iter_mut().enumerate() {
-                    // SAFETY: the contract on the residual.
-                    *x = simd.add_f32s(*x, unsafe { from.add(w).read_unaligned() });
-                }
-            }
+            // SAFETY: the contract on the residual.
+            unsafe {
+                self.join(
+                    first,
+                    residual,
+                    #[inline(always)]
+                    |x, residual| simd.add_f32s(x, residual),
+                )
+            };
         }
         for (i, row) in self.acc.iter().enumerate() {
             let to = out.ptr.wrapping_add((first + i) * out.row_stride).cast::<S::f32s>();
             for (w, x) in row.iter().enumerate() {
                 // SAFETY: the contract on `out`.
                 unsafe { to.add(w).write_unaligned(*x) };
+            }
+        }
+    }
+}
+
+impl<S: Simd, const H: usize, const W: usize> Tile<S, H, W> {
+    /// Joins each element with that of a matrix of C's shape.
+    ///
+    /// # Safety
+    /// Rows `first .. first + H` of `matrix` exist, whole vectors of them, contiguous.
+    #[inline(always)]
+    unsafe fn join(&mut self, first: usize, matrix: MatRef<'_>, with: impl Fn(S::f32s, S::f32s) -> S::f32s) {
+        for (i, row) in self.acc.iter_mut().enumerate() {
+            let from = matrix.as_ptr().wrapping_add((first + i) * matrix.row_stride()).cast::<S::f32s>();
+            for (w, x) in row.iter_mut().enumerate() {
+                // SAFETY: the contract.
+                *x = with(*x, unsafe { from.add(w).read_unaligned() });
             }
         }
     }
@@ -178,16 +209,34 @@ impl<S: Simd> WithSimd for EdgeTile<'_, S> {
                 x = simd.add_f32s(x, simd.partial_load_f32s(&bias[col..col + count]));
             }
             x = finish.activation.apply(simd, x);
+            if let Some(gate) = finish.gate {
+                // SAFETY: `count` elements of the gate from (row, col).
+                x = simd.mul_f32s(x, unsafe { elements(simd, gate, (row, col), count) });
+            }
             if let Some(residual) = finish.residual {
-                let at = row * residual.row_stride() + col * residual.col_stride();
-                let from = residual.as_ptr().wrapping_add(at);
                 // SAFETY: `count` elements of the residual from (row, col).
-                x = simd.add_f32s(x, unsafe { load(simd, from, residual.col_stride(), count) });
+                x = simd.add_f32s(x, unsafe { elements(simd, residual, (row, col), count) });
             }
             // SAFETY: `count` elements of C from (row, col).
             unsafe { store(simd, x, to, out.col_stride, count) };
         }
     }
+}
+
+/// `count` elements of a row of `matrix` from (row, col) on, and zeros.
+///
+/// # Safety
+/// They exist.
+#[inline(always)]
+unsafe fn elements<S: Simd>(
+    simd: S,
+    matrix: MatRef<'_>,
+    (row, col): (usize, usize),
+    count: usize,
+) -> S::f32s {
+    let at = row * matrix.row_stride() + col * matrix.col_stride();
+    // SAFETY: the contract.
+    unsafe { load(simd, matrix.as_ptr().wrapping_add(at), matrix.col_stride(), count) }
 }
 
 /// `count` elements from `ptr`, `stride` apart, and zeros.

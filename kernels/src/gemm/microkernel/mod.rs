@@ -188,7 +188,7 @@ pub(crate) struct Out<T> {
     pub(crate) col_stride: usize,
 }
 
-/// What is done to the accumulators before the store; bias and residual start at the first element of what they
+/// What is done to the accumulators before the store; bias, gate and residual start at the first element of what they
 /// are done to.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Finish<'a> {
@@ -196,6 +196,7 @@ pub(crate) struct Finish<'a> {
     pub(crate) add: bool,
     pub(crate) bias: Option<&'a [f32]>,
     pub(crate) activation: Activation,
+    pub(crate) gate: Option<MatRef<'a>>,
     pub(crate) residual: Option<MatRef<'a>>,
 }
 
@@ -203,8 +204,9 @@ impl<'a> Finish<'a> {
     /// The same from column `first` on.
     #[inline(always)]
     fn after_col(&self, first: usize) -> Finish<'a> {
-        let residual = self.residual.map(|r| r.sub(0..r.rows(), first..r.cols()));
-        Finish { bias: self.bias.map(|bias| &bias[first..]), residual, ..*self }
+        let rest = |matrix: Option<MatRef<'a>>| matrix.map(|m| m.sub(0..m.rows(), first..m.cols()));
+        let (gate, residual) = (rest(self.gate), rest(self.residual));
+        Finish { bias: self.bias.map(|bias| &bias[first..]), gate, residual, ..*self }
     }
 }
 
@@ -250,7 +252,7 @@ pub(crate) trait Microkernel: Copy {
     ///   it is stored as f32, else to whole panels;
     /// - `out` reaches `rows × cols` elements that no one else uses meanwhile, readable if
     ///   `finish.add` is set;
-    /// - bias and residual, if any, have `cols` elements and `rows × cols`.
+    /// - bias, gate and residual, if any, have `cols` elements and `rows × cols`.
     unsafe fn run(self, strip: &Strip<'_, Self>);
 }
 

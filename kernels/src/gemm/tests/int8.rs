@@ -127,16 +127,17 @@ fn the_epilogue_is_that_of_every_product() {
     let (m, n, k) = (7, 37, 20);
     let (a, b) = (uniform(m * k, 1), uniform(k * n, 2));
     let (old, residual, bias) = (uniform(m * n, 3), uniform(m * n, 4), uniform(n, 5));
+    let gate = uniform(m * n, 6);
     let a = Int8Rows::Quantise(row_major(&a, m, k));
     let epilogue = Epilogue::new().scale(0.5).bias(&bias).activation(Activation::Relu);
-    let epilogue = epilogue.residual(row_major(&residual, m, n));
+    let epilogue = epilogue.gate(row_major(&gate, m, n)).residual(row_major(&residual, m, n));
     for_each_isa(|ctx| {
         let packed = PackedWeights::pack_as(ctx, row_major(&b, k, n), WeightFormat::Int8).unwrap();
         let plain = product(ctx, a, m, &packed);
         let mut c = old.clone();
         let view = MatMut::new(&mut c, m, n).unwrap();
         gemm_int8(ctx, a, &packed, view, Accum::Add, &epilogue).unwrap();
-        let of = |at: usize| (plain[at] * 0.5 + old[at] + bias[at % n]).max(0.0) + residual[at];
+        let of = |at: usize| (plain[at] * 0.5 + old[at] + bias[at % n]).max(0.0) * gate[at] + residual[at];
         let expected: Vec<f32> = (0..m * n).map(of).collect();
         assert_same_bits(&c, &expected);
     });

@@ -75,23 +75,25 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
 
     /// `γ_{k+3}`: k roundings of the chains and block sums, scale, old C, bias; the activation does not
-    /// amplify, the residual adds one more.
+    /// amplify, gate and residual add one each.
     #[test]
     fn the_error_is_within_gamma_k(
         (m, n, k) in dims(),
         orders in (0u8..4, 0u8..4, 0u8..4),
-        (add, relu, with_bias, with_residual) in any::<(bool, bool, bool, bool)>(),
+        (add, relu, with_bias, with_gate, with_residual) in any::<(bool, bool, bool, bool, bool)>(),
         scale in prop_oneof![Just(1.0f32), -2.0f32..2.0],
         seed in any::<u64>(),
     ) {
         let a = Matrix::new(m, k, orders.0, |len| uniform(len, seed));
         let b = Matrix::new(k, n, orders.1, |len| uniform(len, seed ^ 1));
         let residual = Matrix::new(m, n, orders.0, |len| uniform(len, seed ^ 2));
+        let gate = Matrix::new(m, n, orders.1, |len| uniform(len, seed ^ 5));
         let old = Matrix::new(m, n, orders.2, |len| if add { uniform(len, seed ^ 3) } else { vec![f32::NAN; len] });
         let bias = uniform(n, seed ^ 4);
         let mut epilogue = Epilogue::new().scale(scale);
         if relu { epilogue = epilogue.activation(Activation::Relu) }
         if with_bias { epilogue = epilogue.bias(&bias) }
+        if with_gate { epilogue = epilogue.gate(gate.view()) }
         if with_residual { epilogue = epilogue.residual(residual.view()) }
         let accum = if add { Accum::Add } else { Accum::Overwrite };
 
@@ -104,9 +106,10 @@ proptest! {
             let rest = term(with_residual, residual.view().at(i, j));
             let before = f64::from(scale) * product[i * n + j] + parts[0] + parts[1];
             let activated = if relu { before.max(0.0) } else { before };
-            expected.push(activated + rest);
-            let sum = f64::from(scale).abs() * magnitude[i * n + j] + parts[0].abs() + parts[1].abs() + rest.abs();
-            bound.push(gamma(2 * k + 4) * sum);
+            let factor = if with_gate { f64::from(gate.view().at(i, j)) } else { 1.0 };
+            expected.push(activated * factor + rest);
+            let sum = f64::from(scale).abs() * magnitude[i * n + j] + parts[0].abs() + parts[1].abs();
+            bound.push(gamma(2 * k + 6) * (sum * factor.abs() + rest.abs()));
         }}
         for_each_isa(|ctx| {
             let ctx = ctx.blocking(TINY);
@@ -170,7 +173,8 @@ proptest! {
         let part = |first: usize, rows: usize| {
             let c = old[first * n..(first + rows) * n].to_vec();
             let rest = residual.sub(first..first + rows, 0..n);
-            (a.sub(first..first + rows, 0..k), c, Epilogue::new().bias(&bias).residual(rest).scale(0.5))
+            let epilogue = Epilogue::new().bias(&bias).gate(rest).residual(rest).scale(0.5);
+            (a.sub(first..first + rows, 0..k), c, epilogue)
         };
         for_each_isa(|ctx| {
             let ctx = &ctx.blocking(Blocking { kc: 17, nc: 300, ..TINY });
@@ -264,6 +268,7 @@ fn batches_that_do_not_fit_are_refused() {
     assert_eq!(run((2, 2, 3), (2, 3, 4), Epilogue::new()), "c: cols is 2, expected 4");
     let residual = row_major(&data[..4], 2, 2);
     assert!(run((2, 2, 3), (2, 3, 2), Epilogue::new().residual(residual)).contains("residual"));
+    assert!(run((2, 2, 3), (2, 3, 2), Epilogue::new().gate(residual)).contains("gate"));
 }
 
 #[test]
@@ -281,6 +286,7 @@ fn a_mistake_of_the_caller_is_an_error_and_touches_nothing() {
     assert_eq!(run(b, a, Epilogue::new()), "c: rows is 3, expected 4");
     assert_eq!(run(a, b, Epilogue::new().bias(&data)), "bias: elements is 12, expected 3");
     assert_eq!(run(a, b, Epilogue::new().residual(a)), "residual: cols is 4, expected 3");
+    assert_eq!(run(a, b, Epilogue::new().gate(a)), "gate: cols is 4, expected 3");
 }
 
 #[test]

@@ -72,7 +72,9 @@ proptest! {
         let (a, b) = (row_major(&a, m, k), row_major(&b, k, n));
         let mut epilogue = Epilogue::new().scale(0.5).activation(activation);
         if with_bias { epilogue = epilogue.bias(&bias) }
-        if with_residual { epilogue = epilogue.residual(row_major(&residual, m, n)) }
+        if with_residual {
+            epilogue = epilogue.gate(row_major(&old, m, n)).residual(row_major(&residual, m, n));
+        }
         let accum = if add { Accum::Add } else { Accum::Overwrite };
         // Small integers are bf16, and their sums are exact: every precision gives what f32 gives.
         for_each_precision(|ctx, _| {
