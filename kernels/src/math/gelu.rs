@@ -2,20 +2,21 @@
 
 use pulp::Simd;
 
-use super::erf::normal_cdf_and_gauss;
+use super::erf::{Tail, reflect};
 use super::sigmoid::{SIGMOID_ZERO, sigmoid};
 use super::{max_keep_nan, min_keep_nan};
 
-/// From here down x·Φ(x) is 0 in f32; the clamp keeps −∞·0 out of the product.
+/// From here down x·sigmoid(z) is 0 in f32; the clamp keeps −∞·0 out of the product.
 const GELU_ZERO: f32 = -15.0;
-/// 1/√(2π).
-const GAUSS_PEAK: f32 = 0.398_942_3;
 /// 2·√(2/π).
 const LINEAR: f32 = 1.595_769;
 /// 2·√(2/π)·0.044715.
 const CUBIC: f32 = 0.071_354_82;
 
-/// GELU: x·Φ(x) = x·(1 + erf(x/√2))/2; −0 for −∞, NaN for NaN.
+/// GELU: x·Φ(x) = x·(1 + erf(x/√2))/2 = max(x, 0) − |x|·Q(|x|); −0 for −∞, NaN for NaN.
+///
+/// The last form has no case: the sign of x decides nothing but the maximum, and the product and the difference are one FMA.
+/// With −0 for 0 the results that are 0 have the sign of x.
 ///
 /// Error at most 7.5 ULP, or 2⁻¹²² where |x·Φ(x)| is below that: Φ is accurate relative to itself in the lower tail, where the
 /// form with `1 + erf` has no correct digit (`math::accuracy::gelu`).
@@ -24,18 +25,17 @@ const CUBIC: f32 = 0.071_354_82;
 /// Hendrycks and Gimpel 2016, arXiv:1606.08415.
 #[inline(always)]
 pub fn gelu<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
-    let x = max_keep_nan(simd, x, GELU_ZERO);
-    simd.mul_f32s(x, normal_cdf_and_gauss(simd, x).0)
+    let tail = Tail::new(simd, x);
+    let magnitude = tail.magnitude;
+    simd.negate_mul_add_e_f32s(magnitude, tail.probability(simd), max_keep_nan(simd, x, -0.0))
 }
 
-/// d gelu / dx = Φ(x) + x·φ(x).
+/// d gelu / dx = Φ(x) + x·φ(x): Q(−x) + x·φ(x) for x < 0, else 1 less that of −x.
 ///
 /// Error at most 7 ULP of max(Φ(x), |x|·φ(x)) (`math::accuracy::gelu_derivative`).
 #[inline(always)]
 pub fn gelu_derivative<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
-    let (cdf, gauss) = normal_cdf_and_gauss(simd, x);
-    let x = min_keep_nan(simd, max_keep_nan(simd, x, GELU_ZERO), -GELU_ZERO);
-    simd.mul_add_e_f32s(simd.mul_f32s(x, simd.splat_f32s(GAUSS_PEAK)), gauss, cdf)
+    reflect(simd, x, Tail::new(simd, x).less_moment(simd))
 }
 
 /// GELU's tanh form: x/2·(1 + tanh(√(2/π)·(x + 0.044715·x³))) = x·sigmoid(z); −0 for −∞, NaN for NaN.
