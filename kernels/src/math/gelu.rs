@@ -3,7 +3,7 @@
 use pulp::Simd;
 
 use super::erf::{Tail, reflect};
-use super::sigmoid::{SIGMOID_ZERO, sigmoid};
+use super::sigmoid::{SIGMOID_ZERO, sigmoid, sigmoids};
 use super::{max_keep_nan, min_keep_nan};
 
 /// From here down x·sigmoid(z) is 0 in f32; the clamp keeps −∞·0 out of the product.
@@ -63,8 +63,8 @@ pub fn gelu_tanh_derivative<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     let square = simd.mul_f32s(x, x);
     let slope = simd.mul_add_e_f32s(square, simd.splat_f32s(CUBIC), simd.splat_f32s(LINEAR));
     let z = max_keep_nan(simd, simd.mul_f32s(x, slope), SIGMOID_ZERO);
-    let s = sigmoid(simd, z);
+    let (s, rest) = sigmoids(simd, z);
     let d_z = simd.mul_add_e_f32s(square, simd.splat_f32s(3.0 * CUBIC), simd.splat_f32s(LINEAR));
-    let spread = simd.mul_f32s(s, sigmoid(simd, simd.neg_f32s(z)));
+    let spread = simd.mul_f32s(s, rest);
     simd.mul_add_e_f32s(simd.mul_f32s(x, d_z), spread, s)
 }

@@ -18,10 +18,18 @@ pub(super) const SIGMOID_ZERO: f32 = -120.0;
 /// Error at most 2.5 ULP over all of f32 (`math::accuracy::sigmoid`).
 #[inline(always)]
 pub fn sigmoid<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
+    sigmoids(simd, x).0
+}
+
+/// sigmoid(x) and sigmoid(−x) = 1 − sigmoid(x), each accurate relative to itself, from one exponential.
+#[inline(always)]
+pub(super) fn sigmoids<S: Simd>(simd: S, x: S::f32s) -> (S::f32s, S::f32s) {
     let one = simd.splat_f32s(1.0);
     let e = exp(simd, simd.or_f32s(x, simd.splat_f32s(-0.0)));
-    let numerator = simd.select_f32s(simd.less_than_f32s(x, simd.splat_f32s(0.0)), e, one);
-    simd.div_f32s(numerator, simd.add_f32s(one, e))
+    let negative = simd.less_than_f32s(x, simd.splat_f32s(0.0));
+    let sum = simd.add_f32s(one, e);
+    let upper = simd.div_f32s(simd.select_f32s(negative, e, one), sum);
+    (upper, simd.div_f32s(simd.select_f32s(negative, one, e), sum))
 }
 
 /// d sigmoid / dx from the result: y·(1 − y).
@@ -46,10 +54,9 @@ pub fn silu<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
 pub fn silu_derivative<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     let one = simd.splat_f32s(1.0);
     let x = max_keep_nan(simd, x, SIGMOID_ZERO);
-    let upper = sigmoid(simd, x);
     // 1 − s would cancel for large x, and ∞·0 would be NaN.
+    let (upper, lower) = sigmoids(simd, x);
     let x = min_keep_nan(simd, x, -SIGMOID_ZERO);
-    let lower = sigmoid(simd, simd.neg_f32s(x));
     simd.mul_f32s(upper, simd.mul_add_e_f32s(x, lower, one))
 }
 
