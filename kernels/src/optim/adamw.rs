@@ -11,6 +11,8 @@
 //!   costs no pass of its own.
 //! - c1 and c2 are made in f64 once a call, and enter as lr/c1 and 1/√c2.
 //! - `m` moves by `(1 − beta1)·(g − m)`, which rounds less than the two products.
+//! - A small tensor stays on the calling thread: 256×256 takes it 36 µs, and with a second thread, which sleeps when the call
+//!   begins, 51 µs (medians; AMD EPYC Zen 3, 2 cores).
 //!
 //! A NaN or ∞ in the gradient spoils its own element only.
 
@@ -21,6 +23,9 @@ use crate::error::{ShapeError, expect_dim};
 use crate::lanes;
 use crate::rowwise::CHUNK;
 use crate::view::{self, MatMut};
+
+/// Up to so many elements no second thread is asked.
+const ALONE: usize = 4 * CHUNK;
 
 /// The hyperparameters.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -129,6 +134,7 @@ pub fn step(
     let rate = (f64::from(spec.lr) / correction(spec.beta1)) as f32;
     let root_scale = correction(spec.beta2).sqrt().recip() as f32;
     let step = Step { spec: *spec, grad_scale, rate, root_scale };
+    let ctx = &if len <= ALONE { ctx.single_threaded() } else { *ctx };
     let column = |slice| Ok((MatMut::new(slice, len, 1)?, CHUNK));
     view::zip_row_blocks(ctx, column(param)?, column(m)?, column(v)?, |index, (mut param, mut m, mut v)| {
         let grad = &grad[index * CHUNK..][..param.rows()];
@@ -200,7 +206,7 @@ mod tests {
 
     #[test]
     fn threads_change_no_bits_and_mistakes_are_errors() {
-        let len = 3 * CHUNK + 5;
+        let len = ALONE + 2 * CHUNK + 5;
         for_each_isa(|ctx| {
             let run = |threads: usize| {
                 let ctx = ctx.threads(NonZeroUsize::new(threads).unwrap());
