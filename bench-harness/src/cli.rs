@@ -10,7 +10,9 @@ use regex::Regex;
 use crate::cases::Family;
 use crate::error::HarnessError;
 pub(crate) use crate::import_args::ImportArgs;
-pub(crate) use crate::task_args::{CompareArgs, PronounceArgs, SampleArgs, ScoreArgs, TrainArgs};
+pub(crate) use crate::task_args::{
+    ClassifyArgs, CompareArgs, PronounceArgs, SampleArgs, ScoreArgs, TrainArgs,
+};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -20,6 +22,8 @@ Examples:
   kavanam train --model transformer --out DIR --seconds 120
   kavanam train --task chars --data text.txt --out DIR
   kavanam sample --model DIR --prompt 'The '
+  kavanam train --task classify --data labelled.tsv --out DIR
+  kavanam classify --model DIR 'The match ended in a draw'
   kavanam score --model DIR              phone and word error rates on held-out words
   kavanam import --format g2p-en g2p_en/checkpoint20.npz --out DIR
   kavanam bench gemm --quick             our matrix products against three other crates, a minute
@@ -53,6 +57,8 @@ pub(crate) enum Command {
     Score(ScoreArgs),
     /// Write on from a prompt, by a trained language model of characters
     Sample(SampleArgs),
+    /// Put texts into classes, by a trained classifier
+    Classify(ClassifyArgs),
     /// Turn a recurrent model of another program into a folder that pronounce and score read
     Import(ImportArgs),
     /// Measure a family of kernels against its peers

@@ -39,6 +39,7 @@ fn dispatch(cli: Cli) -> Result<(), HarnessError> {
         Command::Pronounce(args) => commands::pronounce::run(&args),
         Command::Score(args) => commands::score::run(&args),
         Command::Sample(args) => commands::sample::run(&args),
+        Command::Classify(args) => commands::classify::run(&args),
         Command::Import(args) => commands::import::run(&args),
         Command::Machine(args) => commands::machine::run(&args),
         Command::Report(args) => commands::report::run(&args),

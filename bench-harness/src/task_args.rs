@@ -16,6 +16,8 @@ pub(crate) enum Task {
     G2p,
     /// The next character of a text, by a recurrent language model: the text is --data
     Chars,
+    /// The class of a text: --data has lines of label, tab, text
+    Classify,
 }
 
 /// Arguments of `kavanam compare`.
@@ -65,10 +67,11 @@ pub(crate) struct TrainArgs {
     /// What to learn
     #[arg(long, value_enum, default_value = "g2p")]
     pub(crate) task: Task,
-    /// The text to learn from, in UTF-8, for the task chars; its last tenth is for validation
+    /// What to learn from, in UTF-8: for chars a text, its last tenth for validation; for classify lines of label, tab,
+    /// text, every tenth line for validation
     #[arg(long, value_name = "FILE")]
     pub(crate) data: Option<PathBuf>,
-    /// Which model, for the task g2p [default: transformer]; that of chars is an LSTM, or --config '{"cell": "gru"}'
+    /// Which model, for the task g2p [default: transformer]; those of the others are LSTMs, or what --config says
     #[arg(long, value_enum)]
     pub(crate) model: Option<Family>,
     /// Folder of the checkpoint: config.json, vocab.json, model.safetensors, training.safetensors
@@ -199,6 +202,20 @@ pub(crate) struct SampleArgs {
     /// Seed of the draws
     #[arg(long, default_value_t = 1)]
     pub(crate) seed: u64,
+    /// How kernels run.
+    #[command(flatten)]
+    pub(crate) context: ContextArgs,
+}
+
+/// Arguments of `kavanam classify`.
+#[derive(Debug, Args)]
+pub(crate) struct ClassifyArgs {
+    /// The texts
+    #[arg(required = true, value_name = "TEXT")]
+    pub(crate) texts: Vec<String>,
+    /// Folder of a model that `kavanam train --task classify` has written
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: PathBuf,
     /// How kernels run.
     #[command(flatten)]
     pub(crate) context: ContextArgs,

@@ -1,6 +1,7 @@
 //! One file a subcommand; each has a `run`.
 
 pub(crate) mod bench;
+pub(crate) mod classify;
 pub(crate) mod compare;
 pub(crate) mod completions;
 pub(crate) mod import;

@@ -1,11 +1,12 @@
 //! `kavanam train`: one model, by steps or by seconds, from the beginning or from a checkpoint.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use kavanam_kernels::Context;
 use kavanam_model::Seq2Seq;
-use kavanam_model::models::{CharLm, CharLmConfig};
+use kavanam_model::models::{CharLm, CharLmConfig, Classifier, ClassifierConfig};
 use kavanam_model::train::{Example, Trainable, Trainer, TrainerConfig, checkpoint};
 
 use super::compare::spread;
@@ -14,6 +15,7 @@ use crate::error::HarnessError;
 use crate::measure::threads;
 use crate::task_args::Task;
 use crate::tasks::chars::{self, HeldOut, Text};
+use crate::tasks::classify::{self, Labelled};
 use crate::tasks::evaluate::{self, Decoding, Words};
 use crate::tasks::fit::{self, Fit, Judge, Length};
 use crate::tasks::g2p::G2p;
@@ -46,12 +48,15 @@ pub(crate) fn run(args: &TrainArgs) -> Result<(), HarnessError> {
     threads::run_on(threads::count(ctx.thread_count()), || match args.task {
         Task::G2p => g2p(args, &ctx),
         Task::Chars => chars(args, &ctx),
+        Task::Classify => classes(args, &ctx),
     })?
 }
 
 fn g2p(args: &TrainArgs, ctx: &Context) -> Result<(), HarnessError> {
     if args.data.is_some() {
-        return Err(HarnessError::Usage("--data is for --task chars: g2p has its dictionary".to_owned()));
+        return Err(HarnessError::Usage(
+            "--data is for --task chars and classify: g2p has its dictionary".to_owned(),
+        ));
     }
     check_folder(args)?;
     let data = G2p::load()?;
@@ -82,13 +87,45 @@ fn g2p(args: &TrainArgs, ctx: &Context) -> Result<(), HarnessError> {
     Ok(())
 }
 
+/// The file of `--data`; `model` and `what` say in an error how the model is chosen and what the file holds.
+fn data_file<'a>(args: &'a TrainArgs, model: &str, what: &str) -> Result<&'a Path, HarnessError> {
+    if args.model.is_some() {
+        return Err(HarnessError::Usage(format!("--model is for --task g2p: {model}")));
+    }
+    args.data.as_deref().ok_or_else(|| HarnessError::Usage(format!("--task {what}")))
+}
+
+fn classes(args: &TrainArgs, ctx: &Context) -> Result<(), HarnessError> {
+    let model = r#"name the pooling, as in --config '{"pooling": "last"}', or a whole encoder"#;
+    let file = data_file(args, model, "classify needs --data FILE, lines of label, tab, text")?;
+    check_folder(args)?;
+    let data = Labelled::load(file)?;
+    let sizes = (data.labels.tokens.len(), data.labels.classes.len());
+    let mut run = Run::<Classifier>::open(args, data.training_examples(), || {
+        let (mut model, mut trainer) = classify::recipe(args.preset, sizes, args.seed);
+        args.tune(&mut trainer);
+        if let Some(changes) = &args.config {
+            model = changed(&model, changes, ClassifierConfig::validate)?;
+        }
+        if (model.vocab, model.classes) != sizes {
+            return Err(HarnessError::Usage("--config: vocab and classes are those of the data".to_owned()));
+        }
+        data.check_length(&model)?;
+        eprintln!("{}", classify::describe(&model));
+        Ok((model, trainer))
+    })?;
+    let judge = classify::HeldOut(&data);
+    run.fit(args, ctx, "classify", &judge, &data.labels)?;
+    let wrong = judge.error_rate(ctx, run.trainer.model())?;
+    println!("validation, {} texts: {:.2} % wrong", data.held_out(), 100.0 * wrong);
+    run.report(args, "texts");
+    Ok(())
+}
+
 fn chars(args: &TrainArgs, ctx: &Context) -> Result<(), HarnessError> {
     let usage = |text: &str| HarnessError::Usage(text.to_owned());
-    if args.model.is_some() {
-        return Err(usage(r#"--model is for --task g2p: name the cell, as in --config '{"cell": "gru"}'"#));
-    }
-    let file =
-        args.data.as_deref().ok_or_else(|| usage("--task chars needs --data FILE, a text in UTF-8"))?;
+    let model = r#"name the cell, as in --config '{"cell": "gru"}'"#;
+    let file = data_file(args, model, "chars needs --data FILE, a text in UTF-8")?;
     check_folder(args)?;
     let text = Text::load(file)?;
     let mut run = Run::<CharLm>::open(args, text.training_examples(), || {

@@ -1,6 +1,7 @@
 //! Tasks that models are trained on: data, recipe, training run, scores, times.
 
 pub(crate) mod chars;
+pub(crate) mod classify;
 pub(crate) mod evaluate;
 pub(crate) mod fit;
 pub(crate) mod g2p;

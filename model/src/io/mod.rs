@@ -4,6 +4,7 @@
 //! crash, finds the old file or the new one and never a part. [`import`] reads models of other programs.
 
 pub mod char_lm;
+pub mod classifier;
 pub mod config;
 pub mod import;
 pub mod safetensors;

@@ -6,14 +6,17 @@
 //! both          logits = W·pooled + b
 //! ```
 
+use std::path::Path;
 use std::sync::Arc;
 
 use kavanam_kernels::Context;
 use kavanam_kernels::error::expect_dim;
 
 use crate::error::ModelError;
+use crate::io::CheckpointError;
+use crate::io::classifier::{Labels, save_config};
 use crate::models::rnn_seq2seq::time_major;
-use crate::models::{ClassifierConfig, ClassifierEncoder, Pooling};
+use crate::models::{ClassifierConfig, ClassifierEncoder, LossOptions, PAD, Pooling};
 use crate::nn::attention::Sequences;
 use crate::nn::embedding::Embedding;
 use crate::nn::encoder_layer::EncoderLayer;
@@ -25,6 +28,7 @@ use crate::param::ParamStore;
 use crate::pool::Pool;
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
+use crate::train::{Example, Trainable};
 
 /// A classifier with its weights.
 #[derive(Debug)]
@@ -159,7 +163,7 @@ impl Classifier {
         classes: &[u32],
     ) -> Result<Var, ModelError> {
         let logits = self.logits(tape, tokens, lengths)?;
-        Ok(ops::classification_loss(tape, logits, &classes.into())?)
+        Ok(ops::classification_loss(tape, logits, &classes.into(), 0.0)?)
     }
 
     /// Logits without a way back, `[batch, classes]`.
@@ -170,5 +174,65 @@ impl Classifier {
         let mut tape = Tape::inference(ctx, &self.store, &self.pool);
         let logits = self.logits(&mut tape, tokens, lengths)?;
         Ok(Tensor::new(&[lengths.len(), self.config.classes], tape.value(logits).to_vec())?)
+    }
+}
+
+/// Sequences as [`Classifier::predict`] takes them: padded to the longest, one after the other, and their lengths.
+pub fn padded(sequences: &[&[u32]]) -> (Vec<u32>, Vec<usize>) {
+    let lengths: Vec<usize> = sequences.iter().map(|sequence| sequence.len()).collect();
+    let seq = lengths.iter().copied().max().unwrap_or(0);
+    let mut tokens = vec![PAD; sequences.len() * seq];
+    for (b, sequence) in sequences.iter().enumerate() {
+        tokens[b * seq..][..sequence.len()].copy_from_slice(sequence);
+    }
+    (tokens, lengths)
+}
+
+/// `source` is the sequence, `target` its class alone.
+impl Trainable for Classifier {
+    type Config = ClassifierConfig;
+    type Vocabs = Labels;
+
+    fn build(config: &ClassifierConfig, seed: u64) -> Result<Box<Classifier>, ModelError> {
+        Ok(Box::new(Classifier::new(config, seed)?))
+    }
+
+    fn made_from(&self) -> ClassifierConfig {
+        self.config.clone()
+    }
+
+    fn weights(&self) -> &ParamStore {
+        self.params()
+    }
+
+    fn weights_mut(&mut self) -> &mut ParamStore {
+        self.params_mut()
+    }
+
+    fn loss_tokens(_: &Example) -> usize {
+        1
+    }
+
+    fn examples_loss(
+        &self,
+        tape: &mut Tape<'_>,
+        examples: &[&Example],
+        options: &LossOptions,
+    ) -> Result<Var, ModelError> {
+        let mut classes = Vec::with_capacity(examples.len());
+        for (index, example) in examples.iter().enumerate() {
+            let [class] = *example.target else {
+                return Err(ModelError::Batch { side: "target", index, problem: "is not one class" });
+            };
+            classes.push(class);
+        }
+        let sequences: Vec<&[u32]> = examples.iter().map(|example| &*example.source).collect();
+        let (tokens, lengths) = padded(&sequences);
+        let logits = self.logits(tape, &tokens, &lengths)?;
+        Ok(ops::classification_loss(tape, logits, &classes.into(), options.label_smoothing)?)
+    }
+
+    fn save_config(folder: &Path, config: &ClassifierConfig, labels: &Labels) -> Result<(), CheckpointError> {
+        save_config(folder, config, labels)
     }
 }

@@ -25,7 +25,7 @@ pub fn cross_entropy(
     summed(tape, logits, targets, CrossEntropy { label_smoothing, ignore_index: Some(PAD) })
 }
 
-/// `Σ −log softmax(logits)[class]` over all rows: every class counts, that with the number of [`PAD`] too.
+/// As [`cross_entropy`] over all rows: every class counts, that with the number of [`PAD`] too.
 ///
 /// # Shapes
 /// logits `[rows, classes]`, one class a row; the result is a scalar. It is summed in f64.
@@ -36,8 +36,9 @@ pub fn classification_loss(
     tape: &mut Tape<'_>,
     logits: Var,
     classes: &Arc<[u32]>,
+    label_smoothing: f32,
 ) -> Result<Var, ShapeError> {
-    summed(tape, logits, classes, CrossEntropy { label_smoothing: 0.0, ignore_index: None })
+    summed(tape, logits, classes, CrossEntropy { label_smoothing, ignore_index: None })
 }
 
 fn summed(
@@ -88,7 +89,9 @@ mod tests {
         }
         let mut case = Case::new(32);
         case.input(3, 4);
-        check(&case, |tape, v| classification_loss(tape, v[0], &[0, 3, 0].into()));
+        for smoothing in [0.0, 0.1] {
+            check(&case, |tape, v| classification_loss(tape, v[0], &[0, 3, 0].into(), smoothing));
+        }
     }
 
     #[test]

@@ -394,7 +394,7 @@ mod tests {
         let mut all: Vec<Vec<f32>> =
             out.last.vars().chain([out.y]).map(|var| tape.value(var).to_vec()).collect();
         let targets = (0..28).map(|i| i % 17).collect();
-        let loss = crate::ops::classification_loss(&mut tape, out.y, &targets).unwrap();
+        let loss = crate::ops::classification_loss(&mut tape, out.y, &targets, 0.0).unwrap();
         let mut grads = Grads::zeros(&case.store);
         tape.backward(loss, &mut grads).unwrap();
         all.extend(case.store.ids().map(|id| grads.get(id).to_vec()));
