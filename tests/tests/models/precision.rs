@@ -16,6 +16,10 @@ fn models() -> Vec<ModelConfig> {
         let mut config = RnnSeq2SeqConfig::new(VOCAB, VOCAB, cell, attention);
         (config.embedding, config.hidden, config.encoder_hidden) = (33, 36, 36);
         (config.attention_width, config.readout) = (35, 37);
+        if attention == AttentionKind::Dot {
+            // What dot attention compares: both directions of the encoder.
+            config.hidden = 2 * config.encoder_hidden;
+        }
         ModelConfig::RnnSeq2Seq(config)
     };
     vec![
