@@ -250,8 +250,10 @@ impl Block<'_> {
             // SAFETY: the source is the view `b`.
             unsafe { pack_panels(source, depth, group.len(), packed, (K::NR, lanes)) };
         }
+        // Packed now, a panel is in a near cache; in the passes of later rows it is where the whole block is.
+        let far = !pack && width == K::NR && placement::lies_far(size_of_val(b_block));
         let ptr = b_block[offset * depth..(offset + width) * depth].as_ptr().cast();
-        Rhs { ptr, depth_stride: width.min(K::NR), panel_stride: K::NR * depth, group: depth, far: false }
+        Rhs { ptr, depth_stride: width.min(K::NR), panel_stride: K::NR * depth, group: depth, far }
     }
 
     #[inline(always)]

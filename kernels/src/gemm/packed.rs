@@ -18,6 +18,7 @@ use super::blocking::{block_depth, blocking};
 use super::microkernel::amx::{BLOCK, SIDE};
 use super::microkernel::{KernelInfo, KernelVisitor, Microkernel, Rhs, Storage, kernel_for, with_kernel};
 use super::pack::{Source, pack_panels};
+use super::placement::lies_far;
 use super::quantise::{WeightFormat, decode, encode, scale_of};
 use super::split::{Magnitudes, pack_right, right_element};
 use super::tiles::OddColumns;
@@ -26,9 +27,6 @@ use crate::error::ShapeError;
 use crate::isa::IsaName;
 use crate::scratch::Words;
 use crate::view::MatRef;
-
-/// Bytes of weights that a core keeps near from one product to the next: the second-level cache of the core at hand.
-const NEAR: usize = 512 * 1024;
 
 /// A right operand `[k, n]` in the order in which one kernel reads it.
 ///
@@ -195,7 +193,7 @@ impl PackedWeights {
             depth_stride: self.panel_width(cols.start),
             panel_stride: self.kernel.nr * column,
             group: self.group,
-            far: self.bytes() > NEAR && self.panel_width(cols.start) == self.kernel.nr,
+            far: lies_far(self.bytes()) && self.panel_width(cols.start) == self.kernel.nr,
         }
     }
 

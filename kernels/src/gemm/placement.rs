@@ -19,6 +19,14 @@ const TRANSPOSED_MAX_PANELS: usize = 8;
 /// … and up to this many elements from one row of its memory to the next.
 const TRANSPOSED_MAX_STRIDE: usize = 512;
 
+/// Bytes of panels that a core keeps near from one pass over them to the next: the second-level cache of the core at hand.
+const NEAR: usize = 512 * 1024;
+
+/// Whether panels of so many bytes in all have to be asked for early.
+pub(super) fn lies_far(bytes: usize) -> bool {
+    bytes > NEAR
+}
+
 /// How a part reads A.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Left {
