@@ -6,7 +6,7 @@ use kavanam_kernels::attention::cache::{
     Cache, CacheFormat, CacheLayout, CacheMut, PANEL, StoredBuffers, StoredBuffersMut, StoredSizes,
 };
 use kavanam_kernels::attention::{self, AttentionSpec, BlockList, Grads, Inputs, Mask, Part, Saved};
-use kavanam_kernels::{Context, HeadsLayout, HeadsMut, HeadsRef, ShapeError};
+use kavanam_kernels::{Context, HeadsLayout, HeadsMut, HeadsRef, Precision, ShapeError};
 
 use crate::cases::attention::{Pass, Problem, Shape};
 use crate::error::HarnessError;
@@ -33,6 +33,11 @@ pub(super) fn prepare(problem: &Problem, context: Context) -> Result<Box<dyn Wor
     };
     attention.forward()?;
     Ok(Box::new(attention))
+}
+
+/// The kernel whose tile attention's products have: they run on vectors whatever the precision.
+fn kernel_on_vectors(context: &Context) -> &'static str {
+    kavanam_kernels::gemm::kernel_name(&context.precision(Precision::Strict))
 }
 
 struct Attention<'a> {
@@ -93,7 +98,7 @@ impl Workload for Attention<'_> {
     }
 
     fn kernel(&self) -> String {
-        format!("flash_{}", kavanam_kernels::gemm::kernel_name(&self.context))
+        format!("flash_{}", kernel_on_vectors(&self.context))
     }
 }
 
@@ -189,6 +194,6 @@ impl Workload for Decode<'_> {
     }
 
     fn kernel(&self) -> String {
-        format!("decode_{}", kavanam_kernels::gemm::kernel_name(&self.context))
+        format!("decode_{}", kernel_on_vectors(&self.context))
     }
 }

@@ -300,7 +300,7 @@ fn weights_packed_for_another_kernel_are_refused() {
             let mut c = vec![0.0; 16];
             let c = MatMut::new(&mut c, 4, 4).unwrap();
             let result = gemm_packed(other, b, &packed, c, Accum::Overwrite, &Epilogue::new());
-            assert_eq!(result.is_ok(), other.isa() == ctx.isa());
+            assert_eq!(result.is_ok(), other.isa().vectors() == ctx.isa().vectors());
         });
     });
 }
@@ -309,7 +309,7 @@ fn weights_packed_for_another_kernel_are_refused() {
 fn the_table_lists_every_kernel_once() {
     for_each_isa(|ctx| {
         let named = kernels().iter().filter(|kernel| kernel.name == kernel_name(ctx));
-        assert_eq!(named.map(|kernel| kernel.isa).collect::<Vec<_>>(), [ctx.isa().name()]);
+        assert_eq!(named.map(|kernel| kernel.isa).collect::<Vec<_>>(), [ctx.isa().vectors()]);
         let mut names: Vec<_> = kernels().iter().map(|kernel| kernel.name).collect();
         names.sort_unstable();
         assert!(names.windows(2).all(|pair| pair[0] != pair[1]));
