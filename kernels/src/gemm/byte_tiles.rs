@@ -14,9 +14,10 @@ use std::ops::Range;
 
 use pulp::{Simd, WithSimd};
 
-use super::int8::{Order, Part, quantise_row};
-use super::microkernel::RowScale;
+use super::int8::Part;
+use super::int8_rows::{Order, quantise_row};
 use super::microkernel::amx::{BLOCK, ByteBlock, SIDE, TILE_WORDS, TileUnit};
+use super::microkernel::{RowScale, Sink};
 use super::tiles::{Sums, store};
 use crate::isa::Tiles;
 use crate::scratch::ScratchBuf;
@@ -83,11 +84,26 @@ impl WithSimd for TilePart<'_> {
                         unsafe { unit.add_bytes(&operands, &mut sums.0) };
                         at += steps(depth) * TILE_WORDS;
                     }
-                    let sums = scaled(&sums, &scales[..block.len()], b.column_scales(&panel, &cols));
-                    let finish = product.finish(block.clone(), cols.clone());
-                    let out = product.out(block.start, cols.start);
-                    // SAFETY: this task alone writes these rows and columns of C, and the shapes of the epilogue were checked.
-                    unsafe { store(simd, &sums, (block.len(), cols.len()), &finish, out) };
+                    less_offsets(&mut sums, &scales[..block.len()], b.column_sums(&cols));
+                    match product.sink(block.clone(), cols.clone()) {
+                        Sink::Scaled { out, finish } => {
+                            let scales = (&scales[..block.len()], b.column_scales(&panel, &cols));
+                            let sums = scaled(&sums, scales);
+                            // SAFETY: this task alone writes these rows and columns of C, and the shapes of the epilogue were
+                            // checked.
+                            unsafe { store(simd, &sums, (block.len(), cols.len()), &finish, out) };
+                        }
+                        Sink::Integers { out, add } => {
+                            for (i, sums) in
+                                sums.0.as_chunks::<BLOCK>().0.iter().enumerate().take(block.len())
+                            {
+                                for (j, sum) in sums.iter().enumerate().take(cols.len()) {
+                                    // SAFETY: as above.
+                                    unsafe { out.from(i, j).put(*sum as i32, add) };
+                                }
+                            }
+                        }
+                    }
                 }
             }
         }
@@ -112,16 +128,28 @@ fn scatter(row: &[u32], depths: &[Range<usize>], tiles: &mut [u32]) {
 #[repr(align(64))]
 struct IntegerSums([u32; BLOCK * BLOCK]);
 
-/// The sums less what the offset of the weights added, times both scales: as `microkernel::pairs` does.
+/// Takes from the sums what the offset of the weights added, and adds what bytes could not hold of unsigned rows.
 #[inline(always)]
-fn scaled(sums: &IntegerSums, rows: &[RowScale], cols: &[f32]) -> Sums {
+fn less_offsets(sums: &mut IntegerSums, rows: &[RowScale], column_sums: &[i32]) {
+    let mut of_cols = [0; BLOCK];
+    of_cols.iter_mut().zip(column_sums).for_each(|(to, sum)| *to = *sum as u32);
+    for (sums, row) in sums.0.as_chunks_mut::<BLOCK>().0.iter_mut().zip(rows) {
+        for (sum, of_col) in sums.iter_mut().zip(&of_cols) {
+            *sum = sum.wrapping_sub(row.excess).wrapping_add(of_col.wrapping_mul(row.shift));
+        }
+    }
+}
+
+/// The sums times both scales: as `microkernel::pairs` does.
+#[inline(always)]
+fn scaled(sums: &IntegerSums, (rows, cols): (&[RowScale], &[f32])) -> Sums {
     let mut of_cols = [0.0; BLOCK];
     of_cols[..cols.len()].copy_from_slice(cols);
     let mut out = Sums([0.0; BLOCK * BLOCK]);
     let rows_out = out.0.as_chunks_mut::<BLOCK>().0.iter_mut();
     for ((out, sums), row) in rows_out.zip(sums.0.as_chunks::<BLOCK>().0).zip(rows) {
         for ((out, sum), col) in out.iter_mut().zip(sums).zip(&of_cols) {
-            *out = sum.wrapping_sub(row.excess) as i32 as f32 * (col * row.scale);
+            *out = *sum as i32 as f32 * (col * row.scale);
         }
     }
     out

@@ -3,6 +3,8 @@
 //! A part is a slab of rows and columns that a task computes alone, with its own packing buffers and
 //! all of K: there is no barrier, and no bit depends on where the cuts lie.
 
+use std::ops::Range;
+
 use super::macrokernel::{Part, Problem, RightOperand};
 use super::microkernel::{KernelInfo, with_kernel};
 use super::tiles::TilePart;
@@ -16,7 +18,7 @@ const MIN_TASK_WORK: usize = 1 << 20;
 const MEMORY_BOUND_ROWS: usize = 4;
 
 /// How many threads a product of `m × n × k` is worth.
-pub(super) fn threads_for(ctx: &Context, kernel: &KernelInfo, [m, n, k]: [usize; 3]) -> usize {
+fn threads_for(ctx: &Context, kernel: &KernelInfo, [m, n, k]: [usize; 3]) -> usize {
     // Tiles do so many multiply-adds in the time of one on vectors; taken from the peak of the unit, not measured.
     let rate = match (kernel.isa, kernel.storage.parts()) {
         (IsaName::Amx, 1) => 16,
@@ -33,38 +35,71 @@ pub(super) fn run(ctx: &Context, problem: &Problem<'_>) {
     if m == 0 || n == 0 {
         return;
     }
-    let threads = threads_for(ctx, problem.kernel, [m, n, k]);
-    let (row_parts, col_parts) = grid(problem, threads);
-    let (mr, nr) = (problem.kernel.mr, problem.kernel.nr);
-    ctx.for_each_task(row_parts * col_parts, |task| {
-        let rows = slab(m, mr, row_parts, task / col_parts);
-        let cols = slab(n, nr, col_parts, task % col_parts);
+    let grid = Grid::of(ctx, problem.kernel, [m, n, k], matches!(problem.b, RightOperand::Packed(_)));
+    ctx.for_each_task(grid.parts(), |task| {
+        let (rows, cols) = grid.part(task);
         run_part(ctx.isa(), Part { problem, rows, cols });
     });
 }
 
 /// Out of line, so that the kernels are compiled once and not once for each way to run a task.
 #[inline(never)]
-fn run_part(isa: Isa, part: Part<'_>) {
+pub(super) fn run_part(isa: Isa, part: Part<'_>) {
     match isa.tiles() {
         Some(tiles) if part.problem.kernel.isa == IsaName::Amx => isa.dispatch(TilePart { part, tiles }),
         _ => with_kernel(isa, part.problem.kernel.storage, part),
     }
 }
 
-/// How many slabs of rows and of columns: as many parts as threads, cut along the longer side.
-fn grid(problem: &Problem<'_>, threads: usize) -> (usize, usize) {
-    let row_tiles = problem.a.rows().div_ceil(problem.kernel.mr);
-    let col_tiles = problem.n.div_ceil(problem.kernel.nr);
-    let by_rows = match problem.b {
-        RightOperand::Packed(_) => row_tiles >= threads,
-        RightOperand::Plain(_) => problem.a.rows() >= problem.n,
-    };
-    if by_rows { (threads.min(row_tiles), 1) } else { (1, threads.min(col_tiles)) }
+/// C cut into slabs of rows and of columns.
+pub(super) struct Grid {
+    m: usize,
+    n: usize,
+    kernel: &'static KernelInfo,
+    row_parts: usize,
+    col_parts: usize,
+}
+
+impl Grid {
+    /// As many parts as threads, cut along one side: along the rows where the weights are packed and there are enough, else along the longer side.
+    pub(super) fn of(
+        ctx: &Context,
+        kernel: &'static KernelInfo,
+        [m, n, k]: [usize; 3],
+        packed: bool,
+    ) -> Grid {
+        let threads = threads_for(ctx, kernel, [m, n, k]);
+        let (row_tiles, col_tiles) = (m.div_ceil(kernel.mr), n.div_ceil(kernel.nr));
+        let by_rows = if packed { row_tiles >= threads } else { m >= n };
+        let (row_parts, col_parts) =
+            if by_rows { (threads.min(row_tiles), 1) } else { (1, threads.min(col_tiles)) };
+        Grid { m, n, kernel, row_parts, col_parts }
+    }
+
+    /// How many parts there are.
+    pub(super) fn parts(&self) -> usize {
+        self.row_parts * self.col_parts
+    }
+
+    /// The rows and columns of one part.
+    pub(super) fn part(&self, index: usize) -> (Range<usize>, Range<usize>) {
+        let (row, col) = (index / self.col_parts, index % self.col_parts);
+        (slab(self.m, self.kernel.mr, self.row_parts, row), slab(self.n, self.kernel.nr, self.col_parts, col))
+    }
+
+    /// The slabs of rows, in order.
+    pub(super) fn rows(&self) -> impl Iterator<Item = Range<usize>> {
+        (0..self.row_parts).map(|i| slab(self.m, self.kernel.mr, self.row_parts, i))
+    }
+
+    /// The slabs of columns, in order.
+    pub(super) fn cols(&self) -> impl Iterator<Item = Range<usize>> {
+        (0..self.col_parts).map(|i| slab(self.n, self.kernel.nr, self.col_parts, i))
+    }
 }
 
 /// Slab `index` of `parts` of `0..len`, cut at multiples of `tile`.
-pub(super) fn slab(len: usize, tile: usize, parts: usize, index: usize) -> std::ops::Range<usize> {
+fn slab(len: usize, tile: usize, parts: usize, index: usize) -> Range<usize> {
     let tiles = len.div_ceil(tile);
     let edge = |i: usize| (tiles * i / parts * tile).min(len);
     edge(index)..edge(index + 1)

@@ -98,6 +98,12 @@ impl<'a> Epilogue<'a> {
         Ok(())
     }
 
+    /// The same for these rows of C alone.
+    pub(super) fn rows(self, rows: Range<usize>) -> Self {
+        let part = |matrix: Option<MatRef<'a>>| matrix.map(|m| m.sub(rows.clone(), 0..m.cols()));
+        Epilogue { gate: part(self.gate), residual: part(self.residual), ..self }
+    }
+
     /// What is done to the sums of these rows and columns over one block of K: `add` says whether C is read, `last` whether it is the last block.
     #[inline(always)]
     pub(super) fn finish(

@@ -66,8 +66,7 @@ impl<'a> Problem<'a> {
     /// C from element (`row`, `col`) on.
     #[inline(always)]
     pub(super) fn out(&self, row: usize, col: usize) -> Out<f32> {
-        let offset = row * self.c.row_stride + col * self.c.col_stride;
-        Out { ptr: self.c.ptr.wrapping_add(offset), ..self.c }
+        self.c.from(row, col)
     }
 
     /// What is done to the sums of these rows and columns over that block of K.
@@ -160,23 +159,16 @@ fn left_block<K: Microkernel<Lhs = f32>>(a: MatRef<'_>, left: Left, scratch: &mu
             depth_stride: a.col_stride(),
         },
         Left::Rows => {
-            let source =
-                Source { ptr: a.as_ptr(), depth_stride: a.row_stride(), lane_stride: a.col_stride() };
             // SAFETY: the source is the view `a`, its rows as the depth.
-            unsafe { pack_panel(source, rows, depth, &mut scratch[..rows * depth], depth) };
+            unsafe { pack_panel(Source::of(&a), rows, depth, &mut scratch[..rows * depth], depth) };
             Lhs { ptr: scratch.as_ptr(), tile_stride: K::MR * depth, row_stride: depth, depth_stride: 1 }
         }
         Left::Tiles => {
             for first in (0..rows).step_by(K::MR) {
-                let tile = a.sub(first..(first + K::MR).min(rows), 0..depth);
-                let source = Source {
-                    ptr: tile.as_ptr(),
-                    depth_stride: tile.col_stride(),
-                    lane_stride: tile.row_stride(),
-                };
+                let tile = a.sub(first..(first + K::MR).min(rows), 0..depth).t();
                 let packed = &mut scratch[first * depth..(first + K::MR) * depth];
                 // SAFETY: the source is the view `tile`.
-                unsafe { pack_panel(source, depth, tile.rows(), packed, K::MR) };
+                unsafe { pack_panel(Source::of(&tile), depth, tile.cols(), packed, K::MR) };
             }
             Lhs { ptr: scratch.as_ptr(), tile_stride: K::MR * depth, row_stride: 1, depth_stride: K::MR }
         }
@@ -244,11 +236,9 @@ impl Block<'_> {
         if pack && (self.right_in_place || offset % (GROUP * K::NR) == 0) {
             let group = cols.start..(cols.start + GROUP * K::NR).min(self.cols.end);
             let b = b.sub(self.depth.clone(), group.clone());
-            let source =
-                Source { ptr: b.as_ptr(), depth_stride: b.row_stride(), lane_stride: b.col_stride() };
             let packed = &mut b_block[offset * depth..(offset + packed_cols(group.len(), lanes)) * depth];
             // SAFETY: the source is the view `b`.
-            unsafe { pack_panels(source, depth, group.len(), packed, (K::NR, lanes)) };
+            unsafe { pack_panels(Source::of(&b), depth, group.len(), packed, (K::NR, lanes)) };
         }
         // Packed now, a panel is in a near cache; in the passes of later rows it is where the whole block is.
         let far = !pack && width == K::NR && placement::lies_far(size_of_val(b_block));

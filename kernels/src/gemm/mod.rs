@@ -24,8 +24,11 @@ mod byte_tiles;
 mod driver;
 mod epilogue;
 mod int8;
+mod int8_rows;
 mod macrokernel;
 pub(crate) mod microkernel;
+mod mixed;
+mod operand;
 mod pack;
 mod packed;
 mod placement;
@@ -38,8 +41,10 @@ mod tiles;
 pub use crate::rowwise::Activation;
 pub use batched::gemm_batched;
 pub use epilogue::{Accum, Epilogue};
-pub use int8::{INT8_MAX_DEPTH, Int8Rows, gemm_int8, int8_kernel_name};
+pub use int8::{gemm_int8, gemm_int8_sums, int8_kernel_name};
+pub use int8_rows::{INT8_MAX_DEPTH, Int8Rows, Integers, UINT8_MAX_DEPTH};
 pub use microkernel::{KernelInfo, Storage};
+pub use operand::{Operand, Output};
 pub use packed::PackedWeights;
 pub use quantise::WeightFormat;
 
@@ -49,7 +54,10 @@ use crate::view::{MatMut, MatRef};
 use macrokernel::{Problem, RightOperand};
 use microkernel::kernel_for;
 
-/// `C = activation(scale·A·B [+ C] + bias)∘gate + residual`, any strides.
+/// `C = activation(scale·A·B [+ C] + bias)∘gate + residual`, any strides, each matrix in f32 or bf16.
+///
+/// Numbers in bf16 are used as they are, and a C in bf16 is rounded once, when all is done: the result is that of the same numbers in f32. A plain
+/// B beside a matrix in bf16 is packed as a whole first; what is used often is better packed beforehand ([`PackedWeights`]).
 ///
 /// # Shapes
 /// A `[m, k]`, B `[k, n]`, C `[m, n]`, bias `[n]`, gate and residual `[m, n]`. With k = 0 the product is 0.
@@ -59,15 +67,24 @@ use microkernel::kernel_for;
 ///
 /// # Accuracy
 /// See the [module](self); asserted by `gemm::tests::the_error_is_within_gamma_k`.
-pub fn gemm(
+pub fn gemm<'a, 'b, 'c>(
     ctx: &Context,
-    a: MatRef<'_>,
-    b: MatRef<'_>,
-    c: MatMut<'_>,
+    a: impl Into<Operand<'a>>,
+    b: impl Into<Operand<'b>>,
+    c: impl Into<Output<'c>>,
     accum: Accum,
     epilogue: &Epilogue<'_>,
 ) -> Result<(), ShapeError> {
-    product(ctx, a, RightOperand::Plain(b), c, accum, epilogue)
+    match (a.into(), b.into(), c.into()) {
+        (Operand::F32(a), Operand::F32(b), Output::F32(c)) => {
+            product(ctx, a, RightOperand::Plain(b), c, accum, epilogue)
+        }
+        (a, b, c) => {
+            check([a.rows(), a.cols()], [b.rows(), b.cols()], [c.rows(), c.cols()], epilogue)?;
+            mixed::run(ctx, a, &mixed::pack(ctx, b)?, c, accum, epilogue);
+            Ok(())
+        }
+    }
 }
 
 /// As [`gemm`] with weights that were packed beforehand: with the same bits where they are stored as f32 or their
@@ -80,11 +97,11 @@ pub fn gemm(
 /// That of the [module](self) for the elements that the weights hold ([`PackedWeights::unpack`]), whatever their
 /// format; what storing them rounded stands at [`WeightFormat`]. Asserted by
 /// `gemm::tests::stored::the_error_is_within_gamma_k_of_the_stored_weights`.
-pub fn gemm_packed(
+pub fn gemm_packed<'a, 'c>(
     ctx: &Context,
-    a: MatRef<'_>,
+    a: impl Into<Operand<'a>>,
     b: &PackedWeights,
-    c: MatMut<'_>,
+    c: impl Into<Output<'c>>,
     accum: Accum,
     epilogue: &Epilogue<'_>,
 ) -> Result<(), ShapeError> {
@@ -96,7 +113,14 @@ pub fn gemm_packed(
             kernel,
         });
     }
-    product(ctx, a, RightOperand::Packed(b), c, accum, epilogue)
+    match (a.into(), c.into()) {
+        (Operand::F32(a), Output::F32(c)) => product(ctx, a, RightOperand::Packed(b), c, accum, epilogue),
+        (a, c) => {
+            check([a.rows(), a.cols()], [b.rows(), b.cols()], [c.rows(), c.cols()], epilogue)?;
+            mixed::run(ctx, a, b, c, accum, epilogue);
+            Ok(())
+        }
+    }
 }
 
 /// The name of the kernel that `ctx` selects for operands in f32, for example `f32_6x16_avx2`. (With k below 32 a kernel on tiles is
@@ -110,6 +134,14 @@ pub fn kernels() -> &'static [KernelInfo] {
     &microkernel::KERNELS
 }
 
+/// The shapes against each other.
+fn check(a: [usize; 2], b: [usize; 2], c: [usize; 2], epilogue: &Epilogue<'_>) -> Result<(), ShapeError> {
+    expect_dim("b", "rows", a[1], b[0])?;
+    expect_dim("c", "rows", a[0], c[0])?;
+    expect_dim("c", "cols", b[1], c[1])?;
+    epilogue.check(a[0], b[1])
+}
+
 fn product(
     ctx: &Context,
     a: MatRef<'_>,
@@ -119,10 +151,7 @@ fn product(
     epilogue: &Epilogue<'_>,
 ) -> Result<(), ShapeError> {
     let (k, n) = (b.rows(), b.cols());
-    expect_dim("b", "rows", a.cols(), k)?;
-    expect_dim("c", "rows", a.rows(), c.rows())?;
-    expect_dim("c", "cols", n, c.cols())?;
-    epilogue.check(a.rows(), n)?;
+    check([a.rows(), a.cols()], [k, n], [c.rows(), c.cols()], epilogue)?;
     let kernel = match b {
         RightOperand::Plain(_) => kernel_for(ctx, k, WeightFormat::F32),
         RightOperand::Packed(packed) => packed.kernel(),

@@ -8,12 +8,63 @@
 //! source that is contiguous along the depth is transposed by blocks of 4 × 4, so that neither side is
 //! touched a word at a time.
 
+use half::bf16;
+
+use crate::view::MatRef;
+
+/// What an operand may hold; packing makes f32 of it.
+pub(super) trait Element: Copy {
+    /// The same number as f32.
+    fn widen(self) -> f32;
+
+    /// Neighbours at once.
+    #[inline(always)]
+    fn widen_all<const C: usize>(all: [Self; C]) -> [f32; C] {
+        all.map(Self::widen)
+    }
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self
+    }
+
+    #[inline(always)]
+    fn widen_all<const C: usize>(all: [f32; C]) -> [f32; C] {
+        all
+    }
+}
+
+impl Element for i8 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        f32::from(self)
+    }
+}
+
+impl Element for bf16 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+}
+
 /// Where a panel comes from: element (p, j) lies at `p · depth_stride + j · lane_stride`.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Source {
-    pub(super) ptr: *const f32,
+pub(super) struct Source<T = f32> {
+    pub(super) ptr: *const T,
     pub(super) depth_stride: usize,
     pub(super) lane_stride: usize,
+}
+
+impl<T> Source<T> {
+    /// The matrix, its rows as the depth.
+    #[inline(always)]
+    pub(super) fn of(matrix: &MatRef<'_, T>) -> Source<T> {
+        let (depth_stride, lane_stride) = (matrix.row_stride(), matrix.col_stride());
+        Source { ptr: matrix.as_ptr(), depth_stride, lane_stride }
+    }
 }
 
 /// Packs `count` lanes, `depth` deep, into panel rows of `width ≥ count`.
@@ -24,8 +75,8 @@ pub(super) struct Source {
 /// # Panics
 /// When `packed` does not hold `depth · width` elements.
 #[inline(always)]
-pub(super) unsafe fn pack_panel(
-    source: Source,
+pub(super) unsafe fn pack_panel<T: Element>(
+    source: Source<T>,
     depth: usize,
     count: usize,
     packed: &mut [f32],
@@ -42,18 +93,18 @@ pub(super) unsafe fn pack_panel(
     unsafe {
         match source {
             Source { lane_stride: 1, .. } => match count {
-                1 => copy_rows::<1>(source, depth, to, width),
-                2 => copy_rows::<2>(source, depth, to, width),
-                3 => copy_rows::<3>(source, depth, to, width),
-                4 => copy_rows::<4>(source, depth, to, width),
-                5 => copy_rows::<5>(source, depth, to, width),
-                6 => copy_rows::<6>(source, depth, to, width),
-                7 => copy_rows::<7>(source, depth, to, width),
-                8 => copy_rows::<8>(source, depth, to, width),
-                12 => copy_rows::<12>(source, depth, to, width),
-                16 => copy_rows::<16>(source, depth, to, width),
-                32 => copy_rows::<32>(source, depth, to, width),
-                48 => copy_rows::<48>(source, depth, to, width),
+                1 => copy_rows::<T, 1>(source, depth, to, width),
+                2 => copy_rows::<T, 2>(source, depth, to, width),
+                3 => copy_rows::<T, 3>(source, depth, to, width),
+                4 => copy_rows::<T, 4>(source, depth, to, width),
+                5 => copy_rows::<T, 5>(source, depth, to, width),
+                6 => copy_rows::<T, 6>(source, depth, to, width),
+                7 => copy_rows::<T, 7>(source, depth, to, width),
+                8 => copy_rows::<T, 8>(source, depth, to, width),
+                12 => copy_rows::<T, 12>(source, depth, to, width),
+                16 => copy_rows::<T, 16>(source, depth, to, width),
+                32 => copy_rows::<T, 32>(source, depth, to, width),
+                48 => copy_rows::<T, 48>(source, depth, to, width),
                 _ => copy_elements(source, 0..depth, 0..count, to, width),
             },
             Source { depth_stride: 1, .. } => transpose(source, depth, count, to, width),
@@ -77,8 +128,8 @@ pub(super) const GROUP: usize = 4;
 /// # Panics
 /// When `packed` does not hold `depth` times `count` rounded up to whole vectors.
 #[inline(always)]
-pub(super) unsafe fn pack_panels(
-    source: Source,
+pub(super) unsafe fn pack_panels<T: Element>(
+    source: Source<T>,
     depth: usize,
     count: usize,
     packed: &mut [f32],
@@ -96,10 +147,10 @@ pub(super) unsafe fn pack_panels(
         unsafe {
             match (nr, source.lane_stride) {
                 _ if panels == 0 => pack_panel(from, depth, lanes, to, width),
-                (4, 1) => copy_panels::<4>(from, depth, panels, to.as_mut_ptr()),
-                (12, 1) => copy_panels::<12>(from, depth, panels, to.as_mut_ptr()),
-                (16, 1) => copy_panels::<16>(from, depth, panels, to.as_mut_ptr()),
-                (48, 1) => copy_panels::<48>(from, depth, panels, to.as_mut_ptr()),
+                (4, 1) => copy_panels::<T, 4>(from, depth, panels, to.as_mut_ptr()),
+                (12, 1) => copy_panels::<T, 12>(from, depth, panels, to.as_mut_ptr()),
+                (16, 1) => copy_panels::<T, 16>(from, depth, panels, to.as_mut_ptr()),
+                (48, 1) => copy_panels::<T, 48>(from, depth, panels, to.as_mut_ptr()),
                 _ => {
                     // At depth 0 there is nothing to pack, but a chunk must have a size.
                     for (panel, to) in to.chunks_exact_mut((nr * depth).max(1)).enumerate() {
@@ -118,13 +169,19 @@ pub(super) unsafe fn pack_panels(
 /// # Safety
 /// They are readable from `source`, and `to` has room for `panels · depth · C` elements.
 #[inline(always)]
-unsafe fn copy_panels<const C: usize>(source: Source, depth: usize, panels: usize, to: *mut f32) {
+unsafe fn copy_panels<T: Element, const C: usize>(
+    source: Source<T>,
+    depth: usize,
+    panels: usize,
+    to: *mut f32,
+) {
     let (mut from, mut to) = (source.ptr, to);
     for _ in 0..depth {
         for panel in 0..panels {
-            // SAFETY: the contract; arrays of f32 have the alignment of f32.
+            // SAFETY: the contract; arrays have the alignment of their elements.
             unsafe {
-                *to.add(panel * depth * C).cast::<[f32; C]>() = *from.add(panel * C).cast::<[f32; C]>()
+                let row = *from.add(panel * C).cast::<[T; C]>();
+                *to.add(panel * depth * C).cast::<[f32; C]>() = T::widen_all(row)
             };
         }
         from = from.wrapping_add(source.depth_stride);
@@ -137,11 +194,11 @@ unsafe fn copy_panels<const C: usize>(source: Source, depth: usize, panels: usiz
 /// # Safety
 /// They are readable from `source`, and writable at `to`, `width` apart.
 #[inline(always)]
-unsafe fn copy_rows<const C: usize>(source: Source, depth: usize, to: *mut f32, width: usize) {
+unsafe fn copy_rows<T: Element, const C: usize>(source: Source<T>, depth: usize, to: *mut f32, width: usize) {
     let (mut from, mut to) = (source.ptr, to);
     for _ in 0..depth {
-        // SAFETY: the contract; arrays of f32 have the alignment of f32.
-        unsafe { *to.cast::<[f32; C]>() = *from.cast::<[f32; C]>() };
+        // SAFETY: the contract; arrays have the alignment of their elements.
+        unsafe { *to.cast::<[f32; C]>() = T::widen_all(*from.cast::<[T; C]>()) };
         from = from.wrapping_add(source.depth_stride);
         to = to.wrapping_add(width);
     }
@@ -152,8 +209,8 @@ unsafe fn copy_rows<const C: usize>(source: Source, depth: usize, to: *mut f32, 
 /// # Safety
 /// The elements are readable from `source`, and writable at `to`, rows `width` apart.
 #[inline(always)]
-unsafe fn copy_elements(
-    source: Source,
+unsafe fn copy_elements<T: Element>(
+    source: Source<T>,
     depth: std::ops::Range<usize>,
     lanes: std::ops::Range<usize>,
     to: *mut f32,
@@ -163,7 +220,8 @@ unsafe fn copy_elements(
         for j in lanes.clone() {
             // SAFETY: the contract.
             unsafe {
-                *to.add(p * width + j) = *source.ptr.add(p * source.depth_stride + j * source.lane_stride)
+                *to.add(p * width + j) =
+                    (*source.ptr.add(p * source.depth_stride + j * source.lane_stride)).widen()
             };
         }
     }
@@ -174,7 +232,7 @@ unsafe fn copy_elements(
 /// # Safety
 /// As [`copy_elements`].
 #[inline(always)]
-unsafe fn transpose(source: Source, depth: usize, count: usize, to: *mut f32, width: usize) {
+unsafe fn transpose<T: Element>(source: Source<T>, depth: usize, count: usize, to: *mut f32, width: usize) {
     const B: usize = 4;
     let (whole_depth, whole_count) = (depth / B * B, count / B * B);
     // SAFETY (all below): the blocks and the two rims lie inside of `depth × count`.
@@ -182,8 +240,9 @@ unsafe fn transpose(source: Source, depth: usize, count: usize, to: *mut f32, wi
         for p in (0..whole_depth).step_by(B) {
             let mut block = [[0.0f32; B]; B];
             for (i, lane) in block.iter_mut().enumerate() {
+                let from = source.ptr.wrapping_add((j + i) * source.lane_stride + p);
                 // SAFETY: see above.
-                *lane = unsafe { *source.ptr.add((j + i) * source.lane_stride + p).cast::<[f32; B]>() };
+                *lane = T::widen_all(unsafe { *from.cast::<[T; B]>() });
             }
             for q in 0..B {
                 let row = block.map(|lane| lane[q]);

@@ -17,15 +17,16 @@ use pulp::{Simd, WithSimd};
 use super::blocking::{block_depth, blocking};
 use super::microkernel::amx::{BLOCK, SIDE};
 use super::microkernel::{KernelInfo, KernelVisitor, Microkernel, Rhs, Storage, kernel_for, with_kernel};
-use super::pack::{Source, pack_panels};
+use super::operand::Operand;
+use super::pack::{Element, Source, pack_panel, pack_panels};
 use super::placement::lies_far;
-use super::quantise::{WeightFormat, decode, encode, scale_of};
+use super::quantise::{WeightFormat, bf16_bits, decode, encode, scale_of};
 use super::split::{Magnitudes, pack_right, right_element};
 use super::tiles::OddColumns;
 use crate::context::Context;
-use crate::error::ShapeError;
+use crate::error::{ShapeError, expect_dim};
 use crate::isa::IsaName;
-use crate::scratch::Words;
+use crate::scratch::{ScratchBuf, Words};
 use crate::view::MatRef;
 
 /// A right operand `[k, n]` in the order in which one kernel reads it.
@@ -44,6 +45,8 @@ pub struct PackedWeights {
     kernel: &'static KernelInfo,
     /// Columns that a kernel on tiles needs as they were.
     odd: OddColumns,
+    /// The sum of each column's integers, in `Int8`.
+    column_sums: Vec<i32>,
 }
 
 impl PackedWeights {
@@ -51,7 +54,7 @@ impl PackedWeights {
     ///
     /// # Errors
     /// [`ShapeError::Overflow`] when the packed size does not fit in memory's address range.
-    pub fn pack(ctx: &Context, b: MatRef<'_>) -> Result<Self, ShapeError> {
+    pub fn pack<'b>(ctx: &Context, b: impl Into<Operand<'b>>) -> Result<Self, ShapeError> {
         PackedWeights::pack_as(ctx, b, WeightFormat::F32)
     }
 
@@ -61,53 +64,89 @@ impl PackedWeights {
     /// # Errors
     /// As [`PackedWeights::pack`]; and [`ShapeError::Value`] when the format's group is no positive multiple of 8, or
     /// when an integer format is asked for and an element is not finite or beyond half of the largest f32.
-    pub fn pack_as(ctx: &Context, b: MatRef<'_>, format: WeightFormat) -> Result<Self, ShapeError> {
-        let mut packed = PackedWeights {
-            words: Words::default(),
-            rows: 0,
-            cols: 0,
-            depth: 1,
-            group: 1,
-            format,
-            kernel: kernel_for(ctx, b.rows(), format),
-            odd: OddColumns::default(),
-        };
+    pub fn pack_as<'b>(
+        ctx: &Context,
+        b: impl Into<Operand<'b>>,
+        format: WeightFormat,
+    ) -> Result<Self, ShapeError> {
+        let b = b.into();
+        let mut packed = PackedWeights::shaped(ctx, [b.rows(), b.cols()], format)?.0;
         packed.repack(ctx, b)?;
         Ok(packed)
+    }
+
+    /// Packs weights that are integers already, as [`WeightFormat::Int8`]: element (p, j) is `scales[j]·values[p][j]`.
+    ///
+    /// # Shapes
+    /// values `[k, n]`, any strides; scales `[n]`.
+    ///
+    /// # Errors
+    /// [`ShapeError`] when there is not one scale a column, when one is not finite, or when the packed size overflows.
+    pub fn from_int8(ctx: &Context, values: MatRef<'_, i8>, scales: &[f32]) -> Result<Self, ShapeError> {
+        expect_dim("scales", "elements", values.cols(), scales.len())?;
+        if let Some(at) = scales.iter().position(|scale| !scale.is_finite()) {
+            let value = format!("{} at {at}", scales[at]);
+            return Err(ShapeError::Value { argument: "scales", value, expected: "finite" });
+        }
+        let shape = [values.rows(), values.cols()];
+        let (mut packed, len) = PackedWeights::shaped(ctx, shape, WeightFormat::Int8)?;
+        packed.words.resize(len);
+        packed.encode(values, Some(scales));
+        Ok(packed)
+    }
+
+    /// Weights of that shape without their words, and how many words they need.
+    fn shaped(
+        ctx: &Context,
+        [rows, cols]: [usize; 2],
+        format: WeightFormat,
+    ) -> Result<(Self, usize), ShapeError> {
+        format.check_numbers()?;
+        let kernel = kernel_for(ctx, rows, format);
+        let even = block_depth(rows, blocking(ctx, kernel).kc, kernel);
+        let (depth, group) = match format {
+            WeightFormat::Int4 { group } => (even.next_multiple_of(group), group),
+            _ => (even, even),
+        };
+        let shaped = PackedWeights {
+            words: Words::default(),
+            rows,
+            cols,
+            depth,
+            group,
+            format,
+            kernel,
+            odd: OddColumns::default(),
+            column_sums: Vec::new(),
+        };
+        let len = shaped.len().ok_or(ShapeError::Overflow { argument: "b" })?;
+        let beyond = shaped.beyond();
+        Ok((shaped, len + beyond))
     }
 
     /// Packs other values, or another matrix, into the same memory and format: for weights that change each step.
     ///
     /// # Errors
     /// As [`PackedWeights::pack_as`]; then the old weights stand.
-    pub fn repack(&mut self, ctx: &Context, b: MatRef<'_>) -> Result<(), ShapeError> {
-        self.format.check_numbers()?;
-        let kernel = kernel_for(ctx, b.rows(), self.format);
-        let even = block_depth(b.rows(), blocking(ctx, kernel).kc, kernel);
-        let (depth, group) = match self.format {
-            WeightFormat::Int4 { group } => (even.next_multiple_of(group), group),
-            _ => (even, even),
-        };
-        let shape = PackedWeights {
-            words: Words::default(),
-            rows: b.rows(),
-            cols: b.cols(),
-            depth,
-            group,
-            kernel,
-            format: self.format,
-            odd: OddColumns::default(),
-        };
-        let len = shape.len().ok_or(ShapeError::Overflow { argument: "b" })?;
+    pub fn repack<'b>(&mut self, ctx: &Context, b: impl Into<Operand<'b>>) -> Result<(), ShapeError> {
+        match b.into() {
+            Operand::F32(b) => self.repack_elements(ctx, b),
+            Operand::Bf16(b) => self.repack_elements(ctx, b),
+        }
+    }
+
+    fn repack_elements<T: Element>(&mut self, ctx: &Context, b: MatRef<'_, T>) -> Result<(), ShapeError> {
+        let (shape, len) = PackedWeights::shaped(ctx, [b.rows(), b.cols()], self.format)?;
         // After the size: a broadcast may claim more elements than anyone can look at.
         self.format.check_elements(b)?;
         let mut words = std::mem::take(&mut self.words);
-        words.resize(len + shape.beyond());
+        words.resize(len);
+        let kernel = shape.kernel;
         *self = PackedWeights { words, ..shape };
         match (kernel.isa, kernel.storage) {
             (IsaName::Amx, _) => ctx.isa().dispatch(PackTiles(self, b)),
             (_, Storage::F32) => with_kernel(ctx.isa(), kernel.storage, PackF32(self, b)),
-            _ => self.encode(b),
+            _ => self.encode(b, None),
         }
         Ok(())
     }
@@ -248,15 +287,20 @@ impl PackedWeights {
         if self.kernel.storage == Storage::Int8 { self.kernel.nr * (SIDE - 1) } else { 0 }
     }
 
-    /// Stores the elements of `b`, rounded as the format says.
-    fn encode(&mut self, b: MatRef<'_>) {
+    /// Stores the elements of `b`, rounded as the format says; or as they are, integers that go with `given` scales.
+    fn encode<T: Element>(&mut self, b: MatRef<'_, T>, given: Option<&[f32]>) {
         let (k, n, nr) = (self.rows, self.cols, self.kernel.nr);
         let storage = self.kernel.storage;
-        let magnitude = |rows: Range<usize>, j| rows.map(|p| b.at(p, j).abs()).fold(0.0, f32::max);
+        let magnitude = |rows: Range<usize>, j| rows.map(|p| b.at(p, j).widen().abs()).fold(0.0, f32::max);
+        self.column_sums = vec![0; if self.format == WeightFormat::Int8 { n } else { 0 }];
+        let ones = [1.0; MAX_PANEL];
         for panel in (0..n).step_by(nr) {
             let cols = panel..(panel + nr).min(n);
-            let mut scales: Vec<f32> = match self.format {
-                WeightFormat::Int8 => cols.clone().map(|j| scale_of(magnitude(0..k, j), 127)).collect(),
+            let mut scales: Vec<f32> = match (self.format, given) {
+                (_, Some(given)) => given[cols.clone()].to_vec(),
+                (WeightFormat::Int8, None) => {
+                    cols.clone().map(|j| scale_of(magnitude(0..k, j), 127)).collect()
+                }
                 _ => vec![1.0; cols.len()],
             };
             for block in (0..k).step_by(self.depth) {
@@ -268,15 +312,41 @@ impl PackedWeights {
                         scales = cols.clone().map(|j| scale_of(magnitude(rows.clone(), j), 7)).collect();
                     }
                     let group = b.sub(rows.clone(), cols.clone());
-                    at += encode_group(storage, group, &scales, &mut self.words[at..], nr);
+                    let units = if given.is_some() { &ones[..cols.len()] } else { &*scales };
+                    let len = encode_group(storage, group, (&scales, units), &mut self.words[at..], nr);
+                    if self.format == WeightFormat::Int8 {
+                        let words = &self.words[at + nr..at + len];
+                        add_columns(words, nr, group.rows(), &mut self.column_sums[cols.clone()]);
+                    }
+                    at += len;
                 }
             }
         }
     }
 }
 
-/// Writes one group of a panel, rows `nr` words wide, and says how many words it took.
-fn encode_group(storage: Storage, b: MatRef<'_>, scales: &[f32], words: &mut [u32], nr: usize) -> usize {
+/// The columns of the widest panel.
+const MAX_PANEL: usize = 64;
+
+/// Adds the integers of rows of words, `nr` wide and `depth` deep, to the sums of their columns.
+fn add_columns(words: &[u32], nr: usize, depth: usize, sums: &mut [i32]) {
+    for row in words.chunks_exact(nr) {
+        for (sum, word) in sums.iter_mut().zip(row) {
+            *sum += word.to_le_bytes().into_iter().map(i32::from).sum::<i32>();
+        }
+    }
+    // Each integer was stored with 128 added; what fills the last word was not.
+    sums.iter_mut().for_each(|sum| *sum -= 128 * depth as i32);
+}
+
+/// Writes one group of a panel, rows `nr` words wide, and says how many words it took. An element is divided by its column's unit.
+fn encode_group<T: Element>(
+    storage: Storage,
+    b: MatRef<'_, T>,
+    (scales, units): (&[f32], &[f32]),
+    words: &mut [u32],
+    nr: usize,
+) -> usize {
     let (per_word, bits) = (storage.per_word(), 32 / storage.per_word());
     let scaled = usize::from(storage.largest() > 0);
     let (head, body) = words.split_at_mut(scaled * nr);
@@ -284,21 +354,36 @@ fn encode_group(storage: Storage, b: MatRef<'_>, scales: &[f32], words: &mut [u3
         *word = scales.get(j).copied().unwrap_or(1.0).to_bits();
     }
     let rows = b.rows().div_ceil(per_word);
+    // The elements of a row of words, whatever their strides.
+    let mut staging = ScratchBuf::take(per_word * b.cols());
     for (q, row) in body.chunks_exact_mut(nr).take(rows).enumerate() {
         row.fill(0);
-        for (j, word) in row.iter_mut().enumerate().take(b.cols()) {
-            for p in q * per_word..((q + 1) * per_word).min(b.rows()) {
-                *word |= encode(storage, b.at(p, j), scales[j]) << (bits * (p % per_word));
-            }
+        let part = b.sub(q * per_word..((q + 1) * per_word).min(b.rows()), 0..b.cols());
+        let staged = &mut staging[..part.rows() * b.cols()];
+        // SAFETY: the source is the view `part`.
+        unsafe { pack_panel(Source::of(&part), part.rows(), b.cols(), staged, b.cols()) };
+        for (p, elements) in staged.chunks_exact(b.cols()).enumerate() {
+            encode_row(storage, elements, units, bits * p, row);
         }
     }
     (scaled + rows) * nr
 }
 
-/// Packs f32 words, block of K after block of K, in the kernel's shell.
-struct PackF32<'a>(&'a mut PackedWeights, MatRef<'a>);
+/// Puts a row of elements into its bits, `shift` up, of a row of words.
+fn encode_row(storage: Storage, elements: &[f32], units: &[f32], shift: usize, row: &mut [u32]) {
+    let columns = row.iter_mut().zip(elements);
+    if storage == Storage::Bf16 {
+        // Without the choice in the loop it becomes vectors.
+        columns.for_each(|(word, x)| *word |= bf16_bits(*x) << shift);
+    } else {
+        columns.zip(units).for_each(|((word, x), unit)| *word |= encode(storage, *x, *unit) << shift);
+    }
+}
 
-impl KernelVisitor for PackF32<'_> {
+/// Packs f32 words, block of K after block of K, in the kernel's shell.
+struct PackF32<'a, T>(&'a mut PackedWeights, MatRef<'a, T>);
+
+impl<T: Element> KernelVisitor for PackF32<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -312,18 +397,18 @@ impl KernelVisitor for PackF32<'_> {
             let part = b.sub(pc..pc + depth, 0..n);
             let (block, after) = rest.split_at_mut(width * depth);
             rest = after;
-            let source = Source {
-                ptr: part.as_ptr(),
-                depth_stride: part.row_stride(),
-                lane_stride: part.col_stride(),
-            };
             // SAFETY: the source is the view `part`.
-            unsafe { pack_panels(source, depth, n, block, (K::NR, lanes)) };
+            unsafe { pack_panels(Source::of(&part), depth, n, block, (K::NR, lanes)) };
         }
     }
 }
 
 impl PackedWeights {
+    /// The sums of the integers of those columns.
+    pub(super) fn column_sums(&self, cols: &Range<usize>) -> &[i32] {
+        &self.column_sums[cols.clone()]
+    }
+
     /// The scales of columns `cols` of a panel of int8.
     pub(super) fn column_scales(&self, panel: &Range<usize>, cols: &Range<usize>) -> &[f32] {
         if self.rows == 0 {
@@ -378,9 +463,9 @@ impl PackedWeights {
 }
 
 /// Packs whole tiles of bf16 parts, block of K after block of K, in the shell of the vectors.
-struct PackTiles<'a>(&'a mut PackedWeights, MatRef<'a>);
+struct PackTiles<'a, T>(&'a mut PackedWeights, MatRef<'a, T>);
 
-impl WithSimd for PackTiles<'_> {
+impl<T: Element> WithSimd for PackTiles<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -393,7 +478,7 @@ impl WithSimd for PackTiles<'_> {
     }
 }
 
-impl PackTiles<'_> {
+impl<T: Element> PackTiles<'_, T> {
     #[inline(always)]
     fn run<const P: usize>(self) {
         let PackTiles(packed, b) = self;
@@ -406,7 +491,7 @@ impl PackTiles<'_> {
                 let (at, words) =
                     (packed.offset(depth.clone(), panel), packed.column_words(depth.len()) * BLOCK);
                 let mut magnitudes = [Magnitudes::NONE; BLOCK];
-                pack_right::<P>(part, &mut packed.words[at..at + words], &mut magnitudes);
+                pack_right::<T, P>(part, &mut packed.words[at..at + words], &mut magnitudes);
                 packed.odd.keep(part, (pc, panel), storage, &magnitudes[..cols.len()]);
             }
         }

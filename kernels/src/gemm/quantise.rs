@@ -10,6 +10,7 @@
 //! its scale.
 
 use super::microkernel::Storage;
+use super::pack::Element;
 use crate::error::ShapeError;
 use crate::view::MatRef;
 
@@ -53,13 +54,13 @@ impl WeightFormat {
     }
 
     /// `Ok` when the elements of `b` can be stored so.
-    pub(super) fn check_elements(self, b: MatRef<'_>) -> Result<(), ShapeError> {
+    pub(super) fn check_elements<T: Element>(self, b: MatRef<'_, T>) -> Result<(), ShapeError> {
         if self.storage().largest() == 0 {
             return Ok(());
         }
         for p in 0..b.rows() {
             for j in 0..b.cols() {
-                let x = b.at(p, j);
+                let x = b.at(p, j).widen();
                 if x.is_nan() || x.abs() > f32::MAX / 2.0 {
                     let value = format!("{x} at ({p}, {j})");
                     let expected = "finite and at most half of the largest f32 for an integer format";
@@ -85,7 +86,8 @@ pub(crate) fn encode(storage: Storage, x: f32, scale: f32) -> u32 {
         Storage::Int8 | Storage::Int4 => {
             let largest = storage.largest();
             let limit = largest as f32;
-            let integer = (x / scale).round_ties_even().clamp(-limit, limit) as i32;
+            // What was rounded here stays above the lower limit; given integers may reach it.
+            let integer = (x / scale).round_ties_even().clamp(-limit - 1.0, limit) as i32;
             (integer + largest as i32 + 1) as u32
         }
         Storage::Split2 | Storage::Split3 => unreachable!("parts are made by gemm::split"),

@@ -30,7 +30,7 @@
 
 use super::microkernel::Storage;
 use super::microkernel::amx::{SIDE, STEP, TILE_WORDS};
-use super::pack::{Source, pack_panel};
+use super::pack::{Element, Source, pack_panel};
 use super::quantise::bf16_bits;
 use crate::view::MatRef;
 
@@ -110,13 +110,10 @@ pub(super) fn pack_left<const P: usize>(a: MatRef<'_>, tiles: &mut [u32], magnit
         staging[height * STEP..].fill(0.0);
         for p in (0..depth).step_by(STEP) {
             let part = a.sub(first..first + height, p..(p + STEP).min(depth));
-            let source = Source {
-                ptr: part.as_ptr(),
-                depth_stride: part.row_stride(),
-                lane_stride: part.col_stride(),
-            };
             // SAFETY: the source is the view `part`, its rows as the depth.
-            unsafe { pack_panel(source, height, part.cols(), &mut staging[..height * STEP], STEP) };
+            unsafe {
+                pack_panel(Source::of(&part), height, part.cols(), &mut staging[..height * STEP], STEP)
+            };
             let tiles = tiles.next().expect("a tile for each 16 rows and each step");
             for (i, row) in staging.as_chunks::<STEP>().0.iter().enumerate() {
                 let mut parts = [[0u32; STEP]; P];
@@ -148,7 +145,11 @@ pub(super) fn pack_left<const P: usize>(a: MatRef<'_>, tiles: &mut [u32], magnit
 /// # Panics
 /// When `tiles` or `magnitudes` is too short, or the panel too wide.
 #[inline(always)]
-pub(super) fn pack_right<const P: usize>(b: MatRef<'_>, tiles: &mut [u32], magnitudes: &mut [Magnitudes]) {
+pub(super) fn pack_right<T: Element, const P: usize>(
+    b: MatRef<'_, T>,
+    tiles: &mut [u32],
+    magnitudes: &mut [Magnitudes],
+) {
     let (depth, cols) = (b.rows(), b.cols());
     assert!(cols <= 2 * SIDE);
     let mut steps = tiles.chunks_exact_mut(P * 2 * TILE_WORDS);
@@ -161,14 +162,9 @@ pub(super) fn pack_right<const P: usize>(b: MatRef<'_>, tiles: &mut [u32], magni
             let mut staging = [0.0f32; STEP * SIDE];
             if !lanes.is_empty() {
                 let part = b.sub(rows.clone(), lanes.clone());
-                let source = Source {
-                    ptr: part.as_ptr(),
-                    depth_stride: part.row_stride(),
-                    lane_stride: part.col_stride(),
-                };
                 let staged = &mut staging[..rows.len() * SIDE];
                 // SAFETY: the source is the view `part`.
-                unsafe { pack_panel(source, rows.len(), lanes.len(), staged, SIDE) };
+                unsafe { pack_panel(Source::of(&part), rows.len(), lanes.len(), staged, SIDE) };
             }
             for (q, two) in staging.as_chunks::<{ 2 * SIDE }>().0.iter().enumerate() {
                 for j in 0..SIDE {
@@ -264,7 +260,7 @@ mod tests {
                 };
                 let mut tiles = vec![u32::MAX; 2 * SIDE * column_words(depth, 3)];
                 let mut magnitudes = [Magnitudes::NONE; 2 * SIDE];
-                pack_right::<3>(view, &mut tiles, &mut magnitudes);
+                pack_right::<f32, 3>(view, &mut tiles, &mut magnitudes);
                 for p in 0..depth {
                     for j in 0..cols {
                         assert_eq!(right_element(&tiles, 3, p, j), view.at(p, j));

@@ -21,6 +21,7 @@ use pulp::{Simd, WithSimd};
 use super::macrokernel::{Part, Problem, RightOperand};
 use super::microkernel::amx::{BLOCK, SIDE, STEP, TileBlock, TileUnit};
 use super::microkernel::{F32, Finish, Out, Storage, Tile};
+use super::pack::Element;
 use super::split::{Magnitudes, column_words, pack_left, pack_right, right_element};
 use crate::context::Blocking;
 use crate::isa::Tiles;
@@ -136,7 +137,7 @@ impl Block<'_> {
                     let magnitudes = &mut right_magnitudes[number * BLOCK..][..BLOCK];
                     if pack {
                         let b = b.sub(self.depth.clone(), panel_cols.clone());
-                        pack_right::<P>(b, words, magnitudes);
+                        pack_right::<f32, P>(b, words, magnitudes);
                     }
                     for (odd, magnitudes) in odd.iter_mut().zip(&*magnitudes).take(panel_cols.len()) {
                         *odd = !magnitudes.fit(storage);
@@ -305,15 +306,15 @@ struct OddColumn {
 
 impl OddColumns {
     /// Keeps the columns of `b`, a panel that starts at (`first`, `col`), that do not fit.
-    pub(super) fn keep(
+    pub(super) fn keep<T: Element>(
         &mut self,
-        b: MatRef<'_>,
+        b: MatRef<'_, T>,
         (first, col): (usize, usize),
         storage: Storage,
         of: &[Magnitudes],
     ) {
         for (j, _) in of.iter().enumerate().filter(|(_, magnitudes)| !magnitudes.fit(storage)) {
-            let elements = (0..b.rows()).map(|p| b.at(p, j)).collect();
+            let elements = (0..b.rows()).map(|p| b.at(p, j).widen()).collect();
             self.0.push(OddColumn { col: col + j, first, elements });
         }
     }

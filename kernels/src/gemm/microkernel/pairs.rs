@@ -81,6 +81,29 @@ pub(crate) struct RowScale {
     pub(crate) scale: f32,
     /// `128·Σ_p lhs[p]`.
     pub(crate) excess: u32,
+    /// What each element of the row has too little; only where bytes hold the row.
+    pub(crate) shift: u32,
+}
+
+/// Where the sums of a strip go.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Sink<'a> {
+    /// Scaled, and through the epilogue.
+    Scaled { out: Out<f32>, finish: Finish<'a> },
+    /// As they are; added to what is there, modulo 2³², if `add` is set.
+    Integers { out: Out<i32>, add: bool },
+}
+
+impl Out<i32> {
+    /// Stores a sum, or adds it to what is there.
+    ///
+    /// # Safety
+    /// The first element is writable, and readable if `add` is set.
+    #[inline(always)]
+    pub(crate) unsafe fn put(self, sum: i32, add: bool) {
+        // SAFETY: the contract.
+        unsafe { *self.ptr = if add { (*self.ptr).wrapping_add(sum) } else { sum } };
+    }
 }
 
 /// A block of K in one panel of rhs: rows of words, NR wide.
@@ -100,8 +123,7 @@ pub(crate) struct PairStrip<'a> {
     pub(crate) blocks: &'a [WordBlock],
     /// NR scales of the columns.
     pub(crate) scales: *const f32,
-    pub(crate) out: Out<f32>,
-    pub(crate) finish: Finish<'a>,
+    pub(crate) sink: Sink<'a>,
 }
 
 /// The kernel with tiles of MR rows and VECS vectors.
@@ -153,8 +175,8 @@ impl<S: PairProducts, const MR: usize, const VECS: usize> Pairs<S, MR, VECS> {
     ///
     /// # Safety
     /// - each block reaches `words` rows of NR readable words, `scales` NR f32;
-    /// - `out` reaches `rows × cols` elements that no one else uses meanwhile, readable if `finish.add` is set;
-    /// - bias and residual, if any, have `cols` elements and `rows × cols`.
+    /// - the sink reaches `rows × cols` elements that no one else uses meanwhile, readable if it adds to them;
+    /// - bias, gate and residual, if any, have `cols` elements and `rows × cols`.
     #[inline(always)]
     pub(crate) unsafe fn run(self, strip: &PairStrip<'_>) {
         debug_assert!((1..=Self::NR).contains(&strip.cols));
@@ -199,6 +221,20 @@ impl<S: PairProducts, const MR: usize, const VECS: usize> Pairs<S, MR, VECS> {
             unsafe { self.add_block(&mut sums, lhs, row_words, *block) };
             lhs = lhs.wrapping_add(2 * block.words);
         }
+        let (out, finish) = match &strip.sink {
+            Sink::Scaled { out, finish } => (*out, finish),
+            Sink::Integers { out, add } => {
+                for (i, (sums, row)) in sums.iter().zip(&strip.rows[first..first + H]).enumerate() {
+                    for j in 0..strip.cols {
+                        let sum =
+                            lane::<S>(&sums[j / S::F32_LANES], j % S::F32_LANES).wrapping_sub(row.excess);
+                        // SAFETY: the contract on the sink.
+                        unsafe { out.from(first + i, j).put(sum as i32, *add) };
+                    }
+                }
+                return;
+            }
+        };
         let mut tile = [[simd.splat_f32s(0.0); VECS]; H];
         for ((tile, sums), row) in tile.iter_mut().zip(&sums).zip(&strip.rows[first..first + H]) {
             for (w, tile) in tile.iter_mut().enumerate() {
@@ -208,9 +244,8 @@ impl<S: PairProducts, const MR: usize, const VECS: usize> Pairs<S, MR, VECS> {
                 *tile = simd.mul_f32s(sum, simd.mul_f32s(scale, simd.splat_f32s(row.scale)));
             }
         }
-        let PairStrip { cols, finish, out, .. } = strip;
-        let tile = tile.as_flattened();
-        simd.vectorize(EdgeTile { simd, tile, width: VECS, first, cols: *cols, finish, out: *out });
+        let (tile, cols) = (tile.as_flattened(), strip.cols);
+        simd.vectorize(EdgeTile { simd, tile, width: VECS, first, cols, finish, out });
     }
 
     /// Adds the products of one block of K.

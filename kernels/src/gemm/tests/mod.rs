@@ -1,6 +1,7 @@
 //! The properties of the product, on every ISA of the machine.
 
 mod int8;
+mod mixed;
 mod stored;
 mod tiles;
 

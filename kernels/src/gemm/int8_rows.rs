@@ -1,0 +1,196 @@
+//! The left operand of products in int8: where its integers come from, and how a row of them is laid out for a kernel.
+//!
+//! Kernels multiply signed numbers with weights to which 128 was added. What that adds to a sum depends on the row alone and is subtracted from
+//! it. An unsigned integer `u` with zero point `z` stands for `u − z`: 9 bits, which pairs of 16 bits hold as they are. Bytes do not: they hold
+//! `u − 128`, and `(128 − z)·Σ_p r[p][j]` is added to the sum, for which packed weights keep the sums of their columns.
+
+use super::microkernel::RowScale;
+use super::quantise::scale_of;
+use crate::error::{ShapeError, expect_dim};
+use crate::view::MatRef;
+
+/// Integers of 8 bits `[m, k]`, any strides.
+#[derive(Debug, Clone, Copy)]
+pub enum Integers<'a> {
+    /// From −128 to 127, as they are.
+    Signed(MatRef<'a, i8>),
+    /// From 0 to 255, less what stands for zero.
+    Unsigned {
+        /// The integers.
+        values: MatRef<'a, u8>,
+        /// What stands for zero in each row `[m]`.
+        zero_points: &'a [u8],
+    },
+}
+
+impl<'a> From<MatRef<'a, i8>> for Integers<'a> {
+    fn from(values: MatRef<'a, i8>) -> Self {
+        Integers::Signed(values)
+    }
+}
+
+impl Integers<'_> {
+    fn shape(&self) -> (usize, usize) {
+        match self {
+            Integers::Signed(values) => (values.rows(), values.cols()),
+            Integers::Unsigned { values, .. } => (values.rows(), values.cols()),
+        }
+    }
+
+    /// The largest k for which every sum fits 32 bits.
+    fn max_depth(&self) -> usize {
+        match self {
+            Integers::Signed(_) => INT8_MAX_DEPTH,
+            Integers::Unsigned { .. } => UINT8_MAX_DEPTH,
+        }
+    }
+}
+
+/// The largest k of signed integers: `128·128·k` must stay below 2³¹.
+pub const INT8_MAX_DEPTH: usize = 131_071;
+/// The largest k of unsigned integers: `255·128·k` must stay below 2³¹.
+pub const UINT8_MAX_DEPTH: usize = 65_793;
+
+/// The left operand of [`gemm_int8`](super::gemm_int8).
+#[derive(Debug, Clone, Copy)]
+pub enum Int8Rows<'a> {
+    /// Each row is quantised by its own largest element: `a[i][p] ≈ s[i]·q[i][p]`, `|q| ≤ 127`.
+    Quantise(MatRef<'a>),
+    /// Already integers, and a scale for each row.
+    Given {
+        /// The integers `[m, k]`.
+        values: Integers<'a>,
+        /// The scales `[m]`.
+        scales: &'a [f32],
+    },
+}
+
+impl Int8Rows<'_> {
+    pub(super) fn shape(&self) -> (usize, usize) {
+        match self {
+            Int8Rows::Quantise(a) => (a.rows(), a.cols()),
+            Int8Rows::Given { values, .. } => values.shape(),
+        }
+    }
+
+    /// `Ok` when the numbers of scales and zero points fit, and every sum of products too.
+    pub(super) fn check(&self) -> Result<(), ShapeError> {
+        let (m, k) = self.shape();
+        let max_depth = match self {
+            Int8Rows::Quantise(_) => INT8_MAX_DEPTH,
+            Int8Rows::Given { values, .. } => values.max_depth(),
+        };
+        if k > max_depth {
+            let expected = match max_depth {
+                INT8_MAX_DEPTH => "at most 131071 columns, whose sums fit 32 bits",
+                _ => "at most 65793 columns of unsigned integers, whose sums fit 32 bits",
+            };
+            return Err(ShapeError::Value { argument: "a.cols", value: k.to_string(), expected });
+        }
+        if let Int8Rows::Given { values, scales } = self {
+            expect_dim("scales", "elements", m, scales.len())?;
+            if let Integers::Unsigned { zero_points, .. } = values {
+                expect_dim("zero_points", "elements", m, zero_points.len())?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// How the integers of a row are laid out for a kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Order {
+    /// Of each four elements the even ones, then the odd ones: pairs of 16 bits.
+    Pairs,
+    /// Four elements in a word, as they are.
+    Bytes,
+}
+
+impl Order {
+    /// Words of each four elements.
+    pub(super) const fn words(self) -> usize {
+        match self {
+            Order::Pairs => 2,
+            Order::Bytes => 1,
+        }
+    }
+}
+
+/// Row `i` in an order, block of K by block.
+#[inline(always)]
+pub(super) fn quantise_row<const BYTES: bool>(
+    a: Int8Rows<'_>,
+    i: usize,
+    depth: usize,
+    staging: &mut [f32],
+    words: &mut [u32],
+) -> RowScale {
+    let order = if BYTES { Order::Bytes } else { Order::Pairs };
+    let mut shift = 0;
+    let (row, scale, inverse): (&[f32], f32, f32) = match a {
+        Int8Rows::Given { values: Integers::Signed(values), scales } => {
+            staging.iter_mut().zip(0..).for_each(|(x, p)| *x = f32::from(values.at(i, p)));
+            (staging, scales[i], 1.0)
+        }
+        Int8Rows::Given { values: Integers::Unsigned { values, zero_points }, scales } => {
+            let held = if BYTES { 128 } else { zero_points[i] };
+            shift = u32::from(held).wrapping_sub(u32::from(zero_points[i]));
+            let difference = |x: u8| f32::from(i16::from(x) - i16::from(held));
+            staging.iter_mut().zip(0..).for_each(|(x, p)| *x = difference(values.at(i, p)));
+            (staging, scales[i], 1.0)
+        }
+        Int8Rows::Quantise(a) => {
+            let row = if a.col_stride() == 1 {
+                a.row(i)
+            } else {
+                staging.iter_mut().zip(0..).for_each(|(x, p)| *x = a.at(i, p));
+                staging
+            };
+            // As integers the magnitudes are ordered, infinity and NaN last.
+            let largest = row.iter().map(|x| x.to_bits() & 0x7fff_ffff).fold(0, u32::max);
+            let largest = f32::from_bits(largest);
+            let scale = if largest.is_finite() { scale_of(largest, 127) } else { f32::NAN };
+            (row, scale, 1.0 / scale)
+        }
+    };
+    let (mut sum, mut to) = (0u32, words);
+    for block in row.chunks(depth) {
+        let (here, rest) = to.split_at_mut(order.words() * block.len().div_ceil(4));
+        sum = sum.wrapping_add(integers_of::<BYTES>(block, inverse, here));
+        to = rest;
+    }
+    RowScale { scale, excess: sum.wrapping_mul(128), shift }
+}
+
+/// Writes one block's integers and returns their sum, modulo 2³².
+#[inline(always)]
+fn integers_of<const BYTES: bool>(row: &[f32], inverse: f32, to: &mut [u32]) -> u32 {
+    /// 1.5·2²³: the last place of its neighbours is 1.
+    const ROUND: f32 = 12_582_912.0;
+    let (fours, rest) = row.as_chunks::<4>();
+    let mut last = [0.0; 4];
+    last[..rest.len()].copy_from_slice(rest);
+    let tail = (!rest.is_empty()).then_some(&last);
+    let mut sum = 0u32;
+    let quantised = fours.iter().chain(tail).map(
+        #[inline(always)]
+        |four| {
+            let q = four.map(
+                #[inline(always)]
+                |x| (x * inverse + ROUND).to_bits().wrapping_sub(ROUND.to_bits()),
+            );
+            sum = q.iter().fold(sum, |sum, q| sum.wrapping_add(*q));
+            q
+        },
+    );
+    if BYTES {
+        for (q, to) in quantised.zip(to) {
+            *to = (q[0] & 0xff) | (q[1] & 0xff) << 8 | (q[2] & 0xff) << 16 | q[3] << 24;
+        }
+    } else {
+        for (q, to) in quantised.zip(to.as_chunks_mut::<2>().0) {
+            *to = [(q[0] & 0xffff) | q[2] << 16, (q[1] & 0xffff) | q[3] << 16];
+        }
+    }
+    sum
+}

@@ -1,0 +1,207 @@
+//! Products with a bf16 matrix among A, B and C, around the kernels in f32.
+//!
+//! ```text
+//! pack B, unless it is packed                  bf16 stays bf16: half the bytes to read
+//! for each block of rows:
+//!   widen the rows of A                        once, into the second-level cache
+//!   for each block of columns:
+//!     a block of C in f32, its epilogue included
+//!     round it into C
+//! ```
+//! Widening is exact and C is rounded once, at the very end, so the result is that of the f32 views of the same numbers, bit for bit, rounded
+//! to bf16. A C in f32 is written in place.
+//!
+//! Rejected: kernels that load and store bf16 themselves. Each would be compiled twice, for two passes over a block that lies in a near cache.
+
+use half::bf16;
+
+use super::Operand;
+use super::driver::{Grid, run_part};
+use super::epilogue::{Accum, Epilogue};
+use super::macrokernel::{Part, Problem, RightOperand};
+use super::microkernel::{Out, kernel_for};
+use super::operand::Output;
+use super::pack::Element;
+use super::packed::PackedWeights;
+use super::quantise::{WeightFormat, bf16_bits};
+use crate::context::{Blocking, Context};
+use crate::error::ShapeError;
+use crate::isa::IsaName;
+use crate::scratch::ScratchBuf;
+use crate::view::{MatMut, MatRef};
+
+/// Columns of a block of C, about: with 96 rows it takes 192 KiB of the second-level cache.
+const COLS: usize = 512;
+
+/// `B` as it is packed when it comes plain. The shapes have been checked.
+pub(super) fn pack(ctx: &Context, b: Operand<'_>) -> Result<PackedWeights, ShapeError> {
+    let selected = |format| kernel_for(ctx, b.rows(), format);
+    let format = match b {
+        Operand::F32(_) => WeightFormat::F32,
+        // Where f32 would run on tiles and stored bf16 would not, tiles are faster.
+        Operand::Bf16(_)
+            if selected(WeightFormat::F32).isa == IsaName::Amx
+                && selected(WeightFormat::Bf16).isa != IsaName::Amx =>
+        {
+            WeightFormat::F32
+        }
+        Operand::Bf16(_) => WeightFormat::Bf16,
+    };
+    PackedWeights::pack_as(ctx, b, format)
+}
+
+/// The product with checked shapes.
+pub(super) fn run(
+    ctx: &Context,
+    a: Operand<'_>,
+    b: &PackedWeights,
+    c: Output<'_>,
+    accum: Accum,
+    epilogue: &Epilogue<'_>,
+) {
+    let product = Product { ctx, a, b, accum, epilogue: *epilogue };
+    match c {
+        Output::F32(c) => product.for_each_part(c, |part| product.in_place(part)),
+        Output::Bf16(c) => product.for_each_part(c, |part| product.rounded(part)),
+    }
+}
+
+struct Product<'a> {
+    ctx: &'a Context,
+    a: Operand<'a>,
+    b: &'a PackedWeights,
+    accum: Accum,
+    epilogue: Epilogue<'a>,
+}
+
+/// What one task writes: a part of C and the place of its first element.
+struct Piece<'c, T> {
+    c: MatMut<'c, T>,
+    row: usize,
+    col: usize,
+}
+
+impl Product<'_> {
+    /// Runs `task` on the parts of C, each on one thread.
+    fn for_each_part<T: Send>(&self, c: MatMut<'_, T>, task: impl Fn(Piece<'_, T>) + Sync) {
+        if c.rows() == 0 || c.cols() == 0 {
+            return;
+        }
+        let grid = Grid::of(self.ctx, self.b.kernel(), [c.rows(), c.cols(), self.b.rows()], true);
+        self.ctx.for_each_owned(pieces(c, &grid), task);
+    }
+
+    /// A part of C in f32: block of rows after block of rows.
+    fn in_place(&self, piece: Piece<'_, f32>) {
+        let Piece { mut c, row, col } = piece;
+        let cols = col..col + c.cols();
+        let mut wide = ScratchBuf::take(self.block_rows(c.rows()) * self.b.rows());
+        let step = self.block_rows(c.rows());
+        for first in (0..c.rows()).step_by(step) {
+            let rows = first..(first + step).min(c.rows());
+            let a = self.rows_of_a(row + rows.start..row + rows.end, &mut wide);
+            let (row_stride, col_stride) = (c.row_stride(), c.col_stride());
+            let ptr = c.as_mut_ptr().wrapping_add(rows.start * row_stride).wrapping_sub(col * col_stride);
+            let out = Out { ptr, row_stride, col_stride };
+            self.block(a, row + rows.start, cols.clone(), (out, self.accum));
+        }
+    }
+
+    /// A part of C in bf16: blocks of rows and columns that are computed in f32 and rounded.
+    fn rounded(&self, piece: Piece<'_, bf16>) {
+        let Piece { mut c, row, col } = piece;
+        let step = self.block_rows(c.rows());
+        let width = (COLS / self.b.panel_cols()).max(1) * self.b.panel_cols();
+        let mut wide = ScratchBuf::take(step * self.b.rows());
+        let mut sums = ScratchBuf::take(step * width.min(c.cols()));
+        for first in (0..c.rows()).step_by(step) {
+            let rows = first..(first + step).min(c.rows());
+            let a = self.rows_of_a(row + rows.start..row + rows.end, &mut wide);
+            for left in (0..c.cols()).step_by(width) {
+                let cols = left..(left + width).min(c.cols());
+                let mut c = c.reborrow().sub(rows.clone(), cols.clone());
+                let sums = &mut sums[..rows.len() * cols.len()];
+                if self.accum == Accum::Add {
+                    for (i, sums) in sums.chunks_exact_mut(cols.len()).enumerate() {
+                        sums.iter_mut().zip(0..).for_each(|(sum, j)| *sum = c.as_ref().at(i, j).widen());
+                    }
+                }
+                let ptr = sums.as_mut_ptr().wrapping_sub(col + cols.start);
+                let out = Out { ptr, row_stride: cols.len(), col_stride: 1 };
+                self.block(a, row + rows.start, col + cols.start..col + cols.end, (out, self.accum));
+                for (i, sums) in sums.chunks_exact(cols.len()).enumerate() {
+                    round_row(sums, c.reborrow().sub(i..i + 1, 0..cols.len()));
+                }
+            }
+        }
+    }
+
+    /// Rows of a block: those that the kernels take at a time.
+    fn block_rows(&self, rows: usize) -> usize {
+        super::blocking::blocking(self.ctx, self.b.kernel()).mc.min(rows)
+    }
+
+    /// Those rows of A in f32: where they are, or widened into `wide`.
+    fn rows_of_a<'s>(&'s self, rows: std::ops::Range<usize>, wide: &'s mut [f32]) -> MatRef<'s> {
+        match self.a {
+            Operand::F32(a) => a.sub(rows, 0..a.cols()),
+            Operand::Bf16(a) => {
+                let a = a.sub(rows, 0..a.cols());
+                let wide = &mut wide[..a.rows() * a.cols()];
+                for (i, wide) in wide.chunks_exact_mut(a.cols().max(1)).enumerate() {
+                    if a.col_stride() == 1 {
+                        wide.iter_mut().zip(a.row(i)).for_each(|(to, x)| *to = x.widen());
+                    } else {
+                        wide.iter_mut().zip(0..).for_each(|(to, p)| *to = a.at(i, p).widen());
+                    }
+                }
+                MatRef::new(wide, a.rows(), a.cols()).expect("it was cut to this size")
+            }
+        }
+    }
+
+    /// Rows of C from `first` on, as many as `a` has, on this thread. `out` is where element (`first`, 0) would be.
+    fn block(
+        &self,
+        a: MatRef<'_>,
+        first: usize,
+        cols: std::ops::Range<usize>,
+        (out, accum): (Out<f32>, Accum),
+    ) {
+        let kernel = self.b.kernel();
+        let blocking = Blocking { kc: self.b.depth(), ..super::blocking::blocking(self.ctx, kernel) };
+        let epilogue = self.epilogue.rows(first..first + a.rows());
+        let b = RightOperand::Packed(self.b);
+        let problem = Problem { kernel, a, b, n: self.b.cols(), c: out, accum, epilogue, blocking };
+        run_part(self.ctx.isa(), Part { problem: &problem, rows: 0..a.rows(), cols });
+    }
+}
+
+/// C cut as the grid says.
+fn pieces<'c, T>(c: MatMut<'c, T>, grid: &Grid) -> Vec<Piece<'c, T>> {
+    let mut pieces = Vec::with_capacity(grid.parts());
+    let (mut below, mut row) = (c, 0);
+    for rows in grid.rows() {
+        let (mut right, rest) = below.split_rows(rows.end - row);
+        (below, row) = (rest, rows.end);
+        let mut col = 0;
+        for cols in grid.cols() {
+            let (c, rest) = right.split_cols(cols.end - col);
+            pieces.push(Piece { c, row: rows.start, col });
+            (right, col) = (rest, cols.end);
+        }
+    }
+    pieces
+}
+
+/// One row of f32, rounded to nearest, ties to even.
+fn round_row(from: &[f32], mut to: MatMut<'_, bf16>) {
+    let rounded = |x: f32| bf16::from_bits(bf16_bits(x) as u16);
+    if to.col_stride() == 1 {
+        to.row_mut(0).iter_mut().zip(from).for_each(|(to, x)| *to = rounded(*x));
+    } else {
+        for (j, x) in from.iter().enumerate() {
+            to.reborrow().sub(0..1, j..j + 1).row_mut(0)[0] = rounded(*x);
+        }
+    }
+}
