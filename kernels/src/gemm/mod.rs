@@ -33,7 +33,7 @@ mod pack;
 mod packed;
 mod placement;
 pub(crate) mod quantise;
-mod split;
+pub(crate) mod split;
 #[cfg(test)]
 mod tests;
 mod tiles;

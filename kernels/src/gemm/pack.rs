@@ -13,7 +13,7 @@ use half::bf16;
 use crate::view::MatRef;
 
 /// What an operand may hold; packing makes f32 of it.
-pub(super) trait Element: Copy {
+pub(crate) trait Element: Copy {
     /// The same number as f32.
     fn widen(self) -> f32;
 

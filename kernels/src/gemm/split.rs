@@ -40,13 +40,13 @@ const ROUNDS_TO_INFINITY: u32 = 0x7f7f_8000;
 const TINY: u32 = (127 - 110) << 23;
 
 /// Words of one column, `depth` deep, in `parts` parts.
-pub(super) fn column_words(depth: usize, parts: usize) -> usize {
+pub(crate) fn column_words(depth: usize, parts: usize) -> usize {
     depth.div_ceil(STEP) * (STEP / 2) * parts
 }
 
 /// The magnitudes of a row of A or a column of B, as bits.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Magnitudes {
+pub(crate) struct Magnitudes {
     largest: u32,
     /// Less 1, modulo 2³²: zero is no small number.
     smallest_less_one: u32,
@@ -54,17 +54,17 @@ pub(super) struct Magnitudes {
 
 impl Magnitudes {
     /// Those of no elements.
-    pub(super) const NONE: Magnitudes = Magnitudes { largest: 0, smallest_less_one: u32::MAX };
+    pub(crate) const NONE: Magnitudes = Magnitudes { largest: 0, smallest_less_one: u32::MAX };
 
     #[inline(always)]
-    fn add(&mut self, x: f32) {
+    pub(crate) fn add(&mut self, x: f32) {
         let magnitude = x.to_bits() & 0x7fff_ffff;
         self.largest = self.largest.max(magnitude);
         self.smallest_less_one = self.smallest_less_one.min(magnitude.wrapping_sub(1));
     }
 
     /// Whether parts of that storage stand for all of the elements, as its precision asks.
-    pub(super) fn fit(self, storage: Storage) -> bool {
+    pub(crate) fn fit(self, storage: Storage) -> bool {
         match storage {
             Storage::Split3 => self.largest < ROUNDS_TO_INFINITY && self.smallest_less_one >= TINY - 1,
             Storage::Split2 => self.largest < ROUNDS_TO_INFINITY,
@@ -99,7 +99,7 @@ fn pair(first: u32, second: u32) -> u32 {
 /// # Panics
 /// When `tiles` or `magnitudes` is too short.
 #[inline(always)]
-pub(super) fn pack_left<const P: usize>(a: MatRef<'_>, tiles: &mut [u32], magnitudes: &mut [Magnitudes]) {
+pub(crate) fn pack_left<const P: usize>(a: MatRef<'_>, tiles: &mut [u32], magnitudes: &mut [Magnitudes]) {
     let (rows, depth) = (a.rows(), a.cols());
     let mut tiles = tiles.chunks_exact_mut(P * TILE_WORDS);
     let mut staging = [0.0f32; SIDE * STEP];
@@ -145,7 +145,7 @@ pub(super) fn pack_left<const P: usize>(a: MatRef<'_>, tiles: &mut [u32], magnit
 /// # Panics
 /// When `tiles` or `magnitudes` is too short, or the panel too wide.
 #[inline(always)]
-pub(super) fn pack_right<T: Element, const P: usize>(
+pub(crate) fn pack_right<T: Element, const P: usize>(
     b: MatRef<'_, T>,
     tiles: &mut [u32],
     magnitudes: &mut [Magnitudes],

@@ -226,16 +226,17 @@ macro_rules! six_products {
 macro_rules! sums {
     ($name:ident, $step:expr, $parts:literal) => {
         /// # Safety
-        /// As [`TileUnit::sums`].
+        /// As [`TileUnit::sums_to`].
         #[inline(never)]
-        unsafe fn $name(block: &TileBlock, sums: *mut u32) {
+        unsafe fn $name(block: &TileBlock, sums: *mut u32, sums_row: usize) {
             debug_assert!(block.steps > 0);
             #[cfg(not(target_arch = "x86_64"))]
             {
-                _ = (block, sums);
+                _ = (block, sums, sums_row);
                 unreachable!("a token of tiles exists on x86-64 only");
             }
-            // SAFETY: the contract: the tiles are configured, the operands are readable in whole tiles, `sums` is a writable block.
+            // SAFETY: the contract: the tiles are configured, the operands are readable in whole tiles, `sums` is a
+            // writable block whose rows are `sums_row` words apart.
             #[cfg(target_arch = "x86_64")]
             unsafe {
                 asm!(
@@ -249,15 +250,16 @@ macro_rules! sums {
                     "jnz 2b",
                     "tilestored [{sums} + {sums_row}*1], tmm0",
                     "tilestored [{sums} + {sums_row}*1 + 64], tmm1",
-                    "tilestored [{sums} + {sums_row}*1 + 2048], tmm2",
-                    "tilestored [{sums} + {sums_row}*1 + 2048 + 64], tmm3",
+                    "tilestored [{below} + {sums_row}*1], tmm2",
+                    "tilestored [{below} + {sums_row}*1 + 64], tmm3",
                     left = inout(reg) block.left => _,
                     lower = inout(reg) block.left.wrapping_add(block.left_stride) => _,
                     right = inout(reg) block.right => _,
                     steps = inout(reg) block.steps => _,
                     row = in(reg) 64usize,
                     sums = in(reg) sums,
-                    sums_row = in(reg) 128usize,
+                    below = in(reg) sums.wrapping_add(SIDE * sums_row),
+                    sums_row = in(reg) 4 * sums_row,
                     out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                     out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
                     options(nostack),
@@ -374,16 +376,25 @@ impl TileUnit {
     /// # Safety
     /// `block` reaches readable tiles, the second tile of rows only if `two_rows`, and has at least one step.
     pub(crate) unsafe fn sums(&self, storage: Storage, block: &TileBlock, sums: &mut [f32; BLOCK * BLOCK]) {
-        let sums = sums.as_mut_ptr().cast::<u32>();
+        // SAFETY: the contract; the sums are 32 rows of 32 without gaps.
+        unsafe { self.sums_to(storage, block, sums.as_mut_ptr(), BLOCK) };
+    }
+
+    /// As [`TileUnit::sums`], with rows `stride` elements apart.
+    ///
+    /// # Safety
+    /// As [`TileUnit::sums`], and 32 rows of 32 elements are writable from `sums` on.
+    pub(crate) unsafe fn sums_to(&self, storage: Storage, block: &TileBlock, sums: *mut f32, stride: usize) {
+        let sums = sums.cast::<u32>();
         // SAFETY: the unit is configured, because `self` exists; the rest is the contract.
         unsafe {
             match (storage, block.two_rows) {
-                (Storage::Bf16, true) => bf16_four(block, sums),
-                (Storage::Bf16, false) => bf16_two(block, sums),
-                (Storage::Split2, true) => split2_four(block, sums),
-                (Storage::Split2, false) => split2_two(block, sums),
-                (Storage::Split3, true) => split3_four(block, sums),
-                (Storage::Split3, false) => split3_two(block, sums),
+                (Storage::Bf16, true) => bf16_four(block, sums, stride),
+                (Storage::Bf16, false) => bf16_two(block, sums, stride),
+                (Storage::Split2, true) => split2_four(block, sums, stride),
+                (Storage::Split2, false) => split2_two(block, sums, stride),
+                (Storage::Split3, true) => split3_four(block, sums, stride),
+                (Storage::Split3, false) => split3_two(block, sums, stride),
                 (Storage::F32 | Storage::Int8 | Storage::Int4, _) => {
                     unreachable!("tiles hold no {storage:?}")
                 }
