@@ -445,13 +445,13 @@ impl Tasks<'_> {
             // SAFETY: this task alone writes these columns of this row; 1/l is complete and only read.
             let (out, inverse) =
                 unsafe { (out.rows_unsync(b, head, i..i + 1), *self.memory.at(unit * len + inverse + r)) };
-            let inverse = simd.splat_f32s(inverse);
+            let (inverse, zero) = (simd.splat_f32s(inverse), simd.splat_f32s(0.0));
             lanes::map(
                 simd,
                 &acc[..cols.len()],
                 out.sub(0..1, cols.clone()).row_mut(0),
                 #[inline(always)]
-                |x| simd.mul_f32s(x, inverse),
+                |x| simd.mul_add_e_f32s(x, inverse, zero),
             );
         }
     }

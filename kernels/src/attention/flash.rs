@@ -14,6 +14,9 @@
 //!   and then its V stay in the first-level cache while the rows stream past.
 //! - Six rows at a time know which keys they see, so that causal order saves half of the work at the
 //!   grain of six rows by one vector; blocks that nobody sees are not looked at.
+//!
+//! Where the CPU has tiles and the precision is High or Medium, both products are those of [`super::flash_tiles`]; the softmax between them
+//! and all else is this.
 
 use std::ops::Range;
 
@@ -22,11 +25,13 @@ use pulp::{Simd, WithSimd};
 use super::blocks::BlockList;
 use super::dropout::{HeadDropout, SPACE};
 use super::mask::{Coverage, Mask, Sight};
+use super::on_tiles::{self, OnTiles};
 use super::online::{self, Carried, Row};
-use super::problem::{KEY_BLOCK, ROW_TILE, Shape, Shared, cut, deal, piece, pieces_of};
+use super::problem::{HELD, KEY_BLOCK, ROW_TILE, Shape, Shared, cut, deal, piece, pieces_of};
 use super::tile::{Dest, Extent, GROUP, Left, Onto, Right, product, right};
 use super::{AttentionSpec, stage};
 use crate::context::Context;
+use crate::gemm::microkernel::amx::BLOCK;
 use crate::gemm::microkernel::prefetch;
 use crate::lanes;
 use crate::scratch::ScratchBuf;
@@ -46,14 +51,15 @@ pub(super) struct Forward<'a> {
 
 impl Forward<'_> {
     /// Rows of a unit: under a list, the rows that share its entry.
-    fn chunk(&self, threads: usize) -> usize {
+    fn chunk(&self, means: Means) -> usize {
         let list = self.spec.mask.blocks.and_then(<[_]>::first);
-        list.map_or_else(|| self.shape.row_chunk(threads), BlockList::block)
+        let held = if means.tiles.is_some() { (on_tiles::HELD, BLOCK) } else { (HELD, ROW_TILE) };
+        list.map_or_else(|| self.shape.row_chunk(means.threads, held), BlockList::block)
     }
 
-    fn units(&self, threads: usize) -> usize {
+    fn units(&self, means: Means) -> usize {
         let Shape { batch, heads, seq_q, .. } = self.shape;
-        batch * heads * seq_q.div_ceil(self.chunk(threads))
+        batch * heads * seq_q.div_ceil(self.chunk(means))
     }
 
     fn work(&self) -> usize {
@@ -62,17 +68,26 @@ impl Forward<'_> {
     }
 }
 
+/// By what means a pass runs: the same for all of its problems.
+#[derive(Clone, Copy)]
+struct Means {
+    threads: usize,
+    tiles: Option<OnTiles>,
+}
+
 /// Runs all of several problems, whose units are dealt together.
 pub(super) fn run(ctx: &Context, problems: &[Forward<'_>]) {
-    let threads = ctx.thread_count();
-    let units = problems.iter().map(|problem| problem.units(threads)).sum::<usize>();
+    let dim = problems.first().map_or(0, |problem| problem.shape.dim);
+    let means = Means { threads: ctx.thread_count(), tiles: OnTiles::of(ctx, dim) };
+    let units = problems.iter().map(|problem| problem.units(means)).sum::<usize>();
     let work = problems.iter().fold(0usize, |sum, problem| sum.saturating_add(problem.work()));
-    deal(ctx, units, work / units.max(1), |units| Units { problems, threads, units });
+    let work = if means.tiles.is_some() { work / on_tiles::FASTER } else { work };
+    deal(ctx, units, work / units.max(1), |units| Units { problems, means, units });
 }
 
 struct Units<'a> {
     problems: &'a [Forward<'a>],
-    threads: usize,
+    means: Means,
     units: Range<usize>,
 }
 
@@ -81,8 +96,12 @@ impl WithSimd for Units<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        for (problem, units) in pieces_of(self.problems, &self.units, |problem| problem.units(self.threads)) {
-            problem.run(simd, problem.chunk(self.threads), units);
+        for (problem, units) in pieces_of(self.problems, &self.units, |problem| problem.units(self.means)) {
+            let chunk = problem.chunk(self.means);
+            match self.means.tiles {
+                None => problem.run(simd, chunk, units),
+                Some(tiles) => problem.run_on_tiles(simd, tiles, chunk, units),
+            }
         }
     }
 }
@@ -91,8 +110,7 @@ impl Forward<'_> {
     /// Some units, each of at most `chunk` rows.
     #[inline(always)]
     fn run<S: Simd>(&self, simd: S, chunk: usize, units: Range<usize>) {
-        let Shape { heads, seq_q, dim, v_dim, .. } = self.shape;
-        let chunks = seq_q.div_ceil(chunk);
+        let Shape { seq_q, dim, v_dim, .. } = self.shape;
         let rows = seq_q.min(chunk);
         let stride = KEY_BLOCK.next_multiple_of(S::F32_LANES);
         let rows_of_tile = rows.min(ROW_TILE);
@@ -103,10 +121,17 @@ impl Forward<'_> {
         let [keys, values, scores, alpha, l, acc, q, m] = cut(&mut scratch, lens);
         let mut state = State { keys, values, q, rows: Rows { first: 0, scores, alpha, acc, l, m } };
         for unit in units {
-            let (batch, head) = (unit / chunks / heads, unit / chunks % heads);
-            let rows = piece(unit % chunks, chunk, seq_q);
-            Chunk::new(self, batch, head, rows).run(simd, &mut state);
+            self.chunk_of(unit, chunk).run(simd, &mut state);
         }
+    }
+
+    /// The rows of one unit, `chunk` at most.
+    #[inline(always)]
+    pub(super) fn chunk_of(&self, unit: usize, chunk: usize) -> Chunk<'_> {
+        let Shape { heads, seq_q, .. } = self.shape;
+        let chunks = seq_q.div_ceil(chunk);
+        let (batch, head) = (unit / chunks / heads, unit / chunks % heads);
+        Chunk::new(self, batch, head, piece(unit % chunks, chunk, seq_q))
     }
 }
 
@@ -121,14 +146,14 @@ struct State<'a> {
 
 /// The scores of one tile [ROW_TILE, stride] and its rows' α; o, l (one vector each) and m of
 /// the chunk's rows.
-struct Rows<'a> {
+pub(super) struct Rows<'a> {
     /// The tile's first row.
-    first: usize,
-    scores: &'a mut [f32],
-    alpha: &'a mut [f32],
-    acc: &'a mut [f32],
-    l: &'a mut [f32],
-    m: &'a mut [f32],
+    pub(super) first: usize,
+    pub(super) scores: &'a mut [f32],
+    pub(super) alpha: &'a mut [f32],
+    pub(super) acc: &'a mut [f32],
+    pub(super) l: &'a mut [f32],
+    pub(super) m: &'a mut [f32],
 }
 
 /// One block of keys: Kᵀ [dim, stride] and V.
@@ -141,16 +166,16 @@ struct Block<'a> {
 }
 
 /// Some rows of one head of one sequence.
-struct Chunk<'a> {
-    problem: &'a Forward<'a>,
+pub(super) struct Chunk<'a> {
+    pub(super) problem: &'a Forward<'a>,
     head: usize,
-    rows: Range<usize>,
-    q: MatRef<'a>,
-    k: MatRef<'a>,
-    v: MatRef<'a>,
+    pub(super) rows: Range<usize>,
+    pub(super) q: MatRef<'a>,
+    pub(super) k: MatRef<'a>,
+    pub(super) v: MatRef<'a>,
     out: MatMut<'a>,
     lse: &'a mut [f32],
-    sight: Sight,
+    pub(super) sight: Sight,
     dropout: Option<HeadDropout>,
 }
 
@@ -181,26 +206,34 @@ impl<'a> Chunk<'a> {
 
     #[inline(always)]
     fn run<S: Simd>(mut self, simd: S, state: &mut State<'_>) {
-        let n = self.rows.len();
-        state.rows.m[..n].fill(f32::NEG_INFINITY);
-        state.rows.l[..n * S::F32_LANES].fill(0.0);
+        self.begin::<S>(&mut state.rows);
         stage::scaled(simd, self.problem.spec.scale, self.q, self.rows.clone(), state.q);
-        let seen = self.sight.rows(&self.rows, &(0..self.problem.shape.seq_k));
-        let list = self.problem.spec.mask.list(self.head);
-        if let (Some(list), false) = (list, seen.is_empty()) {
-            state.rows.acc[..n * self.problem.shape.v_dim].fill(0.0);
-            for keys in list.pieces(self.rows.start / list.block(), KEY_BLOCK) {
-                let keys = keys.start..keys.end.min(seen.end);
-                if !keys.is_empty() {
-                    self.block(simd, state, keys);
-                }
-            }
-        } else if !seen.is_empty() {
-            for block in seen.start / KEY_BLOCK..seen.end.div_ceil(KEY_BLOCK) {
-                self.block(simd, state, piece(block, KEY_BLOCK, seen.end));
-            }
+        if self.problem.spec.mask.blocks.is_some() {
+            state.rows.acc[..self.rows.len() * self.problem.shape.v_dim].fill(0.0);
+        }
+        for keys in self.blocks() {
+            self.block(simd, state, keys);
         }
         self.finish(simd, &state.rows);
+    }
+
+    /// Nothing has been seen.
+    #[inline(always)]
+    pub(super) fn begin<S: Simd>(&self, state: &mut Rows<'_>) {
+        state.m[..self.rows.len()].fill(f32::NEG_INFINITY);
+        state.l[..self.rows.len() * S::F32_LANES].fill(0.0);
+    }
+
+    /// The blocks of keys that the rows go through, up to the last key that one of them sees.
+    pub(super) fn blocks(&self) -> impl Iterator<Item = Range<usize>> + use<'a> {
+        let seen = self.sight.rows(&self.rows, &(0..self.problem.shape.seq_k));
+        let end = seen.end;
+        let list = self.problem.spec.mask.list(self.head);
+        let listed = list.map(|list| list.pieces(self.rows.start / list.block(), KEY_BLOCK));
+        let all = seen.start / KEY_BLOCK..end.div_ceil(KEY_BLOCK);
+        let all = listed.is_none().then(|| all.map(move |block| piece(block, KEY_BLOCK, end)));
+        let listed = listed.into_iter().flatten().map(move |keys| keys.start..keys.end.min(end));
+        listed.chain(all.into_iter().flatten()).filter(move |keys| !seen.is_empty() && !keys.is_empty())
     }
 
     /// Takes all rows through one block of keys.
@@ -243,7 +276,7 @@ impl<'a> Chunk<'a> {
     ) {
         let Block { keys, stride, kt, .. } = block;
         let stride = *stride;
-        let Shape { seq_q, seq_k, dim, .. } = self.problem.shape;
+        let dim = self.problem.shape.dim;
         let seen = self.sight.rows(&rows, keys);
         if seen.is_empty() {
             return;
@@ -262,6 +295,23 @@ impl<'a> Chunk<'a> {
             let s = Dest { ptr: scores.as_mut_ptr().add(columns.start), stride };
             product(simd, extent, q, k, s, Onto::Zero);
         }
+        self.weigh(simd, state, (keys, stride), rows, columns);
+    }
+
+    /// Turns the scores of at most six rows, in `columns` of a block of keys, into `P`; their new m, l and α.
+    #[inline(always)]
+    pub(super) fn weigh<S: Simd>(
+        &self,
+        simd: S,
+        state: &mut Rows<'_>,
+        (keys, stride): (&Range<usize>, usize),
+        rows: Range<usize>,
+        columns: Range<usize>,
+    ) {
+        let Shape { seq_q, seq_k, .. } = self.problem.shape;
+        let in_tile = rows.start - state.first;
+        let scores = &mut state.scores[in_tile * stride..][..rows.len() * stride];
+        let vectors = columns.start / S::F32_LANES..columns.end / S::F32_LANES;
         let from = keys.start + columns.start;
         let Mask { bias, alibi, .. } = self.problem.spec.mask;
         let plain = bias.is_none()
@@ -335,9 +385,10 @@ impl<'a> Chunk<'a> {
         }
     }
 
-    /// Divides by l and writes the output and lse.
+    /// Divides by l and writes the output and lse. Adding 0 makes every zero the positive one: on tiles its sign would tell how many
+    /// hidden keys a block had.
     #[inline(always)]
-    fn finish<S: Simd>(&mut self, simd: S, state: &Rows<'_>) {
+    pub(super) fn finish<S: Simd>(&mut self, simd: S, state: &Rows<'_>) {
         let v_dim = self.problem.shape.v_dim;
         for r in 0..self.rows.len() {
             if r + stage::AHEAD < self.rows.len() {
@@ -350,14 +401,14 @@ impl<'a> Chunk<'a> {
                 self.out.row_mut(r).fill(0.0);
                 continue;
             }
-            let inverse = simd.splat_f32s(inverse);
+            let (inverse, zero) = (simd.splat_f32s(inverse), simd.splat_f32s(0.0));
             let acc = &state.acc[r * v_dim..][..v_dim];
             lanes::map(
                 simd,
                 acc,
                 self.out.row_mut(r),
                 #[inline(always)]
-                |x| simd.mul_f32s(x, inverse),
+                |x| simd.mul_add_e_f32s(x, inverse, zero),
             );
         }
     }

@@ -21,7 +21,7 @@ pub(super) const ROW_CHUNK: usize = 192;
 
 /// Elements of Q and O together that the rows of a forward pass hold while keys stream past: 288 KiB, a little
 /// more than half of the second-level cache here. Rows that share the staging of a key block pay it once.
-const HELD: usize = 72 * 1024;
+pub(super) const HELD: usize = 72 * 1024;
 
 /// A task should hold at least this many multiplications, about 20 µs.
 const TASK_WORK: usize = 1 << 20;
@@ -100,9 +100,10 @@ impl Shape {
         rows.ok_or(ShapeError::Overflow { argument: "q" })
     }
 
-    /// Query rows that share one staging of a key block in the forward pass. No bit depends on it.
-    pub(super) fn row_chunk(&self, threads: usize) -> usize {
-        let held = HELD / (self.dim + self.v_dim).max(1) / ROW_TILE * ROW_TILE;
+    /// Query rows that share one staging of a key block in the forward pass, whole tiles of `tile` rows, when Q and O of all of
+    /// them may have `held` elements. No bit depends on it.
+    pub(super) fn row_chunk(&self, threads: usize, (held, tile): (usize, usize)) -> usize {
+        let held = held / (self.dim + self.v_dim).max(1) / tile * tile;
         let few = threads > 1 && self.batch * self.heads * self.seq_q.div_ceil(held.max(1)) < 4 * threads;
         if few { ROW_CHUNK } else { held.max(ROW_CHUNK) }
     }
@@ -161,7 +162,7 @@ pub(super) fn pieces_of<'a, P>(
 
 /// Cuts scratch memory into parts of these lengths.
 #[inline(always)]
-pub(super) fn cut<const N: usize>(mut memory: &mut [f32], lens: [usize; N]) -> [&mut [f32]; N] {
+pub(super) fn cut<T, const N: usize>(mut memory: &mut [T], lens: [usize; N]) -> [&mut [T]; N] {
     lens.map(|len| {
         let (part, rest) = std::mem::take(&mut memory).split_at_mut(len);
         memory = rest;

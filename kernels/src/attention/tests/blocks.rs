@@ -32,7 +32,7 @@ pub(super) fn cases() -> Vec<Case> {
 }
 
 /// The same with a bias instead of the lists.
-fn dense(case: &Case) -> Case {
+pub(super) fn dense(case: &Case) -> Case {
     let Shape { heads, seq_q, seq_k, .. } = case.shape;
     let count = |h: usize, i: usize, j: usize| {
         let list = &case.lists[h % case.lists.len()];

@@ -5,6 +5,7 @@ mod blocks;
 mod decode;
 mod decode_stored;
 mod packed;
+mod tiles;
 
 use super::*;
 use crate::Context;
@@ -105,22 +106,32 @@ impl Case {
         ]
     }
 
-    fn run(&self, ctx: &Context) -> Results {
-        let Data { q, k, v, d_out, .. } = &self.data;
-        let [q_layout, k_layout, v_layout, out_layout] = self.layouts();
-        let q = HeadsRef::new(q, q_layout).unwrap();
-        let k = HeadsRef::new(k, k_layout).unwrap();
-        let v = HeadsRef::new(v, v_layout).unwrap();
-        let d_out = HeadsRef::new(d_out, out_layout).unwrap();
+    fn inputs(&self) -> Inputs<'_> {
+        let [q, k, v, _] = self.layouts();
+        let view = |data, layout| HeadsRef::new(data, layout).unwrap();
+        Inputs { q: view(&self.data.q, q), k: view(&self.data.k, k), v: view(&self.data.v, v) }
+    }
+
+    /// The output and the log-sum-exp.
+    fn forward(&self, ctx: &Context) -> (Vec<f32>, Vec<f32>) {
         let mut out = Guarded::poisoned(self.data.d_out.len());
         let mut lse = Guarded::poisoned(self.shape.rows().unwrap());
-        let out_view = HeadsMut::new(out.body_mut(), out_layout).unwrap();
-        forward(ctx, &Inputs { q, k, v }, &self.spec(), out_view, lse.body_mut()).unwrap();
+        let out_view = HeadsMut::new(out.body_mut(), self.layouts()[3]).unwrap();
+        forward(ctx, &self.inputs(), &self.spec(), out_view, lse.body_mut()).unwrap();
+        [&out, &lse].into_iter().for_each(Guarded::check);
+        (out.body().to_vec(), lse.body().to_vec())
+    }
+
+    fn run(&self, ctx: &Context) -> Results {
+        let [q_layout, k_layout, v_layout, out_layout] = self.layouts();
+        let Inputs { q, k, v } = self.inputs();
+        let d_out = HeadsRef::new(&self.data.d_out, out_layout).unwrap();
+        let (out, lse) = self.forward(ctx);
         let mut d_q = Guarded::poisoned(self.data.q.len());
         let mut d_k = Guarded::poisoned(self.data.k.len());
         let mut d_v = Guarded::poisoned(self.data.v.len());
         let mut d_bias = Guarded::new(&vec![0.0; self.data.bias.len()]);
-        let saved = Saved { q, k, v, out: HeadsRef::new(out.body(), out_layout).unwrap(), lse: lse.body() };
+        let saved = Saved { q, k, v, out: HeadsRef::new(&out, out_layout).unwrap(), lse: &lse };
         let grads = Grads {
             d_q: HeadsMut::new(d_q.body_mut(), q_layout).unwrap(),
             d_k: HeadsMut::new(d_k.body_mut(), k_layout).unwrap(),
@@ -128,17 +139,14 @@ impl Case {
             d_bias: (self.bias_heads > 0).then_some(d_bias.body_mut()),
         };
         backward(ctx, &saved, d_out, &self.spec(), grads).unwrap();
-        [&out, &lse, &d_q, &d_k, &d_v, &d_bias].into_iter().for_each(Guarded::check);
-        Results {
-            out: out.body().to_vec(),
-            lse: lse.body().to_vec(),
-            grads: AttentionGrads {
-                d_q: d_q.body().to_vec(),
-                d_k: d_k.body().to_vec(),
-                d_v: d_v.body().to_vec(),
-                d_bias: d_bias.body().to_vec(),
-            },
-        }
+        [&d_q, &d_k, &d_v, &d_bias].into_iter().for_each(Guarded::check);
+        let grads = AttentionGrads {
+            d_q: d_q.body().to_vec(),
+            d_k: d_k.body().to_vec(),
+            d_v: d_v.body().to_vec(),
+            d_bias: d_bias.body().to_vec(),
+        };
+        Results { out, lse, grads }
     }
 
     /// Calls `f` with the naive form in `T`.

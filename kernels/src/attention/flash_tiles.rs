@@ -1,0 +1,273 @@
+//! The forward pass with both products on the tile unit.
+//!
+//! ```text
+//! for each block of keys:  pack Kᵀ and V                                     once for all rows of a chunk
+//!   for 32 rows:           S = (scale·Q)·Kᵀ on tiles, 32 × 32 at a time      only where a row sees a key
+//!                          P, m, l, α by the softmax of vectors              six rows at a time
+//!                          pack P;  o = α·o + P·V, the product on tiles
+//! ```
+//! The naive form and the online softmax are those of [`super::flash`]; what differs are the two products.
+//! - Q is scaled in f32 before it is rounded, once for a chunk: so no score is multiplied again. The scale of a power of two, as 1/√64, rounds nothing.
+//! - The scores are stored where the softmax reads them, rows 512 bytes apart: 32 rows of one block of keys are 16 KiB of the first-level cache.
+//! - l is the sum of the probabilities before they are rounded: rounding errors of P are then not all of one sign in o / l.
+//! - o stays in f32 memory and takes the sums of a block by one multiply-add with α: tiles have no α, and the key block is as deep as a product gets.
+//! - 32 rows know which steps of 32 keys they see, so causal order saves half of the tiles; inside of them P is 0 where a key is hidden.
+//!
+//! Rejected: S as K·Qᵀ, with queries across. P would come out as the right operand's rows, without a transposition of K, but the softmax
+//! would run along rows of tiles that belong to different queries, and its sums would not be those of the vectors' pass or of decoding.
+//! The sizes here are from those of caches; nothing of this file has been timed.
+
+use std::ops::Range;
+
+use pulp::Simd;
+
+use super::flash::{Chunk, Forward, Rows, groups, vectors};
+use super::on_tiles::{self, OnTiles, Operands, left_words, product, right_words};
+use super::problem::{KEY_BLOCK, Shape, cut};
+use super::stage;
+use crate::gemm::microkernel::amx::{BLOCK, SIDE, STEP, TileUnit};
+use crate::gemm::split::Magnitudes;
+use crate::lanes;
+use crate::scratch::ScratchBuf;
+use crate::view::MatRef;
+
+/// Scratch of one task.
+struct State<'a> {
+    unit: TileUnit,
+    /// Kᵀ of a block as the right operand, and room for K as the left one on its way there.
+    keys: &'a mut [u32],
+    key_rows: &'a mut [u32],
+    /// V of a block.
+    values: &'a mut [u32],
+    /// scale·Q of the chunk, and what says which of its rows are odd.
+    q: &'a mut [u32],
+    magnitudes: Vec<Magnitudes>,
+    /// P of 32 rows.
+    p: &'a mut [u32],
+    /// scale·Q of 32 rows in f32.
+    scaled: &'a mut [f32],
+    /// P·V of 32 rows and a block [32, v_dim in whole panels].
+    sums: &'a mut [f32],
+    rows: Rows<'a>,
+}
+
+/// One block of keys: what of it is odd.
+struct Block {
+    keys: Range<usize>,
+    odd_keys: [bool; KEY_BLOCK],
+    odd_values: [bool; KEY_BLOCK],
+}
+
+impl Forward<'_> {
+    /// Some units, each of at most `chunk` rows.
+    #[inline(always)]
+    pub(super) fn run_on_tiles<S: Simd>(&self, simd: S, means: OnTiles, chunk: usize, units: Range<usize>) {
+        if const { S::F32_LANES < 8 } {
+            unreachable!("tiles stand beside vectors of eight lanes and more");
+        }
+        match means.parts {
+            1 => self.run_in_parts::<S, 1>(simd, means, chunk, units),
+            _ => self.run_in_parts::<S, 2>(simd, means, chunk, units),
+        }
+    }
+
+    #[inline(always)]
+    fn run_in_parts<S: Simd, const P: usize>(
+        &self,
+        simd: S,
+        means: OnTiles,
+        chunk: usize,
+        units: Range<usize>,
+    ) {
+        let Shape { seq_q, dim, v_dim, .. } = self.shape;
+        let rows = seq_q.min(chunk);
+        let lens = [
+            right_words(dim, KEY_BLOCK, P),
+            left_words(KEY_BLOCK, dim, P),
+            right_words(KEY_BLOCK, v_dim, P),
+            left_words(rows, dim, P),
+            left_words(BLOCK, KEY_BLOCK, P),
+        ];
+        let mut words = ScratchBuf::take(lens.iter().sum());
+        let [keys, key_rows, values, q, p] = cut(words.words_mut(), lens);
+        let (scores, sums) = (BLOCK * KEY_BLOCK, BLOCK * v_dim.next_multiple_of(BLOCK));
+        let lens = [scores, sums, BLOCK * dim, BLOCK, rows * S::F32_LANES, rows * v_dim, rows];
+        let mut scratch = ScratchBuf::take(lens.iter().sum());
+        let [scores, sums, scaled, alpha, l, acc, m] = cut(&mut scratch, lens);
+        let rows = Rows { first: 0, scores, alpha, acc, l, m };
+        let magnitudes = vec![Magnitudes::NONE; seq_q.min(chunk)];
+        let unit = TileUnit::configure(means.tiles);
+        let mut state = State { unit, keys, key_rows, values, q, magnitudes, p, scaled, sums, rows };
+        for unit in units {
+            self.chunk_of(unit, chunk).run_on_tiles::<S, P>(simd, &mut state);
+        }
+    }
+}
+
+impl Chunk<'_> {
+    #[inline(always)]
+    fn run_on_tiles<S: Simd, const P: usize>(mut self, simd: S, state: &mut State<'_>) {
+        self.begin::<S>(&mut state.rows);
+        state.rows.acc[..self.rows.len() * self.v.cols()].fill(0.0);
+        self.queries::<S, P>(simd, state);
+        for keys in self.blocks() {
+            let mut block = Block { keys, odd_keys: [false; KEY_BLOCK], odd_values: [false; KEY_BLOCK] };
+            let k = self.k.sub(block.keys.clone(), 0..self.k.cols());
+            let v = self.v.sub(block.keys.clone(), 0..self.v.cols());
+            on_tiles::pack_across::<S, P>(simd, k, state.key_rows, state.keys, &mut block.odd_keys);
+            on_tiles::pack_right::<S, P>(simd, v, state.values, &mut block.odd_values);
+            for first in self.rows.clone().step_by(BLOCK) {
+                self.tile::<S, P>(simd, state, &block, first..(first + BLOCK).min(self.rows.end));
+            }
+        }
+        self.finish(simd, &state.rows);
+    }
+
+    /// Packs scale·Q of all rows.
+    #[inline(always)]
+    fn queries<S: Simd, const P: usize>(&self, simd: S, state: &mut State<'_>) {
+        let words = left_words(SIDE, self.q.cols(), P);
+        for first in self.rows.clone().step_by(BLOCK) {
+            let rows = first..(first + BLOCK).min(self.rows.end);
+            let local = first - self.rows.start;
+            let magnitudes = &mut state.magnitudes[local..][..rows.len()];
+            let scaled = stage::scaled(simd, self.problem.spec.scale, self.q, rows, state.scaled);
+            on_tiles::pack_left::<S, P>(simd, scaled, &mut state.q[local / SIDE * words..], magnitudes);
+        }
+    }
+
+    /// At most 32 rows and a block of keys.
+    #[inline(always)]
+    fn tile<S: Simd, const P: usize>(
+        &self,
+        simd: S,
+        state: &mut State<'_>,
+        block: &Block,
+        rows: Range<usize>,
+    ) {
+        let keys = &block.keys;
+        let seen = self.sight.rows(&rows, keys);
+        if seen.is_empty() {
+            return;
+        }
+        let seen_steps = (seen.start - keys.start) / STEP..(seen.end - keys.start).div_ceil(STEP);
+        self.scores_on_tiles::<P>(state, block, &rows, &seen_steps);
+        state.rows.first = rows.start;
+        let columns = seen_steps.start * STEP..seen_steps.end * STEP;
+        for group in groups(&rows) {
+            let seen = self.sight.rows(&group, keys);
+            let own = vectors::<S>(&seen, keys);
+            let own = if seen.is_empty() {
+                columns.start..columns.start
+            } else {
+                own.start * S::F32_LANES..own.end * S::F32_LANES
+            };
+            if !seen.is_empty() {
+                self.weigh(simd, &mut state.rows, (keys, KEY_BLOCK), group.clone(), own.clone());
+            }
+            let scores = &mut state.rows.scores[(group.start - rows.start) * KEY_BLOCK..];
+            for row in scores.chunks_exact_mut(KEY_BLOCK).take(group.len()) {
+                row[columns.start..own.start].fill(0.0);
+                row[own.end..columns.end].fill(0.0);
+            }
+        }
+        self.values_on_tiles::<S, P>(simd, state, block, &rows, &seen_steps);
+    }
+
+    /// S of at most 32 rows, over the steps of keys that they see.
+    #[inline(always)]
+    fn scores_on_tiles<const P: usize>(
+        &self,
+        state: &mut State<'_>,
+        block: &Block,
+        rows: &Range<usize>,
+        seen: &Range<usize>,
+    ) {
+        let dim = self.q.cols();
+        let (steps, local) = (on_tiles::steps(dim), rows.start - self.rows.start);
+        let left = &state.q[local / SIDE * left_words(SIDE, dim, P)..];
+        for panel in seen.clone() {
+            let right = &state.keys[panel * right_words(dim, BLOCK, P)..];
+            let operands = Operands { left, right, steps, rows: rows.len() };
+            let to = &mut state.rows.scores[panel * BLOCK..];
+            product::<P>(&state.unit, operands, 0..steps, to, KEY_BLOCK);
+        }
+        let magnitudes = &state.magnitudes[local..][..rows.len()];
+        if block.odd_keys.contains(&true) || magnitudes.iter().any(|row| on_tiles::is_odd(*row)) {
+            self.mend(state, block, rows, seen);
+        }
+    }
+
+    /// Computes the scores of odd queries and odd keys by f32 multiply-adds.
+    #[cold]
+    fn mend(&self, state: &mut State<'_>, block: &Block, rows: &Range<usize>, seen: &Range<usize>) {
+        let scale = self.problem.spec.scale;
+        for (i, scores) in rows.clone().zip(state.rows.scores.chunks_exact_mut(KEY_BLOCK)) {
+            let odd_row = on_tiles::is_odd(state.magnitudes[i - self.rows.start]);
+            for j in seen.start * STEP..(seen.end * STEP).min(block.keys.len()) {
+                if odd_row || block.odd_keys[j] {
+                    scores[j] = on_tiles::chain(scale, self.q.row(i), self.k.row(block.keys.start + j));
+                }
+            }
+        }
+    }
+
+    /// `o = α·o + P·V` of at most 32 rows.
+    #[inline(always)]
+    fn values_on_tiles<S: Simd, const P: usize>(
+        &self,
+        simd: S,
+        state: &mut State<'_>,
+        block: &Block,
+        rows: &Range<usize>,
+        seen: &Range<usize>,
+    ) {
+        let v_dim = self.v.cols();
+        let width = v_dim.next_multiple_of(BLOCK);
+        // Of the steps that are seen alone: P has no other, and the panels of V are as deep as the block.
+        let p = &state.rows.scores[seen.start * STEP..];
+        let p = MatRef::with_strides(p, rows.len(), seen.len() * STEP, KEY_BLOCK, 1)
+            .expect("scores of these rows");
+        on_tiles::pack_left::<S, P>(simd, p, state.p, &mut [Magnitudes::NONE; BLOCK]);
+        let deep = on_tiles::steps(block.keys.len());
+        let panel = right_words(block.keys.len(), BLOCK, P);
+        let step = panel / deep;
+        for first in (0..v_dim).step_by(BLOCK) {
+            let right = &state.values[first / BLOCK * panel + seen.start * step..];
+            let operands = Operands { left: state.p, right, steps: seen.len(), rows: rows.len() };
+            product::<P>(&state.unit, operands, 0..seen.len(), &mut state.sums[first..], width);
+        }
+        for group in groups(rows) {
+            if self.sight.rows(&group, &block.keys).is_empty() {
+                continue;
+            }
+            for i in group {
+                let (local, in_tile) = (i - self.rows.start, i - rows.start);
+                let alpha = simd.splat_f32s(state.rows.alpha[in_tile]);
+                let o = &mut state.rows.acc[local * v_dim..][..v_dim];
+                lanes::update(
+                    simd,
+                    &state.sums[in_tile * width..][..v_dim],
+                    o,
+                    #[inline(always)]
+                    |sum, o| simd.mul_add_e_f32s(alpha, o, sum),
+                );
+                if block.odd_values.contains(&true) {
+                    let p = &state.rows.scores[in_tile * KEY_BLOCK..][..KEY_BLOCK];
+                    add_odd(p, &self.v, block, self.sight.row(i, &block.keys), o);
+                }
+            }
+        }
+    }
+}
+
+/// `o += p·v` over the odd values of a block among the keys that the row sees, in ascending order.
+#[cold]
+fn add_odd(p: &[f32], v: &MatRef<'_>, block: &Block, visible: Range<usize>, o: &mut [f32]) {
+    for j in visible {
+        let at = j - block.keys.start;
+        if block.odd_values[at] {
+            on_tiles::add_scaled(p[at], v.row(j), o);
+        }
+    }
+}

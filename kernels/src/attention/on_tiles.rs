@@ -1,0 +1,257 @@
+//! What the passes on the tile unit share: operands as sums of bf16 parts in whole tiles, and their product.
+//!
+//! ```text
+//! for i in 0..32 { for j in 0..32 { C[i][j] = Σ_k A[i][k]·B[k][j]      A and B in bf16, or in two parts of bf16 } }
+//! ```
+//! `Medium` multiplies one part of each side, `High` keeps three products of two parts, as the matrix product does ([`crate::gemm::split`]). Sums are f32.
+//! `Highest` stays with vectors: probabilities in three parts are as many conversions as the six products save time, and the softmax between the products, which
+//! tiles do not touch, already takes longer than three of them.
+//!
+//! - An element of a product depends on its own row of A and column of B alone, whatever fills the rest of the tiles, and steps of
+//!   the depth that are all zero change nothing but the sign of a zero. So the bits of a row depend neither on the rows beside it nor on
+//!   hidden keys, and one query of a decoding step in a tile of 16 rows has the bits of the full pass.
+//! - What has no parts is multiplied in f32: a row that holds infinity, NaN or what rounds to a bf16 infinity is *odd*. The scores of an odd query or
+//!   key are chains of f32 multiply-adds. An odd value is zero in its tiles, and p·v of the rows that see its key is added after them. Hidden keys
+//!   and values may thus hold anything.
+//! - Numbers below 2⁻¹²⁶ count as zero, and so does a second part that is.
+//!
+//! # Accuracy
+//! With ε = 2·2⁻⁸ + 2⁻¹⁶ for `Medium` and 2⁻¹⁵ for `High`, up to terms of higher order and f32's own roundings:
+//!
+//! | | error, at most |
+//! |---|---|
+//! | score | `δ = ε·scale·Σ_d \|q_d\|·\|k_d\|` |
+//! | log-sum-exp | the largest δ of the row |
+//! | output | `(2·δ + ε)·Σ_j P_j·\|v_j\|` |
+//!
+//! Asserted by `attention::tests::tiles`.
+
+use std::ops::Range;
+
+use pulp::{Simd, WithSimd};
+
+use super::problem::KEY_BLOCK;
+use super::stage;
+use crate::context::{Context, Precision};
+use crate::gemm::microkernel::Storage;
+use crate::gemm::microkernel::amx::{BLOCK, SIDE, STEP, TILE_WORDS, TileBlock, TileUnit};
+use crate::gemm::split::{self, Magnitudes};
+use crate::isa::Tiles;
+use crate::scratch::ScratchBuf;
+use crate::view::MatRef;
+
+/// Elements of Q and O together that the rows of a forward pass hold while keys stream past: 1,536 rows of 64 + 64 are 576 KiB in `Medium` and 768 KiB in `High`,
+/// less than half of a second-level cache of 2 MiB. Not measured.
+pub(super) const HELD: usize = 192 * 1024;
+
+/// Multiplications of tiles take the time of this fraction of them on vectors, the softmax counted in: for dealing work to threads. Not measured.
+pub(super) const FASTER: usize = 4;
+
+/// The proof that tiles run, and how many parts an operand has.
+#[derive(Clone, Copy)]
+pub(super) struct OnTiles {
+    pub(super) tiles: Tiles,
+    /// One for `Medium`, two for `High`.
+    pub(super) parts: usize,
+}
+
+impl OnTiles {
+    /// Whether `ctx` multiplies heads of `dim` elements on tiles; without elements there is nothing to multiply.
+    pub(super) fn of(ctx: &Context, dim: usize) -> Option<OnTiles> {
+        let parts = match ctx.matmul_precision() {
+            Precision::Medium => 1,
+            Precision::High => 2,
+            Precision::Strict | Precision::Highest => return None,
+        };
+        ctx.isa().tiles().filter(|_| dim > 0).map(|tiles| OnTiles { tiles, parts })
+    }
+}
+
+/// How a tile unit reads so many parts.
+#[inline(always)]
+pub(super) const fn storage(parts: usize) -> Storage {
+    if parts == 1 { Storage::Bf16 } else { Storage::Split2 }
+}
+
+/// Steps of the tile unit for that depth.
+#[inline(always)]
+pub(super) const fn steps(depth: usize) -> usize {
+    depth.div_ceil(STEP)
+}
+
+/// Words of the left tiles of that many rows.
+pub(super) fn left_words(rows: usize, depth: usize, parts: usize) -> usize {
+    rows.next_multiple_of(SIDE) * split::column_words(depth, parts)
+}
+
+/// Words of the panels of that many columns.
+pub(super) fn right_words(depth: usize, cols: usize, parts: usize) -> usize {
+    cols.next_multiple_of(BLOCK) * split::column_words(depth, parts)
+}
+
+/// Whether parts do not stand for a row of those magnitudes.
+#[inline(always)]
+pub(super) fn is_odd(magnitudes: Magnitudes) -> bool {
+    !magnitudes.fit(Storage::Split2)
+}
+
+/// [`split::pack_left`], compiled once for all passes.
+struct PackLeft<'a, const P: usize> {
+    a: MatRef<'a>,
+    tiles: &'a mut [u32],
+    magnitudes: &'a mut [Magnitudes],
+}
+
+impl<const P: usize> WithSimd for PackLeft<'_, P> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        split::pack_left::<P>(self.a, self.tiles, self.magnitudes);
+    }
+}
+
+/// Rows as the left operand: 16 rows after 16 rows, step after step, part after part.
+#[inline(always)]
+pub(super) fn pack_left<S: Simd, const P: usize>(
+    simd: S,
+    a: MatRef<'_>,
+    tiles: &mut [u32],
+    magnitudes: &mut [Magnitudes],
+) {
+    simd.vectorize(PackLeft::<P> { a, tiles, magnitudes });
+}
+
+/// [`split::pack_right`], panel after panel of 32 columns, compiled once for all passes.
+struct PackRight<'a, const P: usize> {
+    b: MatRef<'a>,
+    tiles: &'a mut [u32],
+}
+
+impl<const P: usize> WithSimd for PackRight<'_, P> {
+    type Output = bool;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) -> bool {
+        let (depth, cols) = (self.b.rows(), self.b.cols());
+        let panel = right_words(depth, BLOCK, P);
+        let mut odd = false;
+        for (words, first) in self.tiles.chunks_exact_mut(panel).zip((0..cols).step_by(BLOCK)) {
+            let mut magnitudes = [Magnitudes::NONE; BLOCK];
+            let b = self.b.sub(0..depth, first..(first + BLOCK).min(cols));
+            split::pack_right::<P>(b, words, &mut magnitudes);
+            odd |= magnitudes.into_iter().any(is_odd);
+        }
+        odd
+    }
+}
+
+/// `b` [depth, cols] as the right operand, panel after panel of 32 columns; its odd rows are marked and are zero.
+#[inline(always)]
+pub(super) fn pack_right<S: Simd, const P: usize>(
+    simd: S,
+    b: MatRef<'_>,
+    tiles: &mut [u32],
+    odd: &mut [bool; KEY_BLOCK],
+) {
+    odd.fill(false);
+    if simd.vectorize(PackRight::<P> { b, tiles: &mut *tiles }) {
+        let mut even = ScratchBuf::zeroed(b.rows() * b.cols());
+        for (i, row) in even.chunks_exact_mut(b.cols()).enumerate() {
+            let mut magnitudes = Magnitudes::NONE;
+            b.row(i).iter().for_each(|x| magnitudes.add(*x));
+            odd[i] = is_odd(magnitudes);
+            if !odd[i] {
+                row.copy_from_slice(b.row(i));
+            }
+        }
+        let even = MatRef::new(&even, b.rows(), b.cols()).expect("a copy of b");
+        simd.vectorize(PackRight::<P> { b: even, tiles });
+    }
+}
+
+/// `b` [cols, depth], read across, as the right operand, panel after panel of 32 columns; its odd rows are marked. `rows` is
+/// room for the left tiles of `b`: a tile of the right operand is a transposed tile of words of the left one.
+#[inline(always)]
+pub(super) fn pack_across<S: Simd, const P: usize>(
+    simd: S,
+    b: MatRef<'_>,
+    rows: &mut [u32],
+    tiles: &mut [u32],
+    odd: &mut [bool; KEY_BLOCK],
+) {
+    let mut magnitudes = [Magnitudes::NONE; KEY_BLOCK];
+    pack_left::<S, P>(simd, b, rows, &mut magnitudes);
+    for (odd, magnitudes) in odd.iter_mut().zip(magnitudes) {
+        *odd = is_odd(magnitudes);
+    }
+    let group = left_words(SIDE, b.cols(), P);
+    let groups = b.rows().div_ceil(SIDE);
+    let to = tiles.as_chunks_mut::<TILE_WORDS>().0;
+    for (side, rows) in rows.chunks_exact(group).enumerate().take(groups) {
+        let first = side / 2 * (group / TILE_WORDS) * 2 + side % 2;
+        for (at, tile) in rows.as_chunks::<TILE_WORDS>().0.iter().enumerate() {
+            let tile: &[f32] = pulp::bytemuck::cast_slice(tile);
+            let tile = MatRef::new(tile, SIDE, SIDE).expect("a tile has 16 rows of 16 words");
+            stage::transpose(tile, pulp::bytemuck::cast_slice_mut(&mut to[first + 2 * at]), SIDE);
+        }
+    }
+    if groups % 2 == 1 {
+        let first = groups / 2 * (group / TILE_WORDS) * 2 + 1;
+        to[first..].iter_mut().step_by(2).take(group / TILE_WORDS).for_each(|tile| tile.fill(0));
+    }
+}
+
+/// What is multiplied: some rows of a left operand and one panel of a right one, over some steps of the depth.
+#[derive(Clone, Copy)]
+pub(super) struct Operands<'a> {
+    /// Left tiles, from the first of the rows on.
+    pub(super) left: &'a [u32],
+    /// Right tiles, from the panel on.
+    pub(super) right: &'a [u32],
+    /// Steps of both operands' depth.
+    pub(super) steps: usize,
+    /// At most 32.
+    pub(super) rows: usize,
+}
+
+/// Writes `A·B`, 32 rows of 32 columns, to rows `stride` apart; rows from `rows` on are anything.
+///
+/// # Panics
+/// When an operand or `to` is too short.
+#[inline(always)]
+pub(super) fn product<const P: usize>(
+    unit: &TileUnit,
+    operands: Operands<'_>,
+    steps: Range<usize>,
+    to: &mut [f32],
+    stride: usize,
+) {
+    let Operands { left, right, steps: all, rows } = operands;
+    let two_rows = rows > SIDE;
+    let step = P * TILE_WORDS;
+    assert!(steps.start < steps.end && steps.end <= all, "some steps of the operands");
+    assert!(left.len() >= (1 + usize::from(two_rows)) * all * step && right.len() >= 2 * all * step);
+    assert!(stride >= BLOCK && to.len() >= (BLOCK - 1) * stride + BLOCK, "room for 32 rows");
+    let block = TileBlock {
+        left: left[steps.start * step..].as_ptr(),
+        left_stride: all * step,
+        right: right[2 * steps.start * step..].as_ptr(),
+        steps: steps.len(),
+        two_rows,
+    };
+    // SAFETY: the operands hold whole tiles for all steps and `to` 32 rows of 32, as asserted.
+    unsafe { unit.sums_to(storage(P), &block, to.as_mut_ptr(), stride) };
+}
+
+/// A score as a chain of f32 multiply-adds.
+pub(super) fn chain(scale: f32, q: &[f32], k: &[f32]) -> f32 {
+    q.iter().zip(k).fold(0.0, |sum: f32, (q, k)| (scale * q).mul_add(*k, sum))
+}
+
+/// `o += p·v` by f32 multiply-adds.
+pub(super) fn add_scaled(p: f32, v: &[f32], o: &mut [f32]) {
+    for (o, v) in o.iter_mut().zip(v) {
+        *o = p.mul_add(*v, *o);
+    }
+}
