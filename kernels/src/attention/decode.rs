@@ -12,21 +12,27 @@
 //!   columns of the output. Partial outputs of key chunks, merged by their maxima, would read V in one piece
 //!   a thread too, but their sum would not have the bits of the full pass.
 //! - Scores of all keys are held: `rows × keys` numbers, where K and V are `keys × (dim + v_dim)`.
+//!
+//! The two products are those of the full pass at the context's precision: [`super::decode_vectors`] or [`super::decode_tiles`]. A cache of int8, which has
+//! no full pass to be equal to, is read by vectors.
 
 use std::ops::Range;
 
 use pulp::{Simd, WithSimd};
 
-use super::cache::{Cache, CacheFormat, CacheLayout, PANEL, Rows};
+use super::cache::{Cache, CacheLayout};
+use super::decode_tiles::Unit;
+use super::decode_vectors::Vectors;
+use super::on_tiles::OnTiles;
 use super::online::{self, Carried, Row};
 use super::problem::{KEY_BLOCK, Shape, Shared, deal, piece};
-use super::stored::{self, GROUP_WORDS};
-use super::tile::{Dest, Extent, GROUP, Left, Onto, Right, product};
+use super::stored::GROUP_WORDS;
+use super::tile::GROUP;
 use crate::context::Context;
 use crate::error::{ShapeError, expect_dim};
 use crate::lanes;
 use crate::scratch::ScratchBuf;
-use crate::view::{HeadsLayout, HeadsMut, HeadsRef, MatRef};
+use crate::view::{HeadsLayout, HeadsMut, HeadsRef};
 
 /// Keys whose scores one task makes when heads are split: a fixed number, whatever the threads.
 const KEYS_PER_TASK: usize = 8 * KEY_BLOCK;
@@ -117,13 +123,13 @@ impl Part<'_> {
 
 /// A checked problem. A unit is one key head of one sequence with the rows (query head, query) that read it.
 #[derive(Clone, Copy)]
-struct Decode<'a> {
-    q: HeadsRef<'a>,
-    parts: &'a [Part<'a>],
-    scale: f32,
+pub(super) struct Decode<'a> {
+    pub(super) q: HeadsRef<'a>,
+    pub(super) parts: &'a [Part<'a>],
+    pub(super) scale: f32,
     kv_heads: usize,
-    dim: usize,
-    v_dim: usize,
+    pub(super) dim: usize,
+    pub(super) v_dim: usize,
     group: usize,
     /// The most keys of a sequence.
     keys: usize,
@@ -151,11 +157,14 @@ impl Decode<'_> {
         let places = self.places(ctx.isa().f32_lanes());
         let mut scratch = ScratchBuf::take(units * places.len);
         let memory = Shared::new(&mut scratch);
+        let int8 = self.parts.iter().any(|part| part.cache.is_int8());
+        let tiles = OnTiles::of(ctx, self.dim).filter(|_| !int8);
         let run = |step: Step, pieces: usize, work: usize| {
             deal(ctx, units * pieces, work, |tasks| Tasks {
                 problem: *self,
                 places,
                 memory,
+                tiles,
                 step,
                 pieces,
                 tasks,
@@ -180,13 +189,13 @@ impl Decode<'_> {
 
     /// Rows of a unit; row `r` is query `r mod seq_q` of the group's head `r / seq_q`.
     #[inline(always)]
-    fn rows(&self) -> usize {
+    pub(super) fn rows(&self) -> usize {
         self.group * self.q.layout().seq
     }
 
     /// Keys of sequence `b`.
     #[inline(always)]
-    fn total(&self, b: usize) -> usize {
+    pub(super) fn total(&self, b: usize) -> usize {
         self.parts.iter().map(|part| part.lengths[b]).sum()
     }
 
@@ -203,21 +212,31 @@ impl Decode<'_> {
 /// Where a unit's scratch holds what: scores and then P [rows, stride] at 0, α [blocks, rows], l (one vector a row),
 /// m and 1/l of each row.
 #[derive(Clone, Copy)]
-struct Places {
+pub(super) struct Places {
     /// Elements of a row of scores: all blocks.
-    stride: usize,
-    alpha: usize,
+    pub(super) stride: usize,
+    pub(super) alpha: usize,
     l: usize,
     m: usize,
     inverse: usize,
     /// Elements of a unit.
-    len: usize,
+    pub(super) len: usize,
 }
 
-struct Tasks<'a> {
-    problem: Decode<'a>,
-    places: Places,
-    memory: Shared,
+/// By what means the two products are made.
+pub(super) trait Products {
+    /// `scale·q·k_j` of all rows of a unit, for the keys among `keys`.
+    fn scores<S: Simd>(&self, simd: S, tasks: &Tasks<'_>, unit: usize, keys: &Range<usize>);
+
+    /// Columns `cols` of the output of a unit, whose weights are complete.
+    fn output<S: Simd>(&self, simd: S, tasks: &Tasks<'_>, unit: usize, cols: Range<usize>);
+}
+
+pub(super) struct Tasks<'a> {
+    pub(super) problem: Decode<'a>,
+    pub(super) places: Places,
+    pub(super) memory: Shared,
+    tiles: Option<OnTiles>,
     step: Step,
     /// Tasks of one unit.
     pieces: usize,
@@ -229,37 +248,58 @@ impl WithSimd for Tasks<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Decode { keys, v_dim, .. } = self.problem;
-        for task in self.tasks.clone() {
-            let (unit, index) = (task / self.pieces, task % self.pieces);
-            match self.step {
-                Step::Scores => self.scores(simd, unit, &piece(index, KEYS_PER_TASK, keys)),
-                Step::Weights => self.weights(simd, unit),
-                Step::Output => self.output(simd, unit, piece(index, self.problem.cols_per_task(), v_dim)),
-                Step::All => {
-                    self.scores(simd, unit, &(0..keys));
-                    self.weights(simd, unit);
-                    self.output(simd, unit, 0..v_dim);
-                }
-            }
+        match self.tiles {
+            None => self.run(simd, &Vectors),
+            Some(OnTiles { tiles, parts: 1 }) => self.run(simd, &Unit::<1>::configure(tiles)),
+            Some(OnTiles { tiles, .. }) => self.run(simd, &Unit::<2>::configure(tiles)),
         }
     }
 }
 
 impl Tasks<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(&self, simd: S, products: &impl Products) {
+        let Decode { keys, v_dim, .. } = self.problem;
+        for task in self.tasks.clone() {
+            let (unit, index) = (task / self.pieces, task % self.pieces);
+            match self.step {
+                Step::Scores => {
+                    products.scores(simd, self, unit, &piece(index, KEYS_PER_TASK, keys));
+                }
+                Step::Weights => self.weights(simd, unit),
+                Step::Output => {
+                    let cols = piece(index, self.problem.cols_per_task(), v_dim);
+                    products.output(simd, self, unit, cols);
+                }
+                Step::All => {
+                    products.scores(simd, self, unit, &(0..keys));
+                    self.weights(simd, unit);
+                    products.output(simd, self, unit, 0..v_dim);
+                }
+            }
+        }
+    }
+
     /// Sequence and key head of a unit.
     #[inline(always)]
-    fn place(&self, unit: usize) -> (usize, usize) {
+    pub(super) fn place(&self, unit: usize) -> (usize, usize) {
         (unit / self.problem.kv_heads, unit % self.problem.kv_heads)
     }
 
-    /// `scale·q·k_j` of all rows of a unit, for the keys among `keys`.
+    /// One past the last key that row `r` of a unit sees.
     #[inline(always)]
-    fn scores<S: Simd>(&self, simd: S, unit: usize, keys: &Range<usize>) {
-        let Decode { q, parts, scale, dim, .. } = self.problem;
+    pub(super) fn visible_end(&self, unit: usize, r: usize) -> usize {
+        let queries = self.problem.q.layout().seq;
+        let later = queries - 1 - r % queries;
+        self.problem.total(self.place(unit).0).saturating_sub(later)
+    }
+
+    /// scale·q of all rows of a unit, [rows, dim].
+    #[inline(always)]
+    pub(super) fn scaled_queries<S: Simd>(&self, simd: S, unit: usize) -> ScratchBuf {
+        let Decode { q, scale, dim, .. } = self.problem;
         let (b, kv) = self.place(unit);
-        let rows = self.problem.rows();
-        let mut scaled = ScratchBuf::take(rows * dim);
+        let mut scaled = ScratchBuf::take(self.problem.rows() * dim);
         for (r, to) in scaled.chunks_exact_mut(dim.max(1)).enumerate() {
             let head = kv * self.problem.group + r / q.layout().seq;
             let scale = simd.splat_f32s(scale);
@@ -271,64 +311,7 @@ impl Tasks<'_> {
                 |x| simd.mul_f32s(x, scale),
             );
         }
-        let mut start = 0;
-        for part in parts {
-            let end = start + part.lengths[b];
-            let seen = keys.start.max(start)..keys.end.min(end);
-            let mut at = seen.start;
-            while at < seen.end {
-                let (panel, first) = ((at - start) / PANEL, (at - start) % PANEL);
-                let cols = (PANEL - first).min(seen.end - at);
-                let k = match part.cache.panel(part.sequences[b], kv, panel) {
-                    Rows::F32(k) => k,
-                    Rows::Stored(format, words, scales) => {
-                        let place = unit * self.places.len + at;
-                        let columns = first..first + cols;
-                        self.stored_scores(simd, &scaled, (format, words, scales), columns, place);
-                        at += cols;
-                        continue;
-                    }
-                };
-                let extent = Extent { rows, cols, depth: dim };
-                // SAFETY: `scaled` is [rows, dim], the panel [dim, PANEL] of which these are columns; the unit's
-                // scores are [rows, stride], of which columns from `at` belong to this task alone.
-                unsafe {
-                    let q = Left { ptr: scaled.as_ptr(), stride: dim, across: false };
-                    let k = Right { ptr: k.as_ptr().add(first), stride: PANEL };
-                    let s = self.memory.at(unit * self.places.len + at);
-                    product(simd, extent, q, k, Dest { ptr: s, stride: self.places.stride }, Onto::Zero);
-                }
-                at += cols;
-            }
-            start = end;
-        }
-    }
-
-    /// The scores of some columns of a panel in fewer bits, for all rows of a unit, whose first is at `place`.
-    #[inline(always)]
-    fn stored_scores<S: Simd>(
-        &self,
-        simd: S,
-        q: &[f32],
-        (format, words, scales): (CacheFormat, &[u32], &[f32]),
-        columns: Range<usize>,
-        place: usize,
-    ) {
-        let dim = self.problem.dim;
-        for r in 0..self.problem.rows() {
-            let mut acc = [0.0; PANEL];
-            stored::multiply(
-                simd,
-                format,
-                &q[r * dim..][..dim],
-                (words, PANEL / format.per_word()),
-                &mut acc,
-            );
-            acc.iter_mut().zip(scales).for_each(|(score, scale)| *score *= scale);
-            // SAFETY: these columns of the unit's row of scores belong to this task alone.
-            let scores = unsafe { self.memory.part(place + r * self.places.stride, columns.len()) };
-            scores.copy_from_slice(&acc[columns.clone()]);
-        }
+        scaled
     }
 
     /// P of a unit, each row's α for each block, 1/l, and lse.
@@ -363,8 +346,7 @@ impl Tasks<'_> {
                     (stride / S::F32_LANES, &vectors),
                     #[inline(always)]
                     |r| {
-                        let later = q.layout().seq - 1 - (first + r) % q.layout().seq;
-                        let end = total.saturating_sub(later).clamp(first_key, keys.end);
+                        let end = self.visible_end(unit, first + r).clamp(first_key, keys.end);
                         let whole = end == vectors.end * S::F32_LANES;
                         (!whole).then(|| Row { bias: None, alibi: None, visible: 0..end - first_key })
                     },
@@ -382,64 +364,18 @@ impl Tasks<'_> {
         }
     }
 
-    /// Columns `cols` of the output of a unit, whose weights are complete.
+    /// Divides the sums of a unit's rows, `width` apart, by l, and writes columns `cols` of the output.
     #[inline(always)]
-    fn output<S: Simd>(&self, simd: S, unit: usize, cols: Range<usize>) {
-        let Decode { q, parts, v_dim, group, out, .. } = self.problem;
-        let Places { stride, alpha, inverse, len, .. } = self.places;
+    pub(super) fn store<S: Simd>(
+        &self,
+        simd: S,
+        unit: usize,
+        (acc, width): (&[f32], usize),
+        cols: Range<usize>,
+    ) {
+        let Decode { q, group, out, .. } = self.problem;
+        let Places { inverse, len, .. } = self.places;
         let (b, kv) = self.place(unit);
-        let (rows, total) = (self.problem.rows(), self.problem.total(b));
-        // Stored values come in whole groups of columns.
-        let width = cols.len().next_multiple_of(4 * GROUP_WORDS);
-        let mut acc = ScratchBuf::zeroed(rows * width);
-        let mut start = 0;
-        for part in parts {
-            let end = start + part.lengths[b];
-            let values = part.cache.values(part.sequences[b], kv);
-            let mut at = start;
-            while at < end {
-                let (block, first) = (at / KEY_BLOCK, at % KEY_BLOCK);
-                let depth = (KEY_BLOCK - first).min(end - at);
-                let values = match values {
-                    Rows::F32(values) => values,
-                    Rows::Stored(format, words, scales) => {
-                        // SAFETY: P and α of this unit are complete and only read now.
-                        let memory = unsafe { self.memory.part(unit * len, len) };
-                        if first == 0 && block > 0 {
-                            let alpha = &memory[alpha + block * rows..][..rows];
-                            for (acc, alpha) in acc.chunks_exact_mut(width).zip(alpha) {
-                                acc.iter_mut().for_each(|x| *x *= alpha);
-                            }
-                        }
-                        let p = MatRef::with_strides(&memory[at..], rows, depth, stride, 1);
-                        let p = p.expect("P holds these keys");
-                        let keys = at - start..at - start + depth;
-                        let values = (format, words, scales);
-                        stored::add_values(simd, p, values, (keys, v_dim, cols.clone()), &mut acc);
-                        at += depth;
-                        continue;
-                    }
-                };
-                // SAFETY: P [rows, stride] and α [blocks, rows] of this unit are complete and only read now; the
-                // values hold these keys, of which `cols` are columns; `acc` has been cut for rows and columns.
-                unsafe {
-                    let unit = self.memory.at(unit * len);
-                    let p = Left { ptr: unit.add(at), stride, across: false };
-                    let v =
-                        Right { ptr: values.as_ptr().add((at - start) * v_dim + cols.start), stride: v_dim };
-                    let onto = match (first, block) {
-                        (0, 0) => Onto::Zero,
-                        (0, _) => Onto::Scaled(unit.add(alpha + block * rows)),
-                        _ => Onto::Sum,
-                    };
-                    let o = Dest { ptr: acc.as_mut_ptr(), stride: width };
-                    product(simd, Extent { rows, cols: cols.len(), depth }, p, v, o, onto);
-                }
-                at += depth;
-            }
-            start = end;
-        }
-        debug_assert_eq!(start, total, "the parts are all keys");
         for (r, acc) in acc.chunks_exact(width.max(1)).enumerate() {
             let (head, i) = (kv * group + r / q.layout().seq, r % q.layout().seq);
             // SAFETY: this task alone writes these columns of this row; 1/l is complete and only read.

@@ -204,10 +204,10 @@ impl Chunk<'_> {
         let scale = self.problem.spec.scale;
         for (i, scores) in rows.clone().zip(state.rows.scores.chunks_exact_mut(KEY_BLOCK)) {
             let odd_row = on_tiles::is_odd(state.magnitudes[i - self.rows.start]);
-            for j in seen.start * STEP..(seen.end * STEP).min(block.keys.len()) {
-                if odd_row || block.odd_keys[j] {
-                    scores[j] = on_tiles::chain(scale, self.q.row(i), self.k.row(block.keys.start + j));
-                }
+            let columns = seen.start * STEP..(seen.end * STEP).min(block.keys.len());
+            for j in columns.filter(|j| odd_row || block.odd_keys[*j]) {
+                let (q, k) = (self.q.row(i), self.k.row(block.keys.start + j));
+                scores[j] = on_tiles::chain(q.iter().map(|q| scale * q), k.iter().copied());
             }
         }
     }

@@ -12,22 +12,30 @@
 //! no copy. `heads` is a multiple of `kv_heads`; query head `h` reads key head `h / (heads / kv_heads)`.
 //! Any dimension may be 0.
 //!
+//! # Precision
+//! On a CPU with tiles, `Medium` and `High` multiply bf16 parts with f32 sums in both products of the forward pass and of decoding, one part or two of each
+//! operand; probabilities, maxima and sums stay f32. Everything else, `Strict` and `Highest` among it, [`probabilities`], and caches of int8, runs on
+//! f32 vectors. [`kernel_name`] says which.
+//!
 //! # Contract
 //! - Same bits for any number of threads, for any batch that a sequence stands in, padded to any length
 //!   (with `key_lengths`), packed without padding ([`forward_packed`]) or not, and for a row of a causal pass or of a decoding step with the keys so far.
 //! - A row that sees no key, or only keys with bias −∞, gives zeros, lse −∞ and zero gradients. Keys beyond
-//!   `key_lengths` are never read into a result; other hidden keys must be finite.
+//!   `key_lengths` are never read into a result; other hidden keys must be finite, but for forward passes on tiles, where they may be anything.
 //! - A NaN or +∞ among the visible scores of a row makes that row NaN.
 //! - Memory beyond inputs and outputs: one block of keys and one tile of scores a thread.
 //!
 //! # Accuracy
-//! Error against f64 at most twice that of the naive form in f32, gradients three times
-//! (tests `attention::tests`).
+//! On vectors: error against f64 at most twice that of the naive form in f32, gradients three times
+//! (tests `attention::tests`). On tiles, with ε = 2⁻⁷ (`Medium`) or 2⁻¹⁵ (`High`) and δ = ε·scale·max_j Σ_d |q_d|·|k_d|, up to terms of higher order and f32's
+//! roundings: a score δ, the log-sum-exp δ, the output (2·δ + ε)·Σ_j P_j·|v_j| (tests `attention::tests::tiles`).
 
 mod backward_tile;
 mod blocks;
 pub mod cache;
 mod decode;
+mod decode_tiles;
+mod decode_vectors;
 mod dropout;
 mod flash;
 mod flash_backward;
@@ -52,9 +60,10 @@ pub use packed::{Packed, backward_packed, forward_packed};
 
 use flash::Forward;
 use flash_backward::Backward;
+use on_tiles::OnTiles;
 use problem::{Shape, Shared};
 
-use crate::context::Context;
+use crate::context::{Context, Precision};
 use crate::error::{ShapeError, expect_dim};
 use crate::view::{HeadsMut, HeadsRef, MatMut};
 
@@ -190,6 +199,13 @@ fn check_backward(
         expect_dim("d_bias", "elements", len, d_bias.len())?;
     }
     Ok(shape)
+}
+
+/// The name of the kernel whose products [`forward`] and [`decode`] compute on heads of `dim` elements, as in [`crate::gemm::kernels`].
+pub fn kernel_name(ctx: &Context, dim: usize) -> &'static str {
+    let on_tiles = OnTiles::of(ctx, dim).is_some();
+    let precision = if on_tiles { ctx.matmul_precision() } else { Precision::Strict };
+    crate::gemm::kernel_name(&ctx.precision(precision))
 }
 
 /// The probabilities of one query head of one sequence, named by `(batch, head)`: `out[i][j] = P_ij`, 0 where

@@ -126,6 +126,8 @@ pub(super) fn pack_left<S: Simd, const P: usize>(
 struct PackRight<'a, const P: usize> {
     b: MatRef<'a>,
     tiles: &'a mut [u32],
+    /// Columns to be marked where they are odd; may be fewer than there are.
+    odd: &'a mut [bool],
 }
 
 impl<const P: usize> WithSimd for PackRight<'_, P> {
@@ -141,6 +143,9 @@ impl<const P: usize> WithSimd for PackRight<'_, P> {
             let b = self.b.sub(0..depth, first..(first + BLOCK).min(cols));
             split::pack_right::<P>(b, words, &mut magnitudes);
             odd |= magnitudes.into_iter().any(is_odd);
+            for (odd, magnitudes) in self.odd.iter_mut().skip(first).zip(magnitudes) {
+                *odd = is_odd(magnitudes);
+            }
         }
         odd
     }
@@ -155,7 +160,7 @@ pub(super) fn pack_right<S: Simd, const P: usize>(
     odd: &mut [bool; KEY_BLOCK],
 ) {
     odd.fill(false);
-    if simd.vectorize(PackRight::<P> { b, tiles: &mut *tiles }) {
+    if simd.vectorize(PackRight::<P> { b, tiles: &mut *tiles, odd: &mut [] }) {
         let mut even = ScratchBuf::zeroed(b.rows() * b.cols());
         for (i, row) in even.chunks_exact_mut(b.cols()).enumerate() {
             let mut magnitudes = Magnitudes::NONE;
@@ -166,8 +171,19 @@ pub(super) fn pack_right<S: Simd, const P: usize>(
             }
         }
         let even = MatRef::new(&even, b.rows(), b.cols()).expect("a copy of b");
-        simd.vectorize(PackRight::<P> { b: even, tiles });
+        simd.vectorize(PackRight::<P> { b: even, tiles, odd: &mut [] });
     }
+}
+
+/// One panel of columns `b` [depth, 32 or fewer] as the right operand; odd columns are marked.
+#[inline(always)]
+pub(super) fn pack_panel<S: Simd, const P: usize>(
+    simd: S,
+    b: MatRef<'_>,
+    tiles: &mut [u32],
+    odd: &mut [bool; BLOCK],
+) {
+    simd.vectorize(PackRight::<P> { b, tiles, odd });
 }
 
 /// `b` [cols, depth], read across, as the right operand, panel after panel of 32 columns; its odd rows are marked. `rows` is
@@ -244,9 +260,9 @@ pub(super) fn product<const P: usize>(
     unsafe { unit.sums_to(storage(P), &block, to.as_mut_ptr(), stride) };
 }
 
-/// A score as a chain of f32 multiply-adds.
-pub(super) fn chain(scale: f32, q: &[f32], k: &[f32]) -> f32 {
-    q.iter().zip(k).fold(0.0, |sum: f32, (q, k)| (scale * q).mul_add(*k, sum))
+/// A product of odd numbers: a chain of f32 multiply-adds.
+pub(super) fn chain(a: impl Iterator<Item = f32>, b: impl Iterator<Item = f32>) -> f32 {
+    a.zip(b).fold(0.0, |sum: f32, (a, b)| a.mul_add(b, sum))
 }
 
 /// `o += p·v` by f32 multiply-adds.

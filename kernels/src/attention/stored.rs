@@ -138,6 +138,19 @@ pub(super) fn add_values<S: Simd>(
     }
 }
 
+/// Whole groups of bf16 as f32, in the order of columns: 32 for 16 words.
+pub(super) fn widen(words: &[u32], to: &mut [f32]) {
+    for (words, to) in
+        words.as_chunks::<GROUP_WORDS>().0.iter().zip(to.as_chunks_mut::<{ 2 * GROUP_WORDS }>().0)
+    {
+        let (low, high) = to.split_at_mut(GROUP_WORDS);
+        for ((word, low), high) in words.iter().zip(low).zip(high) {
+            *low = f32::from_bits(word << 16);
+            *high = f32::from_bits(word & 0xffff_0000);
+        }
+    }
+}
+
 /// Puts the bits of column `column` into a row of words with `per_word` elements each.
 pub(super) fn put(row: &mut [u32], per_word: usize, column: usize, bits: u32) {
     let width = 32 / per_word;

@@ -35,11 +35,6 @@ pub(super) fn prepare(problem: &Problem, context: Context) -> Result<Box<dyn Wor
     Ok(Box::new(attention))
 }
 
-/// The kernel whose tile attention's products have: they run on vectors whatever the precision.
-fn kernel_on_vectors(context: &Context) -> &'static str {
-    kavanam_kernels::gemm::kernel_name(&context.precision(Precision::Strict))
-}
-
 struct Attention<'a> {
     context: Context,
     layout: HeadsLayout,
@@ -98,7 +93,10 @@ impl Workload for Attention<'_> {
     }
 
     fn kernel(&self) -> String {
-        format!("flash_{}", kernel_on_vectors(&self.context))
+        // The backward pass runs on vectors whatever the precision.
+        let context =
+            if self.grads.is_some() { self.context.precision(Precision::Strict) } else { self.context };
+        format!("flash_{}", attention::kernel_name(&context, self.problem.shape.dim))
     }
 }
 
@@ -194,6 +192,8 @@ impl Workload for Decode<'_> {
     }
 
     fn kernel(&self) -> String {
-        format!("decode_{}", kernel_on_vectors(&self.context))
+        let int8 = matches!(self.contents, Contents::Stored(CacheFormat::Int8, ..));
+        let context = if int8 { self.context.precision(Precision::Strict) } else { self.context };
+        format!("decode_{}", attention::kernel_name(&context, self.problem.shape.dim))
     }
 }

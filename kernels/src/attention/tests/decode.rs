@@ -7,19 +7,25 @@ use crate::attention::cache::{Cache, CacheLayout, CacheMut};
 use crate::testing::assert_same_bits;
 
 /// A cache that owns its buffers; NaN where nothing was written.
-struct Owned {
+pub(super) struct Owned {
     layout: CacheLayout,
     keys: Vec<f32>,
     values: Vec<f32>,
 }
 
 impl Owned {
-    fn new(layout: CacheLayout) -> Owned {
+    pub(super) fn new(layout: CacheLayout) -> Owned {
         let [keys, values] = layout.sizes().unwrap().map(|len| vec![f32::NAN; len]);
         Owned { layout, keys, values }
     }
 
-    fn append(&mut self, sequence: usize, position: usize, case: &Case, keys: std::ops::Range<usize>) {
+    pub(super) fn append(
+        &mut self,
+        sequence: usize,
+        position: usize,
+        case: &Case,
+        keys: std::ops::Range<usize>,
+    ) {
         let Shape { kv_heads, seq_k, dim, v_dim, .. } = case.shape;
         let part = |data: &[f32], dim: usize| {
             data[sequence * seq_k * kv_heads * dim..][keys.start * kv_heads * dim..keys.end * kv_heads * dim]
@@ -33,7 +39,7 @@ impl Owned {
         cache.append(sequence, position, (view(&k, dim), view(&v, v_dim)), 0).unwrap();
     }
 
-    fn view(&self) -> Cache<'_> {
+    pub(super) fn view(&self) -> Cache<'_> {
         Cache::new(self.layout, &self.keys, &self.values).unwrap()
     }
 }
@@ -106,11 +112,11 @@ fn the_last_rows_of_the_causal_pass_bit_for_bit() {
             Part { cache: head.view(), sequences: &sequences, lengths: &before },
             Part { cache: tail.view(), sequences: &sequences, lengths: &after },
         ];
-        for_each_isa(|ctx| {
-            let full = case.run(ctx);
+        everywhere(|ctx| {
+            let full = case.forward(ctx);
             for queries in [1, 3.min(seq_k)] {
-                let out = rows_of(&full.out, seq_k, heads * v_dim, seq_k - queries..seq_k);
-                let lse = rows_of(&full.lse, seq_k, 1, seq_k - queries..seq_k);
+                let out = rows_of(&full.0, seq_k, heads * v_dim, seq_k - queries..seq_k);
+                let lse = rows_of(&full.1, seq_k, 1, seq_k - queries..seq_k);
                 for threads in [1, 2, 3] {
                     let ctx = ctx.threads(NonZeroUsize::new(threads).unwrap());
                     for parts in [&one[..], &two] {
@@ -131,7 +137,7 @@ fn beams_read_the_rows_that_they_name() {
     let mut cache = Owned::new(layout);
     (0..3).for_each(|b| cache.append(b, 0, &case, 0..70));
     let lengths = [70, 70, 33];
-    for_each_isa(|ctx| {
+    everywhere(|ctx| {
         let beams = [2, 0, 2];
         let together =
             run(ctx, &case, 1, &[Part { cache: cache.view(), sequences: &beams, lengths: &lengths }]);

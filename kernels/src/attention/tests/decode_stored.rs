@@ -120,12 +120,12 @@ fn a_bf16_cache_has_the_bits_of_the_full_pass_over_rounded_keys_and_values() {
     for case in cases() {
         let Shape { heads, seq_k, v_dim, .. } = case.shape;
         let stored = as_stored(&case, CacheFormat::Bf16);
-        for_each_isa(|ctx| {
-            let full = stored.run(ctx);
+        everywhere(|ctx| {
+            let full = stored.forward(ctx);
             for (queries, out, lse) in decoded(ctx, &case, CacheFormat::Bf16) {
                 let rows = seq_k - queries..seq_k;
-                assert_same_bits(&out, &rows_of(&full.out, seq_k, heads * v_dim, rows.clone()));
-                assert_same_bits(&lse, &rows_of(&full.lse, seq_k, 1, rows));
+                assert_same_bits(&out, &rows_of(&full.0, seq_k, heads * v_dim, rows.clone()));
+                assert_same_bits(&lse, &rows_of(&full.1, seq_k, 1, rows));
             }
         });
     }
@@ -146,7 +146,7 @@ fn an_int8_cache_is_within_the_contract_of_its_numbers() {
             2.0 * worst(&naive.0, &exact.0) + floor(&exact.0) + more * largest(&stored.data.v),
             2.0 * worst(&naive.1, &exact.1) + floor(&exact.1) + more,
         ];
-        for_each_isa(|ctx| {
+        everywhere(|ctx| {
             for (queries, out, lse) in decoded(ctx, &case, CacheFormat::Int8) {
                 let rows = |x: &[f64], width: usize| -> Vec<f64> {
                     let sequences = x.chunks_exact(seq_k * width);

@@ -277,6 +277,12 @@ fn floor(exact: &[f64]) -> f64 {
     4.0 * crate::testing::UNIT_ROUNDOFF * largest
 }
 
+/// Calls `property` for each instruction set, and for each precision that tiles serve.
+fn everywhere(mut property: impl FnMut(&Context)) {
+    for_each_isa(&mut property);
+    tiles::for_each_precision(|ctx, _| property(ctx));
+}
+
 #[test]
 fn plain_shapes() {
     for (seq_q, seq_k, dim) in [(1, 1, 1), (5, 7, 8), (10, 10, 32), (13, 17, 20), (6, 16, 64), (7, 64, 3)] {

@@ -4,6 +4,7 @@ use std::num::NonZeroUsize;
 
 use super::*;
 use crate::Precision;
+use crate::attention::cache::CacheLayout;
 use crate::testing::{UNIT_ROUNDOFF as U, amx, assert_same_bits, gamma};
 
 /// The precisions that tiles serve, and what each leaves out of `|A|·|B|`.
@@ -13,8 +14,10 @@ const PRECISIONS: [(Precision, f64); 2] =
 /// Calls `property` for each of them, with what it leaves out.
 pub(super) fn for_each_precision(mut property: impl FnMut(&Context, f64)) {
     let Some(isa) = amx() else { return };
-    for (precision, left_out) in PRECISIONS {
-        property(&Context::with_isa(isa).precision(precision), left_out);
+    for ((precision, left_out), name) in PRECISIONS.into_iter().zip(["bf16_32x32_amx", "bf16x2_32x32_amx"]) {
+        let ctx = Context::with_isa(isa).precision(precision);
+        assert_eq!(kernel_name(&ctx, 8), name);
+        property(&ctx, left_out);
     }
 }
 
@@ -323,4 +326,31 @@ fn odd_numbers_are_multiplied_in_f32() {
             }
         });
     }
+}
+
+#[test]
+fn decoding_multiplies_odd_numbers_as_the_full_pass_does() {
+    let (seq, dim) = (150, 33);
+    let mut case = Case { causal: Some(0), ..Case::new(shape(1, 2, seq, seq, dim)) };
+    let row = 2 * dim;
+    for (at, odd) in [(20, f32::MAX), (140, -3.4e38), (148, f32::INFINITY)] {
+        case.data.v[at * row + 5] = odd;
+        case.data.k[(at - 1) * row + 7] = -odd / 3e38;
+    }
+    case.data.k[149 * row + 3] = f32::MAX;
+    case.data.q[148 * row + 2] = f32::MAX;
+    let layout = CacheLayout { sequences: 1, kv_heads: 2, capacity: 192, dim, v_dim: dim };
+    let [mut head, mut tail] = [(); 2].map(|()| decode::Owned::new(layout));
+    head.append(0, 0, &case, 0..45);
+    tail.append(0, 0, &case, 45..seq);
+    let lengths = [[45], [seq - 45]];
+    let parts = [(head.view(), &lengths[0]), (tail.view(), &lengths[1])];
+    let parts = parts.map(|(cache, lengths)| Part { cache, sequences: &[0], lengths });
+    for_each_precision(|ctx, _| {
+        let full = case.forward(ctx);
+        let (out, lse) = decode::run(ctx, &case, 4, &parts);
+        assert_same_bits(&out, &full.0[(seq - 4) * row..]);
+        assert_same_bits(&lse, &rows_of(&full.1, seq, 1, seq - 4..seq));
+        assert!(out[..row].iter().all(|x| x.is_finite()));
+    });
 }
