@@ -14,7 +14,7 @@
 //!
 //! # Precision
 //! On a CPU with tiles, `Medium` and `High` multiply bf16 parts with f32 sums in both products of the forward pass and of decoding, one part or two of each
-//! operand; probabilities, maxima and sums stay f32. Everything else, `Strict` and `Highest` among it, [`probabilities`], and caches of int8, runs on
+//! operand; probabilities, maxima and sums stay f32. Everything else, `Strict` and `Highest` among it, [`probabilities()`], and caches of int8, runs on
 //! f32 vectors. [`kernel_name`] says which.
 //!
 //! # Contract
@@ -201,7 +201,7 @@ fn check_backward(
     Ok(shape)
 }
 
-/// The name of the kernel whose products [`forward`] and [`decode`] compute on heads of `dim` elements, as in [`crate::gemm::kernels`].
+/// The name of the kernel whose products [`forward`] and [`decode()`] compute on heads of `dim` elements, as in [`crate::gemm::kernels`].
 pub fn kernel_name(ctx: &Context, dim: usize) -> &'static str {
     let on_tiles = OnTiles::of(ctx, dim).is_some();
     let precision = if on_tiles { ctx.matmul_precision() } else { Precision::Strict };
