@@ -7,27 +7,20 @@ use std::ops::Range;
 
 use pulp::Simd;
 
-use super::dropout::{HeadDropout, SPACE, Space};
-use super::flash::{groups, times, vectors};
+use super::backward_weights::{HeadWeights, Scores, Weights, columns};
+use super::flash::groups;
 use super::flash_backward::{Backward, clear};
 use super::mask::Sight;
-use super::online::{Row, score, seen, shift};
 use super::problem::Shape;
 use super::tile::{Dest, Extent, Left, Onto, Right, dest, left, product, right};
-use crate::math::exp_flushed;
 use crate::view::{MatMut, MatRef};
 
 /// The operands of one query head.
 pub(super) struct Head<'a> {
-    pub(super) index: usize,
+    pub(super) fixed: HeadWeights<'a>,
     pub(super) q: MatRef<'a>,
     pub(super) d_out: MatRef<'a>,
-    pub(super) lse: &'a [f32],
-    /// D of the region's rows.
-    pub(super) delta: &'a [f32],
-    pub(super) first_row: usize,
-    pub(super) dropout: Option<HeadDropout>,
-    /// The region's rows, of which the first is `first_row`.
+    /// The region's rows, of which the first is `fixed.first_row`.
     pub(super) d_q: Option<MatMut<'a>>,
 }
 
@@ -71,12 +64,6 @@ impl Block<'_> {
     }
 }
 
-/// Scratch of a tile: P and dS [rows, stride].
-pub(super) struct Scores<'a> {
-    pub(super) p: &'a mut [f32],
-    pub(super) d_s: &'a mut [f32],
-}
-
 /// Some rows of a head against a block of keys.
 pub(super) struct Tile<'t, 'a> {
     pub(super) problem: &'t Backward<'a>,
@@ -99,14 +86,16 @@ impl Tile<'_, '_> {
         for rows in groups(&self.rows) {
             let seen = self.block.sight.rows(&rows, &self.block.keys);
             self.products(simd, &rows, &seen);
-            for i in rows {
-                let mut space = SPACE;
-                let factors = self.factors(simd, i, &seen, &mut space);
-                let place = (i - self.rows.start) * self.block.stride + self.columns::<S>(&seen).start;
-                times(simd, factors, &mut self.scores.d_s[place..][..factors.len()]);
-                self.row(simd, i, bias, &seen);
-                times(simd, factors, &mut self.scores.p[place..][..factors.len()]);
-            }
+            let weights = Weights {
+                problem: self.problem,
+                head: self.head.fixed,
+                keys: &self.block.keys,
+                stride: self.block.stride,
+                sight: self.block.sight,
+                first: self.rows.start,
+                seen: &self.seen,
+            };
+            weights.make(simd, &mut self.scores, (rows, &seen), bias);
         }
         if self.block.d_k.is_some() {
             self.keys_and_values(simd);
@@ -116,33 +105,11 @@ impl Tile<'_, '_> {
         }
     }
 
-    /// The columns of the block in the vectors that hold `seen`.
-    #[inline(always)]
-    fn columns<S: Simd>(&self, seen: &Range<usize>) -> Range<usize> {
-        let vectors = vectors::<S>(seen, &self.block.keys);
-        vectors.start * S::F32_LANES..vectors.end * S::F32_LANES
-    }
-
-    /// What dropout multiplies the probabilities of row `i` by, from the group's first column on; empty without.
-    #[inline(always)]
-    fn factors<'s, S: Simd>(
-        &self,
-        simd: S,
-        i: usize,
-        seen_by_group: &Range<usize>,
-        space: &'s mut Space,
-    ) -> &'s [f32] {
-        let Some(dropout) = &self.head.dropout else { return &[] };
-        let (keys, columns) = (&self.block.keys, self.columns::<S>(seen_by_group));
-        let end = keys.end.min(keys.start + columns.end);
-        dropout.factors(simd, i, keys.start + columns.start..end, space)
-    }
-
     /// Q·Kᵀ and dO·Vᵀ of at most six rows, in the vectors that hold `seen`.
     #[inline(always)]
     fn products<S: Simd>(&mut self, simd: S, rows: &Range<usize>, seen: &Range<usize>) {
         let Shape { dim, v_dim, .. } = self.problem.shape;
-        let columns = self.columns::<S>(seen);
+        let columns = columns::<S>(seen, &self.block.keys);
         let stride = self.block.stride;
         let local = rows.start - self.rows.start;
         let p = &mut self.scores.p[local * stride..][..rows.len() * stride];
@@ -158,52 +125,6 @@ impl Tile<'_, '_> {
             let v = Right { ptr: self.block.vt.as_ptr().wrapping_add(columns.start), stride };
             let d_p = Dest { ptr: d_s.as_mut_ptr().wrapping_add(columns.start), stride };
             product(simd, of_d_out, left(self.d_out, local), v, d_p, Onto::Zero);
-        }
-    }
-
-    /// P and dS of row `i`, whose group sees `seen`: computed in its vectors, zero in the tile's others.
-    #[inline(always)]
-    fn row<S: Simd>(&mut self, simd: S, i: usize, bias: bool, seen_by_group: &Range<usize>) {
-        let Shape { seq_q, seq_k, .. } = self.problem.shape;
-        let (stride, keys) = (self.block.stride, &self.block.keys);
-        let local = i - self.rows.start;
-        let whole = self.columns::<S>(&self.seen);
-        let columns = self.columns::<S>(seen_by_group);
-        let delta = simd.splat_f32s(self.head.delta[i - self.head.first_row]);
-        let p = &mut self.scores.p[local * stride..][..stride];
-        let d_s = &mut self.scores.d_s[local * stride..][..stride];
-        if columns != whole {
-            for outside in
-                [whole.start..columns.start.max(whole.start), columns.end.min(whole.end)..whole.end]
-            {
-                p[outside.clone()].fill(0.0);
-                d_s[outside].fill(0.0);
-            }
-        }
-        let from = keys.start + columns.start;
-        let visible = self.block.sight.row(i, keys);
-        let visible = visible.start.max(from) - from..visible.end.max(from) - from;
-        let mask = &self.problem.spec.mask;
-        let bias_row = mask.bias.map(|b| &b.row(self.head.index, i, seq_q, seq_k)[from..keys.end]);
-        let alibi = mask.alibi.map(|alibi| alibi.line(self.head.index, i, from));
-        let lse = simd.splat_f32s(shift(self.head.lse[i]));
-        let p = S::as_mut_simd_f32s(&mut p[columns.clone()]).0;
-        let d_s = S::as_mut_simd_f32s(&mut d_s[columns]).0;
-        if !bias && bias_row.is_none() && alibi.is_none() && visible == (0..p.len() * S::F32_LANES) {
-            for (p, d_s) in p.iter_mut().zip(d_s) {
-                *p = exp_flushed(simd, simd.sub_f32s(*p, lse));
-                *d_s = simd.mul_f32s(*p, simd.sub_f32s(*d_s, delta));
-            }
-            return;
-        }
-        let row = Row { bias: bias_row, alibi, visible };
-        for (v, (p, d_s)) in p.iter_mut().zip(d_s.iter_mut()).enumerate() {
-            *p = exp_flushed(simd, simd.sub_f32s(score(simd, *p, v, &row), lse));
-            *d_s = simd.mul_f32s(*p, simd.sub_f32s(seen(simd, *d_s, v, &row.visible), delta));
-        }
-        if bias {
-            let d_s: &[f32] = pulp::bytemuck::cast_slice(d_s);
-            self.problem.add_to_bias(self.head.index, i, from + row.visible.start, &d_s[row.visible]);
         }
     }
 
@@ -255,24 +176,15 @@ impl Tile<'_, '_> {
             unsafe {
                 let d_s = Left { ptr: self.scores.d_s.as_ptr().wrapping_add(place), stride, across: false };
                 let k = right(self.block.k, keys.start - start);
-                product(simd, extent, d_s, k, dest(d_q, rows.start - self.head.first_row), Onto::sum_if(add));
+                product(
+                    simd,
+                    extent,
+                    d_s,
+                    k,
+                    dest(d_q, rows.start - self.head.fixed.first_row),
+                    Onto::sum_if(add),
+                );
             }
-        }
-    }
-}
-
-impl Backward<'_> {
-    /// `d_bias[head][row][first..] += d_s`.
-    #[inline(always)]
-    fn add_to_bias(&self, head: usize, row: usize, first: usize, d_s: &[f32]) {
-        let Some(d_bias) = self.d_bias else { return };
-        let head = if self.bias_heads() == 1 { 0 } else { head };
-        let first = (head * self.shape.seq_q + row) * self.shape.seq_k + first;
-        // SAFETY: d_bias has the shape of the bias, [bias heads, seq_q, seq_k]; the unit that adds to it owns
-        // this row of this bias head alone.
-        let d_bias = unsafe { d_bias.part(first, d_s.len()) };
-        for (sum, x) in d_bias.iter_mut().zip(d_s) {
-            *sum += x;
         }
     }
 }

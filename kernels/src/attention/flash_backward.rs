@@ -20,7 +20,8 @@ use std::ops::Range;
 
 use pulp::{Simd, WithSimd};
 
-use super::backward_tile::{Block, Head, Scores, Tile};
+use super::backward_tile::{Block, Head, Tile};
+use super::backward_weights::{HeadWeights, Scores};
 use super::blocks::BlockList;
 use super::problem::{KEY_BLOCK, ROW_CHUNK, ROW_TILE, Shape, Shared, cut, deal, piece, pieces_of};
 use super::{AttentionSpec, Saved, stage};
@@ -261,7 +262,7 @@ impl Backward<'_> {
             let mut block = Block { keys, stride, kt, vt, k, d_k, d_v, sight, fresh: true };
             for head in region.heads.clone() {
                 let mut head = self.head(&region, head, state.delta);
-                let list = self.spec.mask.list(head.index);
+                let list = self.spec.mask.list(head.fixed.index);
                 for rows in row_tiles(list, block.keys.start, rows.clone()) {
                     let seen = sight.rows(&rows, &block.keys);
                     if seen.is_empty() {
@@ -299,14 +300,17 @@ impl Backward<'_> {
         let Shape { heads, seq_q, .. } = self.shape;
         let batch = region.batch;
         let rows = region.rows.len();
-        Head {
+        let fixed = HeadWeights {
             index,
-            q: self.saved.q.head(batch, index),
             delta: &delta[(index - region.heads.start) * rows..][..rows],
-            d_out: self.d_out.head(batch, index),
             lse: &self.saved.lse[(batch * heads + index) * seq_q..][..seq_q],
             first_row: region.rows.start,
             dropout: self.spec.mask.dropout.map(|dropout| dropout.head(batch, index)),
+        };
+        Head {
+            fixed,
+            q: self.saved.q.head(batch, index),
+            d_out: self.d_out.head(batch, index),
             // SAFETY: the unit owns these rows of dQ, and no other view of them is alive in it.
             d_q: region.parts.q.then(|| unsafe { self.d_q.rows_unsync(batch, index, region.rows.clone()) }),
         }

@@ -31,6 +31,7 @@
 //! roundings: a score δ, the log-sum-exp δ, the output (2·δ + ε)·Σ_j P_j·|v_j| (tests `attention::tests::tiles`).
 
 mod backward_tile;
+mod backward_weights;
 mod blocks;
 pub mod cache;
 mod decode;
