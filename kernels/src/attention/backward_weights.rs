@@ -134,8 +134,10 @@ impl Weights<'_, '_> {
         }
         let row = Row { bias: bias_row, alibi, visible };
         for (v, (p, d_s)) in p.iter_mut().zip(d_s.iter_mut()).enumerate() {
-            *p = exp_flushed(simd, simd.sub_f32s(score(simd, *p, v, &row), lse));
-            *d_s = simd.mul_f32s(*p, simd.sub_f32s(seen(simd, *d_s, v, &row.visible), delta));
+            // Exact zeros where a key is hidden, though lse, D or dP be NaN: the key does not see this row either.
+            let weight = exp_flushed(simd, simd.sub_f32s(score(simd, *p, v, &row), lse));
+            *p = seen(simd, weight, v, &row.visible);
+            *d_s = seen(simd, simd.mul_f32s(weight, simd.sub_f32s(*d_s, delta)), v, &row.visible);
         }
         if bias {
             let d_s: &[f32] = pulp::bytemuck::cast_slice(d_s);

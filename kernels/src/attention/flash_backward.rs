@@ -15,6 +15,8 @@
 //!   5, but every thread is at work), with the same bits.
 //! - The bias gradient adds in the order batch, head. One thread does it on the way; several do it in a pass
 //!   of its own over (bias head, rows), with the same bits.
+//!
+//! Where the CPU has tiles and the precision is High or Medium, the five products are those of [`super::backward_tiles`].
 
 use std::ops::Range;
 
@@ -23,6 +25,7 @@ use pulp::{Simd, WithSimd};
 use super::backward_tile::{Block, Head, Tile};
 use super::backward_weights::{HeadWeights, Scores};
 use super::blocks::BlockList;
+use super::on_tiles::{self, OnTiles};
 use super::problem::{KEY_BLOCK, ROW_CHUNK, ROW_TILE, Shape, Shared, cut, deal, piece, pieces_of};
 use super::{AttentionSpec, Saved, stage};
 use crate::context::Context;
@@ -49,15 +52,15 @@ pub(super) struct Backward<'a> {
 
 /// Which gradients a region writes.
 #[derive(Clone, Copy)]
-struct Parts {
-    q: bool,
-    kv: bool,
-    bias: bool,
+pub(super) struct Parts {
+    pub(super) q: bool,
+    pub(super) kv: bool,
+    pub(super) bias: bool,
 }
 
 /// How the problem is cut into units.
 #[derive(Clone, Copy)]
-enum Cut {
+pub(super) enum Cut {
     /// One key head with its query heads, all gradients; the bias too when the flag says so.
     Heads { bias: bool },
     /// dK and dV of some keys of one key head.
@@ -73,10 +76,13 @@ pub(super) fn run(ctx: &Context, problems: &[Backward<'_>]) {
     let threads = ctx.thread_count();
     let pairs = problems.iter().map(|problem| problem.shape.batch * problem.shape.kv_heads).sum::<usize>();
     let bias = problems.iter().any(|problem| problem.d_bias.is_some());
+    let dim = problems.first().map_or(0, |problem| problem.shape.dim);
+    let tiles = OnTiles::of(ctx, dim);
+    let faster = if tiles.is_some() { on_tiles::FASTER } else { 1 };
     let deal = |cut: Cut| {
         let units = problems.iter().map(|problem| problem.units(cut)).sum::<usize>();
         let work = problems.iter().fold(0usize, |sum, problem| sum.saturating_add(problem.work()));
-        deal(ctx, units, work / units.max(1), |units| Units { problems, cut, units });
+        deal(ctx, units, work / faster / units.max(1), |units| Units { problems, tiles, cut, units });
     };
     if threads > 1 && pairs < 2 * threads {
         deal(Cut::Keys);
@@ -108,6 +114,7 @@ impl Backward<'_> {
 
 struct Units<'a> {
     problems: &'a [Backward<'a>],
+    tiles: Option<OnTiles>,
     cut: Cut,
     units: Range<usize>,
 }
@@ -118,7 +125,10 @@ impl WithSimd for Units<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         for (problem, units) in pieces_of(self.problems, &self.units, |problem| problem.units(self.cut)) {
-            problem.run(simd, self.cut, units);
+            match self.tiles {
+                None => problem.run(simd, self.cut, units),
+                Some(tiles) => problem.run_on_tiles(simd, tiles, self.cut, units),
+            }
         }
     }
 }
@@ -132,19 +142,29 @@ impl Backward<'_> {
         let rows = seq_q.min(ROW_TILE);
         let lens = [dim * stride, v_dim * stride, KEY_BLOCK * dim, rows * dim, rows * v_dim, rows * stride];
         let [keys, values, k_rows, q_rows, d_out_rows, scores] = lens;
-        let delta = match cut_into {
-            Cut::Heads { .. } | Cut::Keys => self.shape.group() * seq_q,
-            Cut::Rows | Cut::BiasRows => seq_q.min(ROW_CHUNK),
-        };
+        let delta = self.rows_of_region(cut_into);
         let lens = [keys, values, k_rows, q_rows, d_out_rows, scores, scores, delta];
         let mut scratch = ScratchBuf::take(lens.iter().sum());
         let [keys, values, k_rows, q_rows, d_out_rows, p, d_s, delta] = cut(&mut scratch, lens);
         let mut state = State { keys, values, k_rows, q_rows, d_out_rows, p, d_s, delta };
-        for unit in units {
-            for step in 0..self.steps(cut_into) {
-                self.region(simd, self.region_of(cut_into, unit, step), &mut state);
-            }
+        for region in self.regions(cut_into, units) {
+            self.region(simd, region, &mut state);
         }
+    }
+
+    /// The most rows of a region, over all of its heads.
+    pub(super) fn rows_of_region(&self, cut: Cut) -> usize {
+        match cut {
+            Cut::Heads { .. } | Cut::Keys => self.shape.group() * self.shape.seq_q,
+            Cut::Rows | Cut::BiasRows => self.shape.seq_q.min(ROW_CHUNK),
+        }
+    }
+
+    /// The regions of some units, in order.
+    #[inline(always)]
+    pub(super) fn regions(&self, cut: Cut, units: Range<usize>) -> impl Iterator<Item = Region> {
+        let steps = self.steps(cut);
+        units.flat_map(move |unit| (0..steps).map(move |step| self.region_of(cut, unit, step)))
     }
 }
 
@@ -162,13 +182,13 @@ struct State<'a> {
 }
 
 /// The scores `heads × rows × keys` of one sequence, and the gradients that are to be made from them.
-struct Region {
-    batch: usize,
-    kv: usize,
-    heads: Range<usize>,
-    rows: Range<usize>,
+pub(super) struct Region {
+    pub(super) batch: usize,
+    pub(super) kv: usize,
+    pub(super) heads: Range<usize>,
+    pub(super) rows: Range<usize>,
     keys: Range<usize>,
-    parts: Parts,
+    pub(super) parts: Parts,
 }
 
 impl Backward<'_> {
@@ -220,30 +240,61 @@ impl Backward<'_> {
 }
 
 impl Backward<'_> {
+    /// Writes what no block of keys touches, and makes D; the keys that are seen, from the start of a block on. `tile` is the
+    /// number of rows that are written together.
     #[inline(always)]
-    fn region<S: Simd>(&self, simd: S, region: Region, state: &mut State<'_>) {
-        let Region { batch, kv, ref rows, ref keys, parts, .. } = region;
-        let sight = self.spec.mask.sight(batch, self.shape.seq_k);
+    pub(super) fn open<S: Simd>(
+        &self,
+        simd: S,
+        region: &Region,
+        tile: usize,
+        delta: &mut [f32],
+    ) -> Range<usize> {
+        let Region { rows, keys, parts, .. } = region;
+        let sight = self.spec.mask.sight(region.batch, self.shape.seq_k);
         let seen = if rows.is_empty() { keys.end..keys.end } else { sight.rows(rows, keys) };
-        let before = if seen.is_empty() { keys.end } else { seen.start / KEY_BLOCK * KEY_BLOCK };
-        let before = before.max(keys.start);
+        let size = self.block_size();
+        let of_list = seen.start / size * size;
+        let before = of_list + (seen.start - of_list) / KEY_BLOCK * KEY_BLOCK;
+        let before = if seen.is_empty() { keys.end } else { before.max(keys.start) };
         if parts.kv {
-            self.clear_keys(&region, keys.start..before);
-            self.clear_keys(&region, seen.end.max(before)..keys.end);
+            self.clear_keys(region, keys.start..before);
+            self.clear_keys(region, seen.end.max(before)..keys.end);
         }
         if parts.q {
-            self.clear_blind_rows(&region);
+            self.clear_blind_rows(region, tile);
         }
         if seen.is_empty() {
-            return;
+            return keys.end..keys.end;
         }
-        self.deltas(simd, &region, state.delta);
-        let size = self.spec.mask.blocks.and_then(<[_]>::first).map_or(KEY_BLOCK, BlockList::block);
-        let mut from = before;
-        while from < seen.end {
-            // Up to the end of a block of the list, where there is one.
-            let keys = from..((from / size + 1) * size).min(from + KEY_BLOCK).min(seen.end);
-            from = keys.end;
+        self.deltas(simd, region, delta);
+        before..seen.end
+    }
+
+    /// Keys that a block does not reach beyond: those of a block of the list, where there is one.
+    #[inline(always)]
+    fn block_size(&self) -> usize {
+        self.spec.mask.blocks.and_then(<[_]>::first).map_or(KEY_BLOCK, BlockList::block)
+    }
+
+    /// The blocks of some keys. A block of the list is cut from its first key on, so that every region has the same blocks.
+    #[inline(always)]
+    pub(super) fn key_blocks(&self, keys: Range<usize>) -> impl Iterator<Item = Range<usize>> + use<> {
+        let size = self.block_size();
+        let mut from = keys.start;
+        std::iter::from_fn(move || {
+            let block = from..((from / size + 1) * size).min(from + KEY_BLOCK).min(keys.end);
+            from = block.end;
+            (!block.is_empty()).then_some(block)
+        })
+    }
+
+    #[inline(always)]
+    fn region<S: Simd>(&self, simd: S, region: Region, state: &mut State<'_>) {
+        let Region { batch, kv, ref rows, parts, .. } = region;
+        let sight = self.spec.mask.sight(batch, self.shape.seq_k);
+        let seen = self.open(simd, &region, ROW_TILE, state.delta);
+        for keys in self.key_blocks(seen) {
             let stride = keys.len().next_multiple_of(S::F32_LANES);
             let k = self.saved.k.head(batch, kv).sub(keys.clone(), 0..self.shape.dim);
             let v = self.saved.v.head(batch, kv).sub(keys.clone(), 0..self.shape.v_dim);
@@ -263,7 +314,7 @@ impl Backward<'_> {
             for head in region.heads.clone() {
                 let mut head = self.head(&region, head, state.delta);
                 let list = self.spec.mask.list(head.fixed.index);
-                for rows in row_tiles(list, block.keys.start, rows.clone()) {
+                for rows in row_tiles(list, block.keys.start, rows.clone(), ROW_TILE) {
                     let seen = sight.rows(&rows, &block.keys);
                     if seen.is_empty() {
                         continue;
@@ -296,7 +347,7 @@ impl Backward<'_> {
     }
 
     #[inline(always)]
-    fn head<'a>(&'a self, region: &Region, index: usize, delta: &'a [f32]) -> Head<'a> {
+    pub(super) fn head<'a>(&'a self, region: &Region, index: usize, delta: &'a [f32]) -> Head<'a> {
         let Shape { heads, seq_q, .. } = self.shape;
         let batch = region.batch;
         let rows = region.rows.len();
@@ -332,10 +383,10 @@ impl Backward<'_> {
     /// Zeros in dQ of tiles that see no key; every other tile is written by the first block that it sees, except
     /// that under a list all tiles begin with zeros.
     #[inline(always)]
-    fn clear_blind_rows(&self, region: &Region) {
+    fn clear_blind_rows(&self, region: &Region, tile: usize) {
         let sight = self.spec.mask.sight(region.batch, self.shape.seq_k);
-        for first in region.rows.clone().step_by(ROW_TILE) {
-            let tile = first..(first + ROW_TILE).min(region.rows.end);
+        for first in region.rows.clone().step_by(tile) {
+            let tile = first..(first + tile).min(region.rows.end);
             if self.spec.mask.blocks.is_some() || sight.rows(&tile, &region.keys).is_empty() {
                 for head in region.heads.clone() {
                     // SAFETY: the unit owns these rows of dQ; no other view of them is alive in it.
@@ -353,16 +404,17 @@ impl Backward<'_> {
 
 /// The tiles of `rows` that may see the keys from `key` on: all of them, or those that a list names.
 #[inline(always)]
-fn row_tiles<'a>(
+pub(super) fn row_tiles<'a>(
     list: Option<&'a BlockList>,
     key: usize,
     rows: Range<usize>,
+    tile: usize,
 ) -> impl Iterator<Item = Range<usize>> + 'a {
     let seers = list.map(|list| list.seers(key / list.block(), rows.clone()));
     let all = list.is_none().then_some(rows);
-    let tiles = |rows: Range<usize>| {
+    let tiles = move |rows: Range<usize>| {
         let end = rows.end;
-        rows.step_by(ROW_TILE).map(move |first| first..(first + ROW_TILE).min(end))
+        rows.step_by(tile).map(move |first| first..(first + tile).min(end))
     };
     all.into_iter().chain(seers.into_iter().flatten()).flat_map(tiles)
 }

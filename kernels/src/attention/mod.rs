@@ -13,24 +13,26 @@
 //! Any dimension may be 0.
 //!
 //! # Precision
-//! On a CPU with tiles, `Medium` and `High` multiply bf16 parts with f32 sums in both products of the forward pass and of decoding, one part or two of each
-//! operand; probabilities, maxima and sums stay f32. Everything else, `Strict` and `Highest` among it, [`probabilities()`], and caches of int8, runs on
+//! On a CPU with tiles, `Medium` and `High` multiply bf16 parts with f32 sums in the two products of the forward pass and of decoding and in the five of the
+//! backward pass, one part or two of each operand; probabilities, maxima and sums stay f32. Everything else, `Strict` and `Highest` among it, [`probabilities()`], and caches of int8, runs on
 //! f32 vectors. [`kernel_name`] says which.
 //!
 //! # Contract
 //! - Same bits for any number of threads, for any batch that a sequence stands in, padded to any length
 //!   (with `key_lengths`), packed without padding ([`forward_packed`]) or not, and for a row of a causal pass or of a decoding step with the keys so far.
 //! - A row that sees no key, or only keys with bias −∞, gives zeros, lse −∞ and zero gradients. Keys beyond
-//!   `key_lengths` are never read into a result; other hidden keys must be finite, but for forward passes on tiles, where they may be anything.
+//!   `key_lengths` are never read into a result; other hidden keys, and the rows of Q and dO that do
+//!   not see a key, must be finite, but on tiles they may be anything.
 //! - A NaN or +∞ among the visible scores of a row makes that row NaN.
 //! - Memory beyond inputs and outputs: one block of keys and one tile of scores a thread.
 //!
 //! # Accuracy
 //! On vectors: error against f64 at most twice that of the naive form in f32, gradients three times
 //! (tests `attention::tests`). On tiles, with ε = 2⁻⁷ (`Medium`) or 2⁻¹⁵ (`High`) and δ = ε·scale·max_j Σ_d |q_d|·|k_d|, up to terms of higher order and f32's
-//! roundings: a score δ, the log-sum-exp δ, the output (2·δ + ε)·Σ_j P_j·|v_j| (tests `attention::tests::tiles`).
+//! roundings: a score δ, the log-sum-exp δ, the output (2·δ + ε)·Σ_j P_j·|v_j| (tests `attention::tests::tiles`); for gradients see `attention::backward_tiles`.
 
 mod backward_tile;
+mod backward_tiles;
 mod backward_weights;
 mod blocks;
 pub mod cache;
@@ -202,7 +204,7 @@ fn check_backward(
     Ok(shape)
 }
 
-/// The name of the kernel whose products [`forward`] and [`decode()`] compute on heads of `dim` elements, as in [`crate::gemm::kernels`].
+/// The name of the kernel whose products [`forward`], [`backward`] and [`decode()`] compute on heads of `dim` elements, as in [`crate::gemm::kernels`].
 pub fn kernel_name(ctx: &Context, dim: usize) -> &'static str {
     let on_tiles = OnTiles::of(ctx, dim).is_some();
     let precision = if on_tiles { ctx.matmul_precision() } else { Precision::Strict };

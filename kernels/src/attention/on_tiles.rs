@@ -175,6 +175,12 @@ pub(super) fn pack_right<S: Simd, const P: usize>(
     }
 }
 
+/// Probabilities, or their gradients, as the right operand, whatever they are.
+#[inline(always)]
+pub(super) fn pack_scores<S: Simd, const P: usize>(simd: S, scores: MatRef<'_>, tiles: &mut [u32]) {
+    simd.vectorize(PackRight::<P> { b: scores, tiles, odd: &mut [] });
+}
+
 /// One panel of columns `b` [depth, 32 or fewer] as the right operand; odd columns are marked.
 #[inline(always)]
 pub(super) fn pack_panel<S: Simd, const P: usize>(
@@ -201,20 +207,37 @@ pub(super) fn pack_across<S: Simd, const P: usize>(
     for (odd, magnitudes) in odd.iter_mut().zip(magnitudes) {
         *odd = is_odd(magnitudes);
     }
-    let group = left_words(SIDE, b.cols(), P);
-    let groups = b.rows().div_ceil(SIDE);
-    let to = tiles.as_chunks_mut::<TILE_WORDS>().0;
-    for (side, rows) in rows.chunks_exact(group).enumerate().take(groups) {
-        let first = side / 2 * (group / TILE_WORDS) * 2 + side % 2;
-        for (at, tile) in rows.as_chunks::<TILE_WORDS>().0.iter().enumerate() {
-            let tile: &[f32] = pulp::bytemuck::cast_slice(tile);
-            let tile = MatRef::new(tile, SIDE, SIDE).expect("a tile has 16 rows of 16 words");
-            stage::transpose(tile, pulp::bytemuck::cast_slice_mut(&mut to[first + 2 * at]), SIDE);
+    turn_right(rows, tiles, (b.rows(), left_words(SIDE, b.cols(), P) / TILE_WORDS));
+}
+
+/// A tile of words with rows and columns exchanged.
+#[inline(always)]
+fn turn(from: &[u32; TILE_WORDS], to: &mut [u32; TILE_WORDS]) {
+    let from = MatRef::new(pulp::bytemuck::cast_slice(from), SIDE, SIDE).expect("16 rows of 16 words");
+    stage::transpose(from, pulp::bytemuck::cast_slice_mut(to), SIDE);
+}
+
+/// Left tiles of `rows` rows, `deep` tiles for each 16, as panels of the right operand that has these rows as columns.
+#[inline(always)]
+fn turn_right(left: &[u32], right: &mut [u32], (rows, deep): (usize, usize)) {
+    let (left, right) = (left.as_chunks::<TILE_WORDS>().0, right.as_chunks_mut::<TILE_WORDS>().0);
+    let sides = rows.div_ceil(SIDE);
+    for side in 0..sides.next_multiple_of(2) {
+        for at in 0..deep {
+            let to = &mut right[(side / 2 * deep + at) * 2 + side % 2];
+            if side < sides { turn(&left[side * deep + at], to) } else { to.fill(0) }
         }
     }
-    if groups % 2 == 1 {
-        let first = groups / 2 * (group / TILE_WORDS) * 2 + 1;
-        to[first..].iter_mut().step_by(2).take(group / TILE_WORDS).for_each(|tile| tile.fill(0));
+}
+
+/// Panels of a right operand with `cols` columns, `deep` tiles for each 16, as tiles of the left operand that has these columns as rows.
+#[inline(always)]
+pub(super) fn turn_left(right: &[u32], left: &mut [u32], (cols, deep): (usize, usize)) {
+    let (right, left) = (right.as_chunks::<TILE_WORDS>().0, left.as_chunks_mut::<TILE_WORDS>().0);
+    for side in 0..cols.div_ceil(SIDE) {
+        for at in 0..deep {
+            turn(&right[(side / 2 * deep + at) * 2 + side % 2], &mut left[side * deep + at]);
+        }
     }
 }
 

@@ -93,10 +93,7 @@ impl Workload for Attention<'_> {
     }
 
     fn kernel(&self) -> String {
-        // The backward pass runs on vectors whatever the precision.
-        let context =
-            if self.grads.is_some() { self.context.precision(Precision::Strict) } else { self.context };
-        format!("flash_{}", attention::kernel_name(&context, self.problem.shape.dim))
+        format!("flash_{}", attention::kernel_name(&self.context, self.problem.shape.dim))
     }
 }
 

@@ -6,6 +6,7 @@ mod decode;
 mod decode_stored;
 mod packed;
 mod tiles;
+mod tiles_backward;
 
 use super::*;
 use crate::Context;

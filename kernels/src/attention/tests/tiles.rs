@@ -1,7 +1,5 @@
 //! The passes on the tile unit: derived bounds, equal bits, odd numbers. On a CPU without a tile unit the same instructions run in software.
 
-use std::num::NonZeroUsize;
-
 use super::*;
 use crate::Precision;
 use crate::attention::cache::CacheLayout;
@@ -22,21 +20,23 @@ pub(super) fn for_each_precision(mut property: impl FnMut(&Context, f64)) {
 }
 
 /// What the errors of the output and of the log-sum-exp are bounded by.
-struct Bounds {
-    out: Vec<f64>,
+pub(super) struct Bounds {
+    pub(super) out: Vec<f64>,
     lse: Vec<f64>,
+    /// Relative, of a probability made from the log-sum-exp, row by row of [batch, heads, seq_q].
+    pub(super) weight: Vec<f64>,
 }
 
 /// The bounds of [`crate::attention::on_tiles`], where a product leaves out `left_out` of its magnitude, with all terms.
 ///
 /// A score is off by that share of `scale·Σ|q|·|k|` and by f32's roundings of the sum and of what is added to it. A probability is `exp(s)` over a sum of
 /// such, so it is off by the factor `exp(2δ)`, δ being the largest error of a score in the row, and by the roundings of exp, l and α.
-fn bounds(a: &reference::Attention<'_, f64>, left_out: f64) -> Bounds {
+pub(super) fn bounds(a: &reference::Attention<'_, f64>, left_out: f64) -> Bounds {
     let reference::Attention { batch, heads, kv_heads, seq_q, seq_k, dim, v_dim, .. } = *a;
     let v: Vec<f64> = a.v.iter().map(|x| x.abs()).collect();
     let (magnitude, lse) = attention_forward(&reference::Attention { v: &v, ..*a });
     let weights = U * (64 + 16 * seq_k.div_ceil(128) + seq_k) as f64;
-    let mut bounds = Bounds { out: magnitude, lse };
+    let mut bounds = Bounds { out: magnitude, weight: lse.clone(), lse };
     for (b, h, i) in (0..batch).flat_map(|b| (0..heads).flat_map(move |h| (0..seq_q).map(move |i| (b, h, i))))
     {
         let q = &a.q[((b * seq_q + i) * heads + h) * dim..][..dim];
@@ -55,7 +55,9 @@ fn bounds(a: &reference::Attention<'_, f64>, left_out: f64) -> Bounds {
         let relative = (2.0 * score).exp() * (1.0 + weights) * (1.0 + left_out + gamma(64)) - 1.0;
         out.iter_mut().for_each(|x| *x = *x * relative + 1e-35);
         let lse = &mut bounds.lse[(b * heads + h) * seq_q + i];
-        *lse = score + weights + 4.0 * U * (1.0 + lse.abs().min(1e30));
+        let of_lse = score + weights + 4.0 * U * (1.0 + lse.abs().min(1e30));
+        *lse = of_lse;
+        bounds.weight[(b * heads + h) * seq_q + i] = (score + of_lse).exp() * (1.0 + weights) - 1.0;
     }
     bounds
 }
@@ -100,7 +102,7 @@ fn lengths_straddle_tiles_and_blocks() {
 }
 
 /// Some of [`varied`]: those of lengths up to 70 and every third of the longer ones.
-fn fewer() -> impl Iterator<Item = Case> {
+pub(super) fn fewer() -> impl Iterator<Item = Case> {
     varied()
         .into_iter()
         .enumerate()
@@ -169,18 +171,15 @@ fn rows_that_see_nothing_are_zero() {
 fn threads_change_no_bit() {
     let mut cases: Vec<Case> = varied().into_iter().filter(|case| case.shape.seq_q == 33).collect();
     cases.extend(blocks::cases().into_iter().take(3));
-    cases.push(Case::new(shape(1, 1, 250, 260, 8)));
-    cases.push(Case { causal: Some(0), bias_heads: 1, ..Case::new(shape(1, 1, 400, 400, 8)) }.filled());
-    for_each_precision(|ctx, _| {
-        for case in &cases {
-            let one = case.forward(ctx);
-            for threads in [2, 3] {
-                let many = case.forward(&ctx.threads(NonZeroUsize::new(threads).unwrap()));
-                assert_same_bits(&one.0, &many.0);
-                assert_same_bits(&one.1, &many.1);
-            }
-        }
-    });
+    // One head is cut into keys and then rows, with a bias into rows of that too; many heads are not.
+    cases.push(Case::new(shape(1, 1, 250, 300, 8)));
+    cases.push(Case { causal: Some(0), bias_heads: 1, ..Case::new(shape(1, 1, 260, 260, 8)) }.filled());
+    let mut listed = Case::new(shape(1, 1, 400, 400, 8));
+    listed.lists = vec![BlockList::bigbird(150, 3, BigBird::Paper { random: 1, seed: 3 }).unwrap()];
+    listed.window = Some(Window { offset: 0, left: 100, right: 0 });
+    cases.push(listed);
+    cases.push(Case::new(shape(10, 2, 20, 20, 16)));
+    for_each_precision(|ctx, _| cases.iter().for_each(|case| bits::check_threads(ctx, case)));
 }
 
 /// `data` [batch, seq, width], rows `rows` of each sequence.
@@ -189,7 +188,7 @@ fn rows_of(data: &[f32], seq: usize, width: usize, rows: std::ops::Range<usize>)
 }
 
 #[test]
-fn a_sequence_does_not_know_its_batch_and_a_row_not_its_neighbours() {
+fn a_row_does_not_know_its_neighbours() {
     for_each_precision(|ctx, _| {
         for case in varied().into_iter().filter(|case| case.bias_heads == 0 && case.shape.seq_q == 33) {
             let Shape { heads, kv_heads, seq_q, seq_k, dim, v_dim, .. } = case.shape;
@@ -219,53 +218,14 @@ fn a_sequence_does_not_know_its_batch_and_a_row_not_its_neighbours() {
 }
 
 #[test]
-fn padding_changes_no_bit() {
-    let padded = |data: &[f32], seq: usize, extra: usize, garbage: f32| -> Vec<f32> {
-        data.chunks_exact(seq * 24).flat_map(|s| [s, &vec![garbage; extra * 24]].concat()).collect()
-    };
+fn batches_padding_and_the_keys_so_far_change_no_bit() {
+    let cases: Vec<Case> =
+        varied().into_iter().filter(|case| case.bias_heads == 0 && case.shape.seq_q == 33).collect();
     for_each_precision(|ctx, _| {
-        for (seq, extra, causal) in [(5, 7, None), (10, 140, Some(0)), (31, 3, None), (70, 60, Some(0))] {
-            let case = Case { causal, ..Case::new(shape(2, 2, seq, seq, 12)) };
-            let longer = seq + extra;
-            let data = Data {
-                q: padded(&case.data.q, seq, extra, 3.0),
-                k: padded(&case.data.k, seq, extra, f32::NAN),
-                v: padded(&case.data.v, seq, extra, f32::INFINITY),
-                d_out: padded(&case.data.d_out, seq, extra, 0.0),
-                bias: Vec::new(),
-            };
-            let lengths = Some(vec![seq; 2]);
-            let plain = case.forward(ctx);
-            let long = Case { shape: shape(2, 2, longer, longer, 12), lengths, data, ..case }.forward(ctx);
-            assert_same_bits(&plain.0, &rows_of(&long.0, longer, 24, 0..seq));
-            assert_same_bits(&plain.1, &rows_of(&long.1, longer, 1, 0..seq));
-        }
-    });
-}
-
-#[test]
-fn a_step_with_the_keys_so_far_is_the_row_of_the_causal_pass() {
-    for_each_precision(|ctx, _| {
-        for (seq, dim, kv_heads) in [(20, 33, 4), (67, 12, 2), (140, 8, 1)] {
-            let shape = Shape { kv_heads, ..shape(1, 4, seq, seq, dim) };
-            let case = Case { shape, causal: Some(0), ..Case::new(shape) };
-            let full = case.forward(ctx);
-            let (width, kv_width) = (4 * dim, kv_heads * dim);
-            for (first, queries) in [(0, 1), (1, 1), (16, 3), (seq - 1, 1)] {
-                let keys = first + queries;
-                let data = Data {
-                    q: case.data.q[first * width..keys * width].to_vec(),
-                    k: case.data.k[..keys * kv_width].to_vec(),
-                    v: case.data.v[..keys * kv_width].to_vec(),
-                    d_out: vec![0.0; queries * width],
-                    bias: Vec::new(),
-                };
-                let shape = Shape { seq_q: queries, seq_k: keys, ..shape };
-                let step = Case { shape, causal: Some(first), data, ..case.clone() }.forward(ctx);
-                assert_same_bits(&step.0, &full.0[first * width..keys * width]);
-                assert_same_bits(&step.1, &rows_of(&full.1, seq, 1, first..keys));
-            }
-        }
+        cases.iter().for_each(|case| bits::check_batch(ctx, case));
+        let sizes = [(5, 7, None), (10, 140, Some(0)), (31, 3, None), (70, 60, Some(0))];
+        sizes.into_iter().for_each(|sizes| bits::check_padding(ctx, sizes));
+        [(20, 33, 4), (67, 12, 2), (140, 8, 1)].into_iter().for_each(|sizes| bits::check_step(ctx, sizes));
     });
 }
 

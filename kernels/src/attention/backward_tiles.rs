@@ -1,0 +1,516 @@
+//! The backward pass with its five products on the tile unit.
+//!
+//! ```text
+//! for each block of keys:        pack Kᵀ, Vᵀ and scale·K                   once for all rows that see it
+//!   for 128 rows of a head:      pack Q, dO and their transposes
+//!     for 32 of them:            S = Q·Kᵀ, dP = dO·Vᵀ;  P and dS by vectors
+//!     dVᵀ += dOᵀ·P               dKᵀ += Qᵀ·dS                              sums of the block, f32
+//!     dQ  += dS·K                                                          in memory, f32
+//!   dK and dV of the block are written
+//! ```
+//! The naive form, the cuts into regions, P and dS are those of [`super::flash_backward`]; Q stands for scale·Q. What differs:
+//! - dV and dK are summed transposed. P and dS, the largest operands, are then right operands as they lie, and what is
+//!   turned is dO and Q, half as many words at 64 elements and once for 128 rows. A block's sums are written, turned, when all rows have been added.
+//! - 128 rows, not the 32 of the forward pass: P and dS are as deep for dV and dK as they are for dQ, and sums in memory are touched once for four steps of the unit.
+//!   P and dS in f32 are then 128 KiB of the second-level cache.
+//! - The tiles of rows begin at row 0, or where a list's blocks do, so dK and dV have the same bits for any cut. An element of dQ is a sum over the blocks of keys.
+//! - Odd numbers (see [`super::on_tiles`]) are zero where they are summed over, and their products are added in f32 for the scores that are visible. dS that
+//!   rounds to a bf16 infinity becomes one.
+//!
+//! # Accuracy
+//! With ρ = 2·δ of the row (see [`super::on_tiles`]), ε of the precision, up to terms of higher order and f32's roundings:
+//!
+//! | | error, at most |
+//! |---|---|
+//! | dS | `P·(ρ·(\|z·dP\| + \|D\|) + ε·z·Σ\|dO\|·\|V\| + (ρ + ε)·Σ_c \|dO\|·Σ_j P·z·\|V\|)` |
+//! | dV | `(ρ + ε)·Σ_i P·z·\|dO\|` |
+//! | dQ, dK | `scale·Σ (error of dS + ε·\|dS\|)·\|K\|`, `scale·Σ (error of dS + ε·\|dS\|)·\|Q\|` |
+//!
+//! Asserted by `attention::tests::tiles_backward`.
+
+use std::ops::Range;
+
+use pulp::Simd;
+
+use super::backward_tile::Head;
+use super::backward_weights::{Scores, Weights};
+use super::flash::groups;
+use super::flash_backward::{Backward, Cut, Region, row_tiles};
+use super::mask::Sight;
+use super::on_tiles::{self, OnTiles, Operands, left_words, product, right_words};
+use super::problem::{KEY_BLOCK, Shape, cut};
+use super::stage;
+use crate::gemm::microkernel::amx::{BLOCK, SIDE, STEP, TILE_WORDS, TileUnit};
+use crate::gemm::split::Magnitudes;
+use crate::lanes;
+use crate::scratch::ScratchBuf;
+use crate::view::MatRef;
+
+/// Rows of a tile.
+const ROWS: usize = 128;
+
+/// Scratch of one task.
+struct State<'a> {
+    unit: TileUnit,
+    /// Right operands of a block: Kᵀ, Vᵀ, scale·K.
+    keys: &'a mut [u32],
+    values: &'a mut [u32],
+    k: &'a mut [u32],
+    /// Left operands of a tile: scale·Q, dO and their transposes.
+    q: &'a mut [u32],
+    d_out: &'a mut [u32],
+    q_across: &'a mut [u32],
+    d_out_across: &'a mut [u32],
+    /// P or dS of a tile, as the right operand or the left one; room on the way of others.
+    right: &'a mut [u32],
+    left: &'a mut [u32],
+    /// P and dS [128, 128].
+    scores: Scores<'a>,
+    /// scale·Q and dO of a tile, K of a block.
+    q_rows: &'a mut [f32],
+    d_out_rows: &'a mut [f32],
+    k_rows: &'a mut [f32],
+    /// dKᵀ and dVᵀ of a block [dim or v_dim in whole panels, 128].
+    d_k: &'a mut [f32],
+    d_v: &'a mut [f32],
+    /// What a product gives: as large as any of them.
+    sums: &'a mut [f32],
+    delta: &'a mut [f32],
+}
+
+/// One block of keys.
+struct Block<'a> {
+    region: &'a Region,
+    keys: Range<usize>,
+    sight: Sight,
+    k: MatRef<'a>,
+    v: MatRef<'a>,
+    odd_keys: [bool; KEY_BLOCK],
+    odd_values: [bool; KEY_BLOCK],
+    /// Odd rows of scale·K.
+    odd_scaled: [bool; KEY_BLOCK],
+}
+
+/// Some rows of a head against a block: which of Q and dO are odd.
+struct Rows {
+    rows: Range<usize>,
+    /// What they see of the block; not empty.
+    seen: Range<usize>,
+    /// The steps of the block's keys that hold it.
+    steps: Range<usize>,
+    odd_q: [bool; KEY_BLOCK],
+    odd_d_out: [bool; KEY_BLOCK],
+}
+
+impl Rows {
+    /// Columns of the block in steps that are seen.
+    fn columns(&self) -> Range<usize> {
+        self.steps.start * STEP..self.steps.end * STEP
+    }
+}
+
+impl Backward<'_> {
+    /// Some units of one cut.
+    #[inline(always)]
+    pub(super) fn run_on_tiles<S: Simd>(&self, simd: S, means: OnTiles, cut: Cut, units: Range<usize>) {
+        if const { S::F32_LANES < 8 } {
+            unreachable!("tiles stand beside vectors of eight lanes and more");
+        }
+        match means.parts {
+            1 => self.run_in_parts::<S, 1>(simd, means, cut, units),
+            _ => self.run_in_parts::<S, 2>(simd, means, cut, units),
+        }
+    }
+
+    #[inline(always)]
+    fn run_in_parts<S: Simd, const P: usize>(
+        &self,
+        simd: S,
+        means: OnTiles,
+        cut_into: Cut,
+        units: Range<usize>,
+    ) {
+        let Shape { dim, v_dim, .. } = self.shape;
+        let [of_dim, of_v] = [dim, v_dim].map(|dim| right_words(KEY_BLOCK, dim, P));
+        let [across_dim, across_v] = [dim, v_dim].map(|dim| right_words(dim, KEY_BLOCK, P));
+        // A tile of rows is as long as a block of keys, so operands over either have the same size.
+        let square = right_words(KEY_BLOCK, KEY_BLOCK, P);
+        let room = square.max(of_dim).max(of_v).max(across_dim).max(across_v);
+        let lens = [across_dim, across_v, of_dim, across_dim, across_v, of_dim, of_v, room, room];
+        let mut words = ScratchBuf::take(lens.iter().sum());
+        let [keys, values, k, q, d_out, q_across, d_out_across, right, left] = cut(words.words_mut(), lens);
+        let [of_k, of_v] = [dim, v_dim].map(|dim| dim.next_multiple_of(BLOCK) * KEY_BLOCK);
+        let scores = ROWS * KEY_BLOCK;
+        let delta = self.rows_of_region(cut_into);
+        let lens =
+            [scores, scores, of_k, of_v, of_k.max(of_v), ROWS * dim, ROWS * v_dim, KEY_BLOCK * dim, delta];
+        let mut scratch = ScratchBuf::take(lens.iter().sum());
+        let [p, d_s, d_k, d_v, sums, q_rows, d_out_rows, k_rows, delta] = cut(&mut scratch, lens);
+        let unit = TileUnit::configure(means.tiles);
+        let scores = Scores { p, d_s };
+        let mut state = State {
+            unit,
+            keys,
+            values,
+            k,
+            q,
+            d_out,
+            q_across,
+            d_out_across,
+            right,
+            left,
+            scores,
+            q_rows,
+            d_out_rows,
+            k_rows,
+            d_k,
+            d_v,
+            sums,
+            delta,
+        };
+        for region in self.regions(cut_into, units) {
+            self.region_on_tiles::<S, P>(simd, &region, &mut state);
+        }
+    }
+
+    #[inline(always)]
+    fn region_on_tiles<S: Simd, const P: usize>(&self, simd: S, region: &Region, state: &mut State<'_>) {
+        let Region { batch, parts, .. } = *region;
+        let sight = self.spec.mask.sight(batch, self.shape.seq_k);
+        let seen = self.open(simd, region, ROWS, state.delta);
+        let delta = std::mem::take(&mut state.delta);
+        for keys in self.key_blocks(seen) {
+            let block = self.block::<S, P>(simd, state, (region, sight), keys);
+            for head in region.heads.clone() {
+                let mut head = self.head(region, head, delta);
+                let list = self.spec.mask.list(head.fixed.index);
+                for rows in row_tiles(list, block.keys.start, region.rows.clone(), ROWS) {
+                    let seen = sight.rows(&rows, &block.keys);
+                    if !seen.is_empty() {
+                        self.tile::<S, P>(simd, state, &block, &mut head, (rows, seen));
+                    }
+                }
+            }
+            if parts.kv {
+                self.write_keys(&block, state);
+            }
+        }
+        state.delta = delta;
+    }
+
+    /// Packs a block, and begins its sums.
+    #[inline(always)]
+    fn block<'b, S: Simd, const P: usize>(
+        &'b self,
+        simd: S,
+        state: &mut State<'_>,
+        (region, sight): (&'b Region, Sight),
+        keys: Range<usize>,
+    ) -> Block<'b> {
+        let k = self.saved.k.head(region.batch, region.kv).sub(keys.clone(), 0..self.shape.dim);
+        let v = self.saved.v.head(region.batch, region.kv).sub(keys.clone(), 0..self.shape.v_dim);
+        let odd = [false; KEY_BLOCK];
+        let mut block = Block { region, keys, sight, k, v, odd_keys: odd, odd_values: odd, odd_scaled: odd };
+        on_tiles::pack_across::<S, P>(simd, k, state.left, state.keys, &mut block.odd_keys);
+        on_tiles::pack_across::<S, P>(simd, v, state.left, state.values, &mut block.odd_values);
+        if region.parts.q {
+            let k = stage::scaled(simd, self.spec.scale, k, 0..k.rows(), state.k_rows);
+            on_tiles::pack_right::<S, P>(simd, k, state.k, &mut block.odd_scaled);
+        }
+        if region.parts.kv {
+            state.d_k.fill(0.0);
+            state.d_v.fill(0.0);
+        }
+        block
+    }
+
+    /// All gradients that some rows of a head and a block give each other.
+    #[inline(always)]
+    fn tile<S: Simd, const P: usize>(
+        &self,
+        simd: S,
+        state: &mut State<'_>,
+        block: &Block<'_>,
+        head: &mut Head<'_>,
+        (rows, seen): (Range<usize>, Range<usize>),
+    ) {
+        let first = block.keys.start;
+        let steps = (seen.start - first) / STEP..(seen.end - first).div_ceil(STEP);
+        let mut rows = Rows { rows, seen, steps, odd_q: [false; KEY_BLOCK], odd_d_out: [false; KEY_BLOCK] };
+        self.operands::<S, P>(simd, state, &mut rows, (block, head));
+        for first in rows.rows.clone().step_by(BLOCK) {
+            let some = first..(first + BLOCK).min(rows.rows.end);
+            self.weights::<S, P>(simd, state, (block, head), &rows, some);
+        }
+        if block.region.parts.kv {
+            self.keys_and_values::<S, P>(simd, state, block, &rows);
+        }
+        if block.region.parts.q {
+            self.queries::<S, P>(simd, state, (block, head), &rows);
+        }
+    }
+
+    /// Packs scale·Q and dO of a tile.
+    #[inline(always)]
+    fn operands<S: Simd, const P: usize>(
+        &self,
+        simd: S,
+        state: &mut State<'_>,
+        rows: &mut Rows,
+        (block, head): (&Block<'_>, &Head<'_>),
+    ) {
+        let Shape { dim, v_dim, .. } = self.shape;
+        let q = stage::scaled(simd, self.spec.scale, head.q, rows.rows.clone(), state.q_rows);
+        let d_out = stage::scaled(simd, 1.0, head.d_out, rows.rows.clone(), state.d_out_rows);
+        let n = rows.rows.len();
+        let mut magnitudes = [Magnitudes::NONE; ROWS];
+        on_tiles::pack_left::<S, P>(simd, q, state.q, &mut magnitudes);
+        rows.odd_q = magnitudes.map(on_tiles::is_odd);
+        let mut magnitudes = [Magnitudes::NONE; ROWS];
+        on_tiles::pack_left::<S, P>(simd, d_out, state.d_out, &mut magnitudes);
+        rows.odd_d_out = magnitudes.map(on_tiles::is_odd);
+        if block.region.parts.kv {
+            let deep = left_words(SIDE, n, P) / TILE_WORDS;
+            let mut odd = [false; KEY_BLOCK];
+            on_tiles::pack_right::<S, P>(simd, q, state.right, &mut odd);
+            on_tiles::turn_left(state.right, state.q_across, (dim, deep));
+            on_tiles::pack_right::<S, P>(simd, d_out, state.right, &mut odd);
+            on_tiles::turn_left(state.right, state.d_out_across, (v_dim, deep));
+        }
+    }
+
+    /// P and dS of at most 32 rows of a tile; zero in columns of the tile's steps that they do not see.
+    #[inline(always)]
+    fn weights<S: Simd, const P: usize>(
+        &self,
+        simd: S,
+        state: &mut State<'_>,
+        (block, head): (&Block<'_>, &Head<'_>),
+        rows: &Rows,
+        some: Range<usize>,
+    ) {
+        let (keys, all) = (&block.keys, rows.columns());
+        let local = some.start - rows.rows.start;
+        let seen = block.sight.rows(&some, keys);
+        if !seen.is_empty() {
+            let steps = (seen.start - keys.start) / STEP..(seen.end - keys.start).div_ceil(STEP);
+            self.products::<P>(state, block, rows, (&some, &steps));
+        }
+        let weights = Weights {
+            problem: self,
+            head: head.fixed,
+            keys,
+            stride: KEY_BLOCK,
+            sight: block.sight,
+            first: rows.rows.start,
+            seen: &rows.seen,
+        };
+        for group in groups(&some) {
+            let seen = block.sight.rows(&group, keys);
+            let own = if seen.is_empty() {
+                all.start..all.start
+            } else {
+                super::backward_weights::columns::<S>(&seen, keys)
+            };
+            if !seen.is_empty() {
+                weights.make(simd, &mut state.scores, (group.clone(), &seen), block.region.parts.bias);
+            }
+            let first = (group.start - some.start + local) * KEY_BLOCK;
+            for scores in [&mut *state.scores.p, &mut *state.scores.d_s] {
+                for row in scores[first..].chunks_exact_mut(KEY_BLOCK).take(group.len()) {
+                    row[all.start..own.start].fill(0.0);
+                    row[own.end..all.end].fill(0.0);
+                }
+            }
+        }
+    }
+
+    /// S and dP of at most 32 rows of a tile, over the steps of keys that they see.
+    #[inline(always)]
+    fn products<const P: usize>(
+        &self,
+        state: &mut State<'_>,
+        block: &Block<'_>,
+        rows: &Rows,
+        (some, steps): (&Range<usize>, &Range<usize>),
+    ) {
+        let Shape { dim, v_dim, .. } = self.shape;
+        let local = some.start - rows.rows.start;
+        let to = local * KEY_BLOCK;
+        for panel in steps.clone() {
+            let left = &state.q[local / SIDE * left_words(SIDE, dim, P)..];
+            let right = &state.keys[panel * right_words(dim, BLOCK, P)..];
+            let deep = on_tiles::steps(dim);
+            let operands = Operands { left, right, steps: deep, rows: some.len() };
+            let s = &mut state.scores.p[to + panel * BLOCK..];
+            product::<P>(&state.unit, operands, 0..deep, s, KEY_BLOCK);
+            let d_p = &mut state.scores.d_s[to + panel * BLOCK..];
+            if v_dim == 0 {
+                d_p.chunks_mut(KEY_BLOCK).take(some.len()).for_each(|row| row[..BLOCK].fill(0.0));
+                continue;
+            }
+            let left = &state.d_out[local / SIDE * left_words(SIDE, v_dim, P)..];
+            let right = &state.values[panel * right_words(v_dim, BLOCK, P)..];
+            let deep = on_tiles::steps(v_dim);
+            let operands = Operands { left, right, steps: deep, rows: some.len() };
+            product::<P>(&state.unit, operands, 0..deep, d_p, KEY_BLOCK);
+        }
+        let odd = |odd: &[bool]| odd.contains(&true);
+        if odd(&rows.odd_q) || odd(&rows.odd_d_out) || odd(&block.odd_keys) || odd(&block.odd_values) {
+            self.mend(state, block, rows, (some, steps));
+        }
+    }
+
+    /// Computes what odd rows of Q, K, dO and V make of S and dP by f32 multiply-adds.
+    #[cold]
+    fn mend(
+        &self,
+        state: &mut State<'_>,
+        block: &Block<'_>,
+        rows: &Rows,
+        (some, steps): (&Range<usize>, &Range<usize>),
+    ) {
+        let Shape { dim, v_dim, .. } = self.shape;
+        let columns = steps.start * STEP..(steps.end * STEP).min(block.keys.len());
+        for local in some.start - rows.rows.start..some.end - rows.rows.start {
+            let (q, d_out) =
+                (&state.q_rows[local * dim..][..dim], &state.d_out_rows[local * v_dim..][..v_dim]);
+            for j in columns.clone() {
+                let (k, v) = (block.k.row(j).iter().copied(), block.v.row(j).iter().copied());
+                if rows.odd_q[local] || block.odd_keys[j] {
+                    state.scores.p[local * KEY_BLOCK + j] = on_tiles::chain(q.iter().copied(), k);
+                }
+                if rows.odd_d_out[local] || block.odd_values[j] {
+                    state.scores.d_s[local * KEY_BLOCK + j] = on_tiles::chain(d_out.iter().copied(), v);
+                }
+            }
+        }
+    }
+
+    /// `dVᵀ += dOᵀ·P` and `dKᵀ += Qᵀ·dS`.
+    #[inline(always)]
+    fn keys_and_values<S: Simd, const P: usize>(
+        &self,
+        simd: S,
+        state: &mut State<'_>,
+        block: &Block<'_>,
+        rows: &Rows,
+    ) {
+        let Shape { dim, v_dim, .. } = self.shape;
+        let Scores { p, d_s } = &state.scores;
+        let of_v = (&*state.d_out_across, &state.d_out_rows[..rows.rows.len() * v_dim], &rows.odd_d_out);
+        let of_k = (&*state.q_across, &state.q_rows[..rows.rows.len() * dim], &rows.odd_q);
+        for (scores, (left, odd_rows, odd), acc, dim) in
+            [(p, of_v, &mut *state.d_v, v_dim), (d_s, of_k, &mut *state.d_k, dim)]
+        {
+            let columns = rows.columns();
+            let (n, depth) = (columns.len(), rows.rows.len());
+            let view = MatRef::with_strides(&scores[columns.start..], depth, n, KEY_BLOCK, 1);
+            let view = view.expect("scores of these rows");
+            on_tiles::pack_scores::<S, P>(simd, view, state.right);
+            let deep = on_tiles::steps(depth);
+            for first in (0..dim).step_by(BLOCK) {
+                for panel in 0..rows.steps.len() {
+                    let left = &left[first / SIDE * left_words(SIDE, depth, P)..];
+                    let right = &state.right[panel * right_words(depth, BLOCK, P)..];
+                    let operands = Operands { left, right, steps: deep, rows: BLOCK.min(dim - first) };
+                    let to = &mut state.sums[first * KEY_BLOCK + columns.start + panel * BLOCK..];
+                    product::<P>(&state.unit, operands, 0..deep, to, KEY_BLOCK);
+                }
+            }
+            for c in 0..dim {
+                let part = c * KEY_BLOCK + columns.start..c * KEY_BLOCK + columns.end;
+                add(simd, &state.sums[part.clone()], &mut acc[part]);
+            }
+            for local in (0..depth).filter(|local| odd[*local]) {
+                let row = &odd_rows[local * dim..][..dim];
+                for j in block.sight.row(rows.rows.start + local, &block.keys) {
+                    let j = j - block.keys.start;
+                    let weight = scores[local * KEY_BLOCK + j];
+                    for (c, x) in row.iter().enumerate() {
+                        let sum = &mut acc[c * KEY_BLOCK + j];
+                        *sum = weight.mul_add(*x, *sum);
+                    }
+                }
+            }
+        }
+    }
+
+    /// `dQ += dS·K`.
+    #[inline(always)]
+    fn queries<S: Simd, const P: usize>(
+        &self,
+        simd: S,
+        state: &mut State<'_>,
+        (block, head): (&Block<'_>, &mut Head<'_>),
+        rows: &Rows,
+    ) {
+        let dim = self.shape.dim;
+        let (n, width) = (rows.rows.len(), dim.next_multiple_of(BLOCK));
+        let columns = rows.columns();
+        let view = MatRef::with_strides(&state.scores.d_s[columns.start..], n, columns.len(), KEY_BLOCK, 1);
+        let d_s = view.expect("scores of these rows");
+        on_tiles::pack_left::<S, P>(simd, d_s, state.left, &mut [Magnitudes::NONE; ROWS]);
+        let panel = right_words(block.keys.len(), BLOCK, P);
+        let step = panel / on_tiles::steps(block.keys.len());
+        let add_to = self.spec.mask.blocks.is_some()
+            || block.sight.rows(&rows.rows, &(0..block.keys.end)).start < block.keys.start;
+        let Some(d_q) = &mut head.d_q else { return };
+        for top in (0..n).step_by(BLOCK) {
+            let height = BLOCK.min(n - top);
+            let left = &state.left[top / SIDE * left_words(SIDE, columns.len(), P)..];
+            for first in (0..dim).step_by(BLOCK) {
+                let right = &state.k[first / BLOCK * panel + rows.steps.start * step..];
+                let operands = Operands { left, right, steps: rows.steps.len(), rows: height };
+                product::<P>(&state.unit, operands, 0..rows.steps.len(), &mut state.sums[first..], width);
+            }
+            for (r, sums) in state.sums.chunks_exact(width).enumerate().take(height) {
+                let i = rows.rows.start + top + r;
+                let sums = &sums[..dim];
+                let d_q = d_q.row_mut(i - head.fixed.first_row);
+                // To zeros, so that no zero is negative: its sign would tell what the row does not see.
+                if !add_to {
+                    d_q.fill(0.0);
+                }
+                add(simd, sums, d_q);
+                for j in block.sight.row(i, &block.keys).map(|j| j - block.keys.start) {
+                    if block.odd_scaled[j] {
+                        let k = &state.k_rows[j * dim..][..dim];
+                        on_tiles::add_scaled(d_s.at(top + r, j - columns.start), k, d_q);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Writes dK and dV of a block.
+    #[inline(always)]
+    fn write_keys(&self, block: &Block<'_>, state: &mut State<'_>) {
+        let Region { batch, kv, .. } = *block.region;
+        for (grad, sums, dim) in
+            [(self.d_k, &*state.d_k, self.shape.dim), (self.d_v, &*state.d_v, self.shape.v_dim)]
+        {
+            let stride = dim.next_multiple_of(8);
+            let sums =
+                MatRef::with_strides(sums, dim, block.keys.len(), KEY_BLOCK, 1).expect("sums of these keys");
+            stage::transpose(sums, state.sums, stride);
+            // SAFETY: a unit that owns dK and dV owns these keys of this key head alone, and blocks are disjoint.
+            let mut grad = unsafe { grad.rows_unsync(batch, kv, block.keys.clone()) };
+            for j in 0..block.keys.len() {
+                grad.row_mut(j).copy_from_slice(&state.sums[j * stride..][..dim]);
+            }
+        }
+    }
+}
+
+/// `to += x`.
+#[inline(always)]
+fn add<S: Simd>(simd: S, x: &[f32], to: &mut [f32]) {
+    lanes::update(
+        simd,
+        x,
+        to,
+        #[inline(always)]
+        |x, to| simd.add_f32s(x, to),
+    );
+}
