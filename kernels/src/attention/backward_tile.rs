@@ -8,7 +8,7 @@ use std::ops::Range;
 use pulp::Simd;
 
 use super::backward_weights::{HeadWeights, Scores, Weights, columns};
-use super::flash::groups;
+use super::chunk::groups;
 use super::flash_backward::{Backward, clear};
 use super::mask::Sight;
 use super::problem::Shape;

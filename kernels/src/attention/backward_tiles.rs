@@ -34,77 +34,77 @@ use pulp::Simd;
 
 use super::backward_tile::Head;
 use super::backward_weights::{Scores, Weights};
-use super::flash::groups;
-use super::flash_backward::{Backward, Cut, Region, row_tiles};
+use super::chunk::groups;
+use super::flash_backward::Backward;
 use super::mask::Sight;
 use super::on_tiles::{self, OnTiles, Operands, left_words, product, right_words};
 use super::problem::{KEY_BLOCK, Shape, cut};
+use super::regions::{Cut, Region, row_tiles};
 use super::stage;
 use crate::gemm::microkernel::amx::{BLOCK, SIDE, STEP, TILE_WORDS, TileUnit};
 use crate::gemm::split::Magnitudes;
-use crate::lanes;
 use crate::scratch::ScratchBuf;
 use crate::view::MatRef;
 
 /// Rows of a tile.
-const ROWS: usize = 128;
+pub(super) const ROWS: usize = 128;
 
 /// Scratch of one task.
-struct State<'a> {
-    unit: TileUnit,
+pub(super) struct State<'a> {
+    pub(super) unit: TileUnit,
     /// Right operands of a block: Kᵀ, Vᵀ, scale·K.
-    keys: &'a mut [u32],
-    values: &'a mut [u32],
-    k: &'a mut [u32],
+    pub(super) keys: &'a mut [u32],
+    pub(super) values: &'a mut [u32],
+    pub(super) k: &'a mut [u32],
     /// Left operands of a tile: scale·Q, dO and their transposes.
-    q: &'a mut [u32],
-    d_out: &'a mut [u32],
-    q_across: &'a mut [u32],
-    d_out_across: &'a mut [u32],
+    pub(super) q: &'a mut [u32],
+    pub(super) d_out: &'a mut [u32],
+    pub(super) q_across: &'a mut [u32],
+    pub(super) d_out_across: &'a mut [u32],
     /// P or dS of a tile, as the right operand or the left one; room on the way of others.
-    right: &'a mut [u32],
-    left: &'a mut [u32],
+    pub(super) right: &'a mut [u32],
+    pub(super) left: &'a mut [u32],
     /// P and dS [128, 128].
-    scores: Scores<'a>,
+    pub(super) scores: Scores<'a>,
     /// scale·Q and dO of a tile, K of a block.
-    q_rows: &'a mut [f32],
-    d_out_rows: &'a mut [f32],
-    k_rows: &'a mut [f32],
+    pub(super) q_rows: &'a mut [f32],
+    pub(super) d_out_rows: &'a mut [f32],
+    pub(super) k_rows: &'a mut [f32],
     /// dKᵀ and dVᵀ of a block [dim or v_dim in whole panels, 128].
-    d_k: &'a mut [f32],
-    d_v: &'a mut [f32],
+    pub(super) d_k: &'a mut [f32],
+    pub(super) d_v: &'a mut [f32],
     /// What a product gives: as large as any of them.
-    sums: &'a mut [f32],
-    delta: &'a mut [f32],
+    pub(super) sums: &'a mut [f32],
+    pub(super) delta: &'a mut [f32],
 }
 
 /// One block of keys.
-struct Block<'a> {
-    region: &'a Region,
-    keys: Range<usize>,
-    sight: Sight,
-    k: MatRef<'a>,
-    v: MatRef<'a>,
-    odd_keys: [bool; KEY_BLOCK],
-    odd_values: [bool; KEY_BLOCK],
+pub(super) struct Block<'a> {
+    pub(super) region: &'a Region,
+    pub(super) keys: Range<usize>,
+    pub(super) sight: Sight,
+    pub(super) k: MatRef<'a>,
+    pub(super) v: MatRef<'a>,
+    pub(super) odd_keys: [bool; KEY_BLOCK],
+    pub(super) odd_values: [bool; KEY_BLOCK],
     /// Odd rows of scale·K.
-    odd_scaled: [bool; KEY_BLOCK],
+    pub(super) odd_scaled: [bool; KEY_BLOCK],
 }
 
 /// Some rows of a head against a block: which of Q and dO are odd.
-struct Rows {
-    rows: Range<usize>,
+pub(super) struct Rows {
+    pub(super) rows: Range<usize>,
     /// What they see of the block; not empty.
-    seen: Range<usize>,
+    pub(super) seen: Range<usize>,
     /// The steps of the block's keys that hold it.
-    steps: Range<usize>,
-    odd_q: [bool; KEY_BLOCK],
-    odd_d_out: [bool; KEY_BLOCK],
+    pub(super) steps: Range<usize>,
+    pub(super) odd_q: [bool; KEY_BLOCK],
+    pub(super) odd_d_out: [bool; KEY_BLOCK],
 }
 
 impl Rows {
     /// Columns of the block in steps that are seen.
-    fn columns(&self) -> Range<usize> {
+    pub(super) fn columns(&self) -> Range<usize> {
         self.steps.start * STEP..self.steps.end * STEP
     }
 }
@@ -386,131 +386,4 @@ impl Backward<'_> {
             }
         }
     }
-
-    /// `dVᵀ += dOᵀ·P` and `dKᵀ += Qᵀ·dS`.
-    #[inline(always)]
-    fn keys_and_values<S: Simd, const P: usize>(
-        &self,
-        simd: S,
-        state: &mut State<'_>,
-        block: &Block<'_>,
-        rows: &Rows,
-    ) {
-        let Shape { dim, v_dim, .. } = self.shape;
-        let Scores { p, d_s } = &state.scores;
-        let of_v = (&*state.d_out_across, &state.d_out_rows[..rows.rows.len() * v_dim], &rows.odd_d_out);
-        let of_k = (&*state.q_across, &state.q_rows[..rows.rows.len() * dim], &rows.odd_q);
-        for (scores, (left, odd_rows, odd), acc, dim) in
-            [(p, of_v, &mut *state.d_v, v_dim), (d_s, of_k, &mut *state.d_k, dim)]
-        {
-            let columns = rows.columns();
-            let (n, depth) = (columns.len(), rows.rows.len());
-            let view = MatRef::with_strides(&scores[columns.start..], depth, n, KEY_BLOCK, 1);
-            let view = view.expect("scores of these rows");
-            on_tiles::pack_scores::<S, P>(simd, view, state.right);
-            let deep = on_tiles::steps(depth);
-            for first in (0..dim).step_by(BLOCK) {
-                for panel in 0..rows.steps.len() {
-                    let left = &left[first / SIDE * left_words(SIDE, depth, P)..];
-                    let right = &state.right[panel * right_words(depth, BLOCK, P)..];
-                    let operands = Operands { left, right, steps: deep, rows: BLOCK.min(dim - first) };
-                    let to = &mut state.sums[first * KEY_BLOCK + columns.start + panel * BLOCK..];
-                    product::<P>(&state.unit, operands, 0..deep, to, KEY_BLOCK);
-                }
-            }
-            for c in 0..dim {
-                let part = c * KEY_BLOCK + columns.start..c * KEY_BLOCK + columns.end;
-                add(simd, &state.sums[part.clone()], &mut acc[part]);
-            }
-            for local in (0..depth).filter(|local| odd[*local]) {
-                let row = &odd_rows[local * dim..][..dim];
-                for j in block.sight.row(rows.rows.start + local, &block.keys) {
-                    let j = j - block.keys.start;
-                    let weight = scores[local * KEY_BLOCK + j];
-                    for (c, x) in row.iter().enumerate() {
-                        let sum = &mut acc[c * KEY_BLOCK + j];
-                        *sum = weight.mul_add(*x, *sum);
-                    }
-                }
-            }
-        }
-    }
-
-    /// `dQ += dS·K`.
-    #[inline(always)]
-    fn queries<S: Simd, const P: usize>(
-        &self,
-        simd: S,
-        state: &mut State<'_>,
-        (block, head): (&Block<'_>, &mut Head<'_>),
-        rows: &Rows,
-    ) {
-        let dim = self.shape.dim;
-        let (n, width) = (rows.rows.len(), dim.next_multiple_of(BLOCK));
-        let columns = rows.columns();
-        let view = MatRef::with_strides(&state.scores.d_s[columns.start..], n, columns.len(), KEY_BLOCK, 1);
-        let d_s = view.expect("scores of these rows");
-        on_tiles::pack_left::<S, P>(simd, d_s, state.left, &mut [Magnitudes::NONE; ROWS]);
-        let panel = right_words(block.keys.len(), BLOCK, P);
-        let step = panel / on_tiles::steps(block.keys.len());
-        let add_to = self.spec.mask.blocks.is_some()
-            || block.sight.rows(&rows.rows, &(0..block.keys.end)).start < block.keys.start;
-        let Some(d_q) = &mut head.d_q else { return };
-        for top in (0..n).step_by(BLOCK) {
-            let height = BLOCK.min(n - top);
-            let left = &state.left[top / SIDE * left_words(SIDE, columns.len(), P)..];
-            for first in (0..dim).step_by(BLOCK) {
-                let right = &state.k[first / BLOCK * panel + rows.steps.start * step..];
-                let operands = Operands { left, right, steps: rows.steps.len(), rows: height };
-                product::<P>(&state.unit, operands, 0..rows.steps.len(), &mut state.sums[first..], width);
-            }
-            for (r, sums) in state.sums.chunks_exact(width).enumerate().take(height) {
-                let i = rows.rows.start + top + r;
-                let sums = &sums[..dim];
-                let d_q = d_q.row_mut(i - head.fixed.first_row);
-                // To zeros, so that no zero is negative: its sign would tell what the row does not see.
-                if !add_to {
-                    d_q.fill(0.0);
-                }
-                add(simd, sums, d_q);
-                for j in block.sight.row(i, &block.keys).map(|j| j - block.keys.start) {
-                    if block.odd_scaled[j] {
-                        let k = &state.k_rows[j * dim..][..dim];
-                        on_tiles::add_scaled(d_s.at(top + r, j - columns.start), k, d_q);
-                    }
-                }
-            }
-        }
-    }
-
-    /// Writes dK and dV of a block.
-    #[inline(always)]
-    fn write_keys(&self, block: &Block<'_>, state: &mut State<'_>) {
-        let Region { batch, kv, .. } = *block.region;
-        for (grad, sums, dim) in
-            [(self.d_k, &*state.d_k, self.shape.dim), (self.d_v, &*state.d_v, self.shape.v_dim)]
-        {
-            let stride = dim.next_multiple_of(8);
-            let sums =
-                MatRef::with_strides(sums, dim, block.keys.len(), KEY_BLOCK, 1).expect("sums of these keys");
-            stage::transpose(sums, state.sums, stride);
-            // SAFETY: a unit that owns dK and dV owns these keys of this key head alone, and blocks are disjoint.
-            let mut grad = unsafe { grad.rows_unsync(batch, kv, block.keys.clone()) };
-            for j in 0..block.keys.len() {
-                grad.row_mut(j).copy_from_slice(&state.sums[j * stride..][..dim]);
-            }
-        }
-    }
-}
-
-/// `to += x`.
-#[inline(always)]
-fn add<S: Simd>(simd: S, x: &[f32], to: &mut [f32]) {
-    lanes::update(
-        simd,
-        x,
-        to,
-        #[inline(always)]
-        |x, to| simd.add_f32s(x, to),
-    );
 }

@@ -9,8 +9,8 @@ use std::ops::Range;
 
 use pulp::Simd;
 
+use super::chunk::{times, vectors};
 use super::dropout::{HeadDropout, SPACE, Space};
-use super::flash::{times, vectors};
 use super::flash_backward::Backward;
 use super::mask::Sight;
 use super::online::{Row, score, seen, shift};

@@ -21,7 +21,8 @@ use std::ops::Range;
 
 use pulp::Simd;
 
-use super::flash::{Chunk, Forward, Rows, groups, vectors};
+use super::chunk::{Chunk, Rows, groups, vectors};
+use super::flash::Forward;
 use super::on_tiles::{self, OnTiles, Operands, left_words, product, right_words};
 use super::problem::{KEY_BLOCK, Shape, cut};
 use super::stage;

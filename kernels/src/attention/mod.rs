@@ -31,11 +31,13 @@
 //! (tests `attention::tests`). On tiles, with ε = 2⁻⁷ (`Medium`) or 2⁻¹⁵ (`High`) and δ = ε·scale·max_j Σ_d |q_d|·|k_d|, up to terms of higher order and f32's
 //! roundings: a score δ, the log-sum-exp δ, the output (2·δ + ε)·Σ_j P_j·|v_j| (tests `attention::tests::tiles`); for gradients see `attention::backward_tiles`.
 
+mod backward_sums;
 mod backward_tile;
 mod backward_tiles;
 mod backward_weights;
 mod blocks;
 pub mod cache;
+mod chunk;
 mod decode;
 mod decode_tiles;
 mod decode_vectors;
@@ -49,6 +51,7 @@ mod online;
 mod packed;
 mod probabilities;
 mod problem;
+mod regions;
 mod stage;
 mod stored;
 #[cfg(test)]

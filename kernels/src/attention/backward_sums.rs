@@ -1,0 +1,145 @@
+//! The sums of the backward pass on tiles: dV and dK of a block, transposed and in scratch until it is done, and dQ in memory.
+
+use pulp::Simd;
+
+use super::backward_tile::Head;
+use super::backward_tiles::{Block, ROWS, Rows, State};
+use super::backward_weights::Scores;
+use super::flash_backward::Backward;
+use super::on_tiles::{self, Operands, left_words, product, right_words};
+use super::problem::{KEY_BLOCK, Shape};
+use super::regions::Region;
+use super::stage;
+use crate::gemm::microkernel::amx::{BLOCK, SIDE};
+use crate::gemm::split::Magnitudes;
+use crate::lanes;
+use crate::view::MatRef;
+
+impl Backward<'_> {
+    /// `dVᵀ += dOᵀ·P` and `dKᵀ += Qᵀ·dS`.
+    #[inline(always)]
+    pub(super) fn keys_and_values<S: Simd, const P: usize>(
+        &self,
+        simd: S,
+        state: &mut State<'_>,
+        block: &Block<'_>,
+        rows: &Rows,
+    ) {
+        let Shape { dim, v_dim, .. } = self.shape;
+        let Scores { p, d_s } = &state.scores;
+        let of_v = (&*state.d_out_across, &state.d_out_rows[..rows.rows.len() * v_dim], &rows.odd_d_out);
+        let of_k = (&*state.q_across, &state.q_rows[..rows.rows.len() * dim], &rows.odd_q);
+        for (scores, (left, odd_rows, odd), acc, dim) in
+            [(p, of_v, &mut *state.d_v, v_dim), (d_s, of_k, &mut *state.d_k, dim)]
+        {
+            let columns = rows.columns();
+            let (n, depth) = (columns.len(), rows.rows.len());
+            let view = MatRef::with_strides(&scores[columns.start..], depth, n, KEY_BLOCK, 1);
+            let view = view.expect("scores of these rows");
+            on_tiles::pack_scores::<S, P>(simd, view, state.right);
+            let deep = on_tiles::steps(depth);
+            for first in (0..dim).step_by(BLOCK) {
+                for panel in 0..rows.steps.len() {
+                    let left = &left[first / SIDE * left_words(SIDE, depth, P)..];
+                    let right = &state.right[panel * right_words(depth, BLOCK, P)..];
+                    let operands = Operands { left, right, steps: deep, rows: BLOCK.min(dim - first) };
+                    let to = &mut state.sums[first * KEY_BLOCK + columns.start + panel * BLOCK..];
+                    product::<P>(&state.unit, operands, 0..deep, to, KEY_BLOCK);
+                }
+            }
+            for c in 0..dim {
+                let part = c * KEY_BLOCK + columns.start..c * KEY_BLOCK + columns.end;
+                add(simd, &state.sums[part.clone()], &mut acc[part]);
+            }
+            for local in (0..depth).filter(|local| odd[*local]) {
+                let row = &odd_rows[local * dim..][..dim];
+                for j in block.sight.row(rows.rows.start + local, &block.keys) {
+                    let j = j - block.keys.start;
+                    let weight = scores[local * KEY_BLOCK + j];
+                    for (c, x) in row.iter().enumerate() {
+                        let sum = &mut acc[c * KEY_BLOCK + j];
+                        *sum = weight.mul_add(*x, *sum);
+                    }
+                }
+            }
+        }
+    }
+
+    /// `dQ += dS·K`.
+    #[inline(always)]
+    pub(super) fn queries<S: Simd, const P: usize>(
+        &self,
+        simd: S,
+        state: &mut State<'_>,
+        (block, head): (&Block<'_>, &mut Head<'_>),
+        rows: &Rows,
+    ) {
+        let dim = self.shape.dim;
+        let (n, width) = (rows.rows.len(), dim.next_multiple_of(BLOCK));
+        let columns = rows.columns();
+        let view = MatRef::with_strides(&state.scores.d_s[columns.start..], n, columns.len(), KEY_BLOCK, 1);
+        let d_s = view.expect("scores of these rows");
+        on_tiles::pack_left::<S, P>(simd, d_s, state.left, &mut [Magnitudes::NONE; ROWS]);
+        let panel = right_words(block.keys.len(), BLOCK, P);
+        let step = panel / on_tiles::steps(block.keys.len());
+        let add_to = self.spec.mask.blocks.is_some()
+            || block.sight.rows(&rows.rows, &(0..block.keys.end)).start < block.keys.start;
+        let Some(d_q) = &mut head.d_q else { return };
+        for top in (0..n).step_by(BLOCK) {
+            let height = BLOCK.min(n - top);
+            let left = &state.left[top / SIDE * left_words(SIDE, columns.len(), P)..];
+            for first in (0..dim).step_by(BLOCK) {
+                let right = &state.k[first / BLOCK * panel + rows.steps.start * step..];
+                let operands = Operands { left, right, steps: rows.steps.len(), rows: height };
+                product::<P>(&state.unit, operands, 0..rows.steps.len(), &mut state.sums[first..], width);
+            }
+            for (r, sums) in state.sums.chunks_exact(width).enumerate().take(height) {
+                let i = rows.rows.start + top + r;
+                let sums = &sums[..dim];
+                let d_q = d_q.row_mut(i - head.fixed.first_row);
+                // To zeros, so that no zero is negative: its sign would tell what the row does not see.
+                if !add_to {
+                    d_q.fill(0.0);
+                }
+                add(simd, sums, d_q);
+                for j in block.sight.row(i, &block.keys).map(|j| j - block.keys.start) {
+                    if block.odd_scaled[j] {
+                        let k = &state.k_rows[j * dim..][..dim];
+                        on_tiles::add_scaled(d_s.at(top + r, j - columns.start), k, d_q);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Writes dK and dV of a block.
+    #[inline(always)]
+    pub(super) fn write_keys(&self, block: &Block<'_>, state: &mut State<'_>) {
+        let Region { batch, kv, .. } = *block.region;
+        for (grad, sums, dim) in
+            [(self.d_k, &*state.d_k, self.shape.dim), (self.d_v, &*state.d_v, self.shape.v_dim)]
+        {
+            let stride = dim.next_multiple_of(8);
+            let sums =
+                MatRef::with_strides(sums, dim, block.keys.len(), KEY_BLOCK, 1).expect("sums of these keys");
+            stage::transpose(sums, state.sums, stride);
+            // SAFETY: a unit that owns dK and dV owns these keys of this key head alone, and blocks are disjoint.
+            let mut grad = unsafe { grad.rows_unsync(batch, kv, block.keys.clone()) };
+            for j in 0..block.keys.len() {
+                grad.row_mut(j).copy_from_slice(&state.sums[j * stride..][..dim]);
+            }
+        }
+    }
+}
+
+/// `to += x`.
+#[inline(always)]
+fn add<S: Simd>(simd: S, x: &[f32], to: &mut [f32]) {
+    lanes::update(
+        simd,
+        x,
+        to,
+        #[inline(always)]
+        |x, to| simd.add_f32s(x, to),
+    );
+}
