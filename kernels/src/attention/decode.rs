@@ -6,7 +6,7 @@
 //! The naive form, in its own order, because the scores of a few queries are short. What is added:
 //! - The cache stands in the order that the products read ([`super::cache`]), and query heads that share a key head
 //!   go through it together, so memory is read once, as a stream.
-//! - The softmax is that of the full pass, block by block with the same [`online::absorb`], and each product is one
+//! - The softmax is that of the full pass, block by block with the same `absorb` ([`super::online`]), and each product is one
 //!   ascending chain: so the bits are those of the row in the full pass, however the keys are split into parts.
 //! - With fewer heads than threads, tasks take [`KEYS_PER_TASK`] keys of the scores, and then [`COLS_PER_TASK`]
 //!   columns of the output. Partial outputs of key chunks, merged by their maxima, would read V in one piece
@@ -16,26 +16,18 @@
 //! The two products are those of the full pass at the context's precision: [`super::decode_vectors`] or [`super::decode_tiles`]. A cache of int8, which has
 //! no full pass to be equal to, is read by vectors.
 
-use std::ops::Range;
-
-use pulp::{Simd, WithSimd};
-
 use super::cache::{Cache, CacheLayout};
-use super::decode_tiles::Unit;
-use super::decode_vectors::Vectors;
+use super::decode_tasks::{Step, Tasks};
 use super::on_tiles::OnTiles;
-use super::online::{self, Carried, Row};
-use super::problem::{KEY_BLOCK, Shape, Shared, deal, piece};
+use super::problem::{KEY_BLOCK, Shape, Shared, deal};
 use super::stored::GROUP_WORDS;
-use super::tile::GROUP;
 use crate::context::Context;
 use crate::error::{ShapeError, expect_dim};
-use crate::lanes;
 use crate::scratch::ScratchBuf;
 use crate::view::{HeadsLayout, HeadsMut, HeadsRef};
 
 /// Keys whose scores one task makes when heads are split: a fixed number, whatever the threads.
-const KEYS_PER_TASK: usize = 8 * KEY_BLOCK;
+pub(super) const KEYS_PER_TASK: usize = 8 * KEY_BLOCK;
 
 /// Columns of the output that one task makes when heads are split.
 const COLS_PER_TASK: usize = 32;
@@ -52,10 +44,19 @@ pub struct Part<'a> {
     pub lengths: &'a [usize],
 }
 
-/// `out = softmax(scale·Q·Kᵀ)·V` over cached keys, and the log-sum-exp. The queries stand at the last positions of
+/// What decoding computes.
+#[derive(Debug, Clone, Copy)]
+pub struct DecodeSpec<'a> {
+    /// Multiplies q·k; 1/√dim in the paper.
+    pub scale: f32,
+    /// A slope for each query head: a score loses `slope·distance`, from the query's position to the key's ([`super::Alibi`]).
+    pub slopes: Option<&'a [f32]>,
+}
+
+/// `out = softmax(scale·Q·Kᵀ − slope·distance)·V` over cached keys, and the log-sum-exp. The queries stand at the last positions of
 /// their sequence: of `n`, query `i` sees all keys but the last `n − 1 − i`.
 ///
-/// The bits are those of [`super::forward`] with a causal mask and the same keys.
+/// The bits are those of [`super::forward`] with a causal mask, the same keys and the same slopes.
 ///
 /// # Shapes
 /// q [batch, seq_q, heads, dim], out [batch, seq_q, heads, v_dim], lse [batch, heads, seq_q]; heads is a multiple of
@@ -70,7 +71,7 @@ pub fn decode(
     ctx: &Context,
     q: HeadsRef<'_>,
     parts: &[Part<'_>],
-    scale: f32,
+    spec: &DecodeSpec<'_>,
     out: HeadsMut<'_>,
     lse: &mut [f32],
 ) -> Result<(), ShapeError> {
@@ -96,8 +97,12 @@ pub fn decode(
     let shape = Shape { batch, heads, kv_heads, seq_q, seq_k: keys, dim, v_dim };
     shape.expect_out("out", out.layout())?;
     expect_dim("lse", "elements", shape.rows()?, lse.len())?;
+    if let Some(slopes) = spec.slopes {
+        expect_dim("spec.slopes", "entries", heads, slopes.len())?;
+    }
     let group = shape.group();
-    Decode { q, parts, scale, kv_heads, dim, v_dim, group, keys, out: &out, lse: Shared::new(lse) }.run(ctx);
+    Decode { q, parts, spec: *spec, kv_heads, dim, v_dim, group, keys, out: &out, lse: Shared::new(lse) }
+        .run(ctx);
     Ok(())
 }
 
@@ -126,28 +131,15 @@ impl Part<'_> {
 pub(super) struct Decode<'a> {
     pub(super) q: HeadsRef<'a>,
     pub(super) parts: &'a [Part<'a>],
-    pub(super) scale: f32,
-    kv_heads: usize,
+    pub(super) spec: DecodeSpec<'a>,
+    pub(super) kv_heads: usize,
     pub(super) dim: usize,
     pub(super) v_dim: usize,
-    group: usize,
+    pub(super) group: usize,
     /// The most keys of a sequence.
-    keys: usize,
-    out: &'a HeadsMut<'a>,
-    lse: Shared,
-}
-
-/// What a task does.
-#[derive(Clone, Copy)]
-enum Step {
-    /// The scores of some keys.
-    Scores,
-    /// m, l and P.
-    Weights,
-    /// Some columns of the output.
-    Output,
-    /// All of a unit, one after the other.
-    All,
+    pub(super) keys: usize,
+    pub(super) out: &'a HeadsMut<'a>,
+    pub(super) lse: Shared,
 }
 
 impl Decode<'_> {
@@ -183,7 +175,7 @@ impl Decode<'_> {
 
     /// [`COLS_PER_TASK`], or a group of columns of integers, which is larger.
     #[inline(always)]
-    fn cols_per_task(&self) -> usize {
+    pub(super) fn cols_per_task(&self) -> usize {
         if self.parts.iter().any(|part| part.cache.is_int8()) { 4 * GROUP_WORDS } else { COLS_PER_TASK }
     }
 
@@ -216,179 +208,9 @@ pub(super) struct Places {
     /// Elements of a row of scores: all blocks.
     pub(super) stride: usize,
     pub(super) alpha: usize,
-    l: usize,
-    m: usize,
-    inverse: usize,
+    pub(super) l: usize,
+    pub(super) m: usize,
+    pub(super) inverse: usize,
     /// Elements of a unit.
     pub(super) len: usize,
-}
-
-/// By what means the two products are made.
-pub(super) trait Products {
-    /// `scale·q·k_j` of all rows of a unit, for the keys among `keys`.
-    fn scores<S: Simd>(&self, simd: S, tasks: &Tasks<'_>, unit: usize, keys: &Range<usize>);
-
-    /// Columns `cols` of the output of a unit, whose weights are complete.
-    fn output<S: Simd>(&self, simd: S, tasks: &Tasks<'_>, unit: usize, cols: Range<usize>);
-}
-
-pub(super) struct Tasks<'a> {
-    pub(super) problem: Decode<'a>,
-    pub(super) places: Places,
-    pub(super) memory: Shared,
-    tiles: Option<OnTiles>,
-    step: Step,
-    /// Tasks of one unit.
-    pieces: usize,
-    tasks: Range<usize>,
-}
-
-impl WithSimd for Tasks<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        match self.tiles {
-            None => self.run(simd, &Vectors),
-            Some(OnTiles { tiles, parts: 1 }) => self.run(simd, &Unit::<1>::configure(tiles)),
-            Some(OnTiles { tiles, .. }) => self.run(simd, &Unit::<2>::configure(tiles)),
-        }
-    }
-}
-
-impl Tasks<'_> {
-    #[inline(always)]
-    fn run<S: Simd>(&self, simd: S, products: &impl Products) {
-        let Decode { keys, v_dim, .. } = self.problem;
-        for task in self.tasks.clone() {
-            let (unit, index) = (task / self.pieces, task % self.pieces);
-            match self.step {
-                Step::Scores => {
-                    products.scores(simd, self, unit, &piece(index, KEYS_PER_TASK, keys));
-                }
-                Step::Weights => self.weights(simd, unit),
-                Step::Output => {
-                    let cols = piece(index, self.problem.cols_per_task(), v_dim);
-                    products.output(simd, self, unit, cols);
-                }
-                Step::All => {
-                    products.scores(simd, self, unit, &(0..keys));
-                    self.weights(simd, unit);
-                    products.output(simd, self, unit, 0..v_dim);
-                }
-            }
-        }
-    }
-
-    /// Sequence and key head of a unit.
-    #[inline(always)]
-    pub(super) fn place(&self, unit: usize) -> (usize, usize) {
-        (unit / self.problem.kv_heads, unit % self.problem.kv_heads)
-    }
-
-    /// One past the last key that row `r` of a unit sees.
-    #[inline(always)]
-    pub(super) fn visible_end(&self, unit: usize, r: usize) -> usize {
-        let queries = self.problem.q.layout().seq;
-        let later = queries - 1 - r % queries;
-        self.problem.total(self.place(unit).0).saturating_sub(later)
-    }
-
-    /// scale·q of all rows of a unit, [rows, dim].
-    #[inline(always)]
-    pub(super) fn scaled_queries<S: Simd>(&self, simd: S, unit: usize) -> ScratchBuf {
-        let Decode { q, scale, dim, .. } = self.problem;
-        let (b, kv) = self.place(unit);
-        let mut scaled = ScratchBuf::take(self.problem.rows() * dim);
-        for (r, to) in scaled.chunks_exact_mut(dim.max(1)).enumerate() {
-            let head = kv * self.problem.group + r / q.layout().seq;
-            let scale = simd.splat_f32s(scale);
-            lanes::map(
-                simd,
-                q.head(b, head).row(r % q.layout().seq),
-                to,
-                #[inline(always)]
-                |x| simd.mul_f32s(x, scale),
-            );
-        }
-        scaled
-    }
-
-    /// P of a unit, each row's α for each block, 1/l, and lse.
-    #[inline(always)]
-    fn weights<S: Simd>(&self, simd: S, unit: usize) {
-        let Decode { q, group, lse, .. } = self.problem;
-        let Places { stride, alpha, l, m, inverse, len } = self.places;
-        let (b, kv) = self.place(unit);
-        let (rows, total) = (self.problem.rows(), self.problem.total(b));
-        // SAFETY: a unit's weights are one task, and its scores are complete, so nobody else uses its scratch.
-        let memory = unsafe { self.memory.part(unit * len, len) };
-        let (scores, rest) = memory.split_at_mut(alpha);
-        let (alphas, rest) = rest.split_at_mut(l - alpha);
-        let (ls, rest) = rest.split_at_mut(m - l);
-        let (ms, inverses) = rest.split_at_mut(inverse - m);
-        ls.fill(0.0);
-        ms.fill(f32::NEG_INFINITY);
-        for (index, first_key) in (0..total).step_by(KEY_BLOCK).enumerate() {
-            let keys = first_key..(first_key + KEY_BLOCK).min(total);
-            let vectors = first_key / S::F32_LANES..keys.end.div_ceil(S::F32_LANES);
-            for first in (0..rows).step_by(GROUP) {
-                let n = GROUP.min(rows - first);
-                let carried = Carried {
-                    m: &mut ms[first..][..n],
-                    l: &mut ls[first * S::F32_LANES..][..n * S::F32_LANES],
-                    alpha: &mut alphas[index * rows + first..][..n],
-                };
-                let scores = &mut scores[first * stride..][..n * stride];
-                online::absorb(
-                    simd,
-                    scores,
-                    (stride / S::F32_LANES, &vectors),
-                    #[inline(always)]
-                    |r| {
-                        let end = self.visible_end(unit, first + r).clamp(first_key, keys.end);
-                        let whole = end == vectors.end * S::F32_LANES;
-                        (!whole).then(|| Row { bias: None, alibi: None, visible: 0..end - first_key })
-                    },
-                    carried,
-                );
-            }
-        }
-        for r in 0..rows {
-            let l = S::as_simd_f32s(&ls[r * S::F32_LANES..][..S::F32_LANES]).0[0];
-            let (head, i) = (kv * group + r / q.layout().seq, r % q.layout().seq);
-            let (inverse, sum) = online::finish(simd, ms[r], l);
-            inverses[r] = inverse;
-            // SAFETY: (b, head, i) is an element of lse [batch, heads, seq_q], which this unit alone writes.
-            unsafe { lse.part((b * q.layout().heads + head) * q.layout().seq + i, 1)[0] = sum };
-        }
-    }
-
-    /// Divides the sums of a unit's rows, `width` apart, by l, and writes columns `cols` of the output.
-    #[inline(always)]
-    pub(super) fn store<S: Simd>(
-        &self,
-        simd: S,
-        unit: usize,
-        (acc, width): (&[f32], usize),
-        cols: Range<usize>,
-    ) {
-        let Decode { q, group, out, .. } = self.problem;
-        let Places { inverse, len, .. } = self.places;
-        let (b, kv) = self.place(unit);
-        for (r, acc) in acc.chunks_exact(width.max(1)).enumerate() {
-            let (head, i) = (kv * group + r / q.layout().seq, r % q.layout().seq);
-            // SAFETY: this task alone writes these columns of this row; 1/l is complete and only read.
-            let (out, inverse) =
-                unsafe { (out.rows_unsync(b, head, i..i + 1), *self.memory.at(unit * len + inverse + r)) };
-            let (inverse, zero) = (simd.splat_f32s(inverse), simd.splat_f32s(0.0));
-            lanes::map(
-                simd,
-                &acc[..cols.len()],
-                out.sub(0..1, cols.clone()).row_mut(0),
-                #[inline(always)]
-                |x| simd.mul_add_e_f32s(x, inverse, zero),
-            );
-        }
-    }
 }

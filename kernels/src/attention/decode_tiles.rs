@@ -17,7 +17,8 @@ use std::ops::Range;
 use pulp::Simd;
 
 use super::cache::{PANEL, Rows};
-use super::decode::{Decode, Part, Places, Products, Tasks};
+use super::decode::{Decode, Part, Places};
+use super::decode_tasks::{Products, Tasks};
 use super::on_tiles::{self, Operands, is_odd, left_words, product, right_words};
 use super::problem::KEY_BLOCK;
 use super::stored;

@@ -8,7 +8,8 @@ use std::ops::Range;
 use pulp::Simd;
 
 use super::cache::{CacheFormat, PANEL, Rows};
-use super::decode::{Decode, Places, Products, Tasks};
+use super::decode::{Decode, Places};
+use super::decode_tasks::{Products, Tasks};
 use super::problem::KEY_BLOCK;
 use super::stored::{self, GROUP_WORDS};
 use super::tile::{Dest, Extent, Left, Onto, Right, product};

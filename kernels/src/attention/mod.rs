@@ -39,6 +39,7 @@ mod blocks;
 pub mod cache;
 mod chunk;
 mod decode;
+mod decode_tasks;
 mod decode_tiles;
 mod decode_vectors;
 mod dropout;
@@ -59,7 +60,7 @@ mod tests;
 mod tile;
 
 pub use blocks::{BigBird, BlockList};
-pub use decode::{Part, decode};
+pub use decode::{DecodeSpec, Part, decode};
 pub use dropout::ScoreDropout;
 pub use mask::{Alibi, Bias, Causal, Mask, Window};
 pub use packed::{Packed, backward_packed, forward_packed};

@@ -61,7 +61,11 @@ pub(super) fn cases() -> Vec<Case> {
         dim,
         v_dim,
     };
-    shapes.map(|dims| Case { causal: Some(0), ..Case::new(shape(dims)) }).to_vec()
+    let mut cases = shapes.map(|dims| Case { causal: Some(0), ..Case::new(shape(dims)) }).to_vec();
+    for case in &mut cases[1..4] {
+        case.slopes = ((1..=case.shape.heads).map(|h| 0.5f32.powi(h as i32)).collect(), 0);
+    }
+    cases
 }
 
 /// `data` [batch, seq, width], rows `keys` of each sequence.
@@ -78,7 +82,10 @@ pub(super) fn run(ctx: &Context, case: &Case, queries: usize, parts: &[Part<'_>]
         ctx,
         HeadsRef::new(&q, HeadsLayout::batch_seq_heads(batch, queries, heads, dim)).unwrap(),
         parts,
-        case.spec().scale,
+        &DecodeSpec {
+            scale: case.spec().scale,
+            slopes: (!case.slopes.0.is_empty()).then_some(&case.slopes.0),
+        },
         HeadsMut::new(out.body_mut(), HeadsLayout::batch_seq_heads(batch, queries, heads, v_dim)).unwrap(),
         lse.body_mut(),
     )
@@ -172,18 +179,26 @@ fn misfits_are_named() {
         let mut out = vec![0.0; 48];
         let out = HeadsMut::new(&mut out, out_layout).unwrap();
         let part = Part { cache: cache.view(), sequences, lengths };
-        let error = decode(&ctx, k, &[part], 1.0, out, &mut vec![0.0; lse]);
+        let error = decode(&ctx, k, &[part], &PLAIN, out, &mut vec![0.0; lse]);
         error.map_err(|error| error.to_string())
     };
     assert!(attempt(&[0, 2], &[1, 1], 12).unwrap_err().contains("sequences"));
     assert!(attempt(&[0, 1], &[1, 65], 12).unwrap_err().contains("lengths"));
     assert!(attempt(&[0], &[1, 1], 12).unwrap_err().contains("sequences"));
     assert!(attempt(&[0, 1], &[1, 1], 11).unwrap_err().contains("lse"));
+    let mut out = vec![0.0; 48];
+    let out = HeadsMut::new(&mut out, out_layout).unwrap();
+    let part = Part { cache: cache.view(), sequences: &[0, 1], lengths: &[1, 1] };
+    let spec = DecodeSpec { slopes: Some(&[0.5]), ..PLAIN };
+    let error = decode(&ctx, k, &[part], &spec, out, &mut [0.0; 12]).unwrap_err();
+    assert!(error.to_string().contains("spec.slopes: entries is 1, expected 2"), "{error}");
     cache_is_required(&ctx, k, out_layout);
 }
+
+const PLAIN: DecodeSpec<'static> = DecodeSpec { scale: 1.0, slopes: None };
 
 fn cache_is_required(ctx: &Context, q: HeadsRef<'_>, layout: HeadsLayout) {
     let mut out = vec![0.0; 48];
     let out = HeadsMut::new(&mut out, layout).unwrap();
-    assert!(decode(ctx, q, &[], 1.0, out, &mut [0.0; 12]).unwrap_err().to_string().contains("parts"));
+    assert!(decode(ctx, q, &[], &PLAIN, out, &mut [0.0; 12]).unwrap_err().to_string().contains("parts"));
 }

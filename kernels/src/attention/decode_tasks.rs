@@ -1,0 +1,207 @@
+//! The tasks of a decoding step: scores, the softmax over them, and columns of the output.
+
+use std::ops::Range;
+
+use pulp::{Simd, WithSimd};
+
+use super::decode::{Decode, KEYS_PER_TASK, Places};
+use super::decode_tiles::Unit;
+use super::decode_vectors::Vectors;
+use super::mask::Line;
+use super::on_tiles::OnTiles;
+use super::online::{self, Carried, Row};
+use super::problem::{KEY_BLOCK, Shared, piece};
+use super::tile::GROUP;
+use crate::lanes;
+use crate::scratch::ScratchBuf;
+
+/// What a task does.
+#[derive(Clone, Copy)]
+pub(super) enum Step {
+    /// The scores of some keys.
+    Scores,
+    /// m, l and P.
+    Weights,
+    /// Some columns of the output.
+    Output,
+    /// All of a unit, one after the other.
+    All,
+}
+
+/// By what means the two products are made.
+pub(super) trait Products {
+    /// `scale·q·k_j` of all rows of a unit, for the keys among `keys`.
+    fn scores<S: Simd>(&self, simd: S, tasks: &Tasks<'_>, unit: usize, keys: &Range<usize>);
+
+    /// Columns `cols` of the output of a unit, whose weights are complete.
+    fn output<S: Simd>(&self, simd: S, tasks: &Tasks<'_>, unit: usize, cols: Range<usize>);
+}
+
+pub(super) struct Tasks<'a> {
+    pub(super) problem: Decode<'a>,
+    pub(super) places: Places,
+    pub(super) memory: Shared,
+    pub(super) tiles: Option<OnTiles>,
+    pub(super) step: Step,
+    /// Tasks of one unit.
+    pub(super) pieces: usize,
+    pub(super) tasks: Range<usize>,
+}
+
+impl WithSimd for Tasks<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        match self.tiles {
+            None => self.run(simd, &Vectors),
+            Some(OnTiles { tiles, parts: 1 }) => self.run(simd, &Unit::<1>::configure(tiles)),
+            Some(OnTiles { tiles, .. }) => self.run(simd, &Unit::<2>::configure(tiles)),
+        }
+    }
+}
+
+impl Tasks<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(&self, simd: S, products: &impl Products) {
+        let Decode { keys, v_dim, .. } = self.problem;
+        for task in self.tasks.clone() {
+            let (unit, index) = (task / self.pieces, task % self.pieces);
+            match self.step {
+                Step::Scores => {
+                    products.scores(simd, self, unit, &piece(index, KEYS_PER_TASK, keys));
+                }
+                Step::Weights => self.weights(simd, unit),
+                Step::Output => {
+                    let cols = piece(index, self.problem.cols_per_task(), v_dim);
+                    products.output(simd, self, unit, cols);
+                }
+                Step::All => {
+                    products.scores(simd, self, unit, &(0..keys));
+                    self.weights(simd, unit);
+                    products.output(simd, self, unit, 0..v_dim);
+                }
+            }
+        }
+    }
+
+    /// Sequence and key head of a unit.
+    #[inline(always)]
+    pub(super) fn place(&self, unit: usize) -> (usize, usize) {
+        (unit / self.problem.kv_heads, unit % self.problem.kv_heads)
+    }
+
+    /// One past the last key that row `r` of a unit sees.
+    #[inline(always)]
+    pub(super) fn visible_end(&self, unit: usize, r: usize) -> usize {
+        let queries = self.problem.q.layout().seq;
+        let later = queries - 1 - r % queries;
+        self.problem.total(self.place(unit).0).saturating_sub(later)
+    }
+
+    /// scale·q of all rows of a unit, [rows, dim].
+    #[inline(always)]
+    pub(super) fn scaled_queries<S: Simd>(&self, simd: S, unit: usize) -> ScratchBuf {
+        let Decode { q, spec, dim, .. } = self.problem;
+        let (b, kv) = self.place(unit);
+        let mut scaled = ScratchBuf::take(self.problem.rows() * dim);
+        for (r, to) in scaled.chunks_exact_mut(dim.max(1)).enumerate() {
+            let head = kv * self.problem.group + r / q.layout().seq;
+            let scale = simd.splat_f32s(spec.scale);
+            lanes::map(
+                simd,
+                q.head(b, head).row(r % q.layout().seq),
+                to,
+                #[inline(always)]
+                |x| simd.mul_f32s(x, scale),
+            );
+        }
+        scaled
+    }
+
+    /// P of a unit, each row's α for each block, 1/l, and lse.
+    #[inline(always)]
+    fn weights<S: Simd>(&self, simd: S, unit: usize) {
+        let Decode { q, group, lse, spec, .. } = self.problem;
+        let Places { stride, alpha, l, m, inverse, len } = self.places;
+        let (b, kv) = self.place(unit);
+        let (rows, total) = (self.problem.rows(), self.problem.total(b));
+        // SAFETY: a unit's weights are one task, and its scores are complete, so nobody else uses its scratch.
+        let memory = unsafe { self.memory.part(unit * len, len) };
+        let (scores, rest) = memory.split_at_mut(alpha);
+        let (alphas, rest) = rest.split_at_mut(l - alpha);
+        let (ls, rest) = rest.split_at_mut(m - l);
+        let (ms, inverses) = rest.split_at_mut(inverse - m);
+        ls.fill(0.0);
+        ms.fill(f32::NEG_INFINITY);
+        for (index, first_key) in (0..total).step_by(KEY_BLOCK).enumerate() {
+            let keys = first_key..(first_key + KEY_BLOCK).min(total);
+            let vectors = first_key / S::F32_LANES..keys.end.div_ceil(S::F32_LANES);
+            for first in (0..rows).step_by(GROUP) {
+                let n = GROUP.min(rows - first);
+                let carried = Carried {
+                    m: &mut ms[first..][..n],
+                    l: &mut ls[first * S::F32_LANES..][..n * S::F32_LANES],
+                    alpha: &mut alphas[index * rows + first..][..n],
+                };
+                let scores = &mut scores[first * stride..][..n * stride];
+                online::absorb(
+                    simd,
+                    scores,
+                    (stride / S::F32_LANES, &vectors),
+                    #[inline(always)]
+                    |r| {
+                        let seen = self.visible_end(unit, first + r);
+                        let alibi = spec.slopes.map(
+                            #[inline(always)]
+                            |slopes| {
+                                let slope = slopes[kv * group + (first + r) / q.layout().seq];
+                                Line { slope, ahead: seen as f32 - 1.0 - first_key as f32 }
+                            },
+                        );
+                        let end = seen.clamp(first_key, keys.end);
+                        let plain = end == vectors.end * S::F32_LANES && alibi.is_none();
+                        (!plain).then(|| Row { bias: None, alibi, visible: 0..end - first_key })
+                    },
+                    carried,
+                );
+            }
+        }
+        for r in 0..rows {
+            let l = S::as_simd_f32s(&ls[r * S::F32_LANES..][..S::F32_LANES]).0[0];
+            let (head, i) = (kv * group + r / q.layout().seq, r % q.layout().seq);
+            let (inverse, sum) = online::finish(simd, ms[r], l);
+            inverses[r] = inverse;
+            // SAFETY: (b, head, i) is an element of lse [batch, heads, seq_q], which this unit alone writes.
+            unsafe { lse.part((b * q.layout().heads + head) * q.layout().seq + i, 1)[0] = sum };
+        }
+    }
+
+    /// Divides the sums of a unit's rows, `width` apart, by l, and writes columns `cols` of the output.
+    #[inline(always)]
+    pub(super) fn store<S: Simd>(
+        &self,
+        simd: S,
+        unit: usize,
+        (acc, width): (&[f32], usize),
+        cols: Range<usize>,
+    ) {
+        let Decode { q, group, out, .. } = self.problem;
+        let Places { inverse, len, .. } = self.places;
+        let (b, kv) = self.place(unit);
+        for (r, acc) in acc.chunks_exact(width.max(1)).enumerate() {
+            let (head, i) = (kv * group + r / q.layout().seq, r % q.layout().seq);
+            // SAFETY: this task alone writes these columns of this row; 1/l is complete and only read.
+            let (out, inverse) =
+                unsafe { (out.rows_unsync(b, head, i..i + 1), *self.memory.at(unit * len + inverse + r)) };
+            let (inverse, zero) = (simd.splat_f32s(inverse), simd.splat_f32s(0.0));
+            lanes::map(
+                simd,
+                &acc[..cols.len()],
+                out.sub(0..1, cols.clone()).row_mut(0),
+                #[inline(always)]
+                |x| simd.mul_add_e_f32s(x, inverse, zero),
+            );
+        }
+    }
+}
