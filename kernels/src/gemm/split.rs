@@ -73,28 +73,59 @@ impl Magnitudes {
     }
 }
 
-/// The parts of `x`, each the bits of an f32 whose lower half is zero.
-#[inline(always)]
-fn parts_of<const P: usize>(x: f32) -> [u32; P] {
-    let mut rest = x;
-    [(); P].map(
-        #[inline(always)]
-        |()| {
-            let bits = bf16_bits(rest) << 16;
-            rest -= f32::from_bits(bits);
-            bits
-        },
-    )
+/// The magnitudes of many numbers together, lane by lane: what tells in few instructions that none of them needs a look.
+struct Together {
+    largest: [u32; STEP],
+    smallest_less_one: [u32; STEP],
 }
 
-/// Two numbers that follow each other along k.
+impl Together {
+    const NONE: Together = Together { largest: [0; STEP], smallest_less_one: [u32::MAX; STEP] };
+
+    /// Adds a row; only three parts ask for the smallest.
+    #[inline(always)]
+    fn add<const P: usize>(&mut self, row: &[f32; STEP]) {
+        for (largest, x) in self.largest.iter_mut().zip(row) {
+            *largest = (*largest).max(x.to_bits() & 0x7fff_ffff);
+        }
+        if const { P == 3 } {
+            for (smallest, x) in self.smallest_less_one.iter_mut().zip(row) {
+                *smallest = (*smallest).min((x.to_bits() & 0x7fff_ffff).wrapping_sub(1));
+            }
+        }
+    }
+
+    /// Whether parts stand for all of them.
+    #[inline(always)]
+    fn fit(&self) -> bool {
+        let largest = self.largest.iter().fold(0, |most: u32, x| most.max(*x));
+        let smallest_less_one = self.smallest_less_one.iter().fold(u32::MAX, |least: u32, x| least.min(*x));
+        Magnitudes { largest, smallest_less_one }.fit(Storage::Split3)
+    }
+}
+
+/// Writes 32 numbers that follow each other along k as the words of a row of a tile, parts `apart` words from each other.
+///
+/// The halves of a word are written as such, which is the order of a tile on a CPU that has one, and a conversion of vectors: shifting pairs of
+/// words together took three to five times as long (AVX2).
+///
+/// # Panics
+/// When `words` is too short.
 #[inline(always)]
-fn pair(first: u32, second: u32) -> u32 {
-    first >> 16 | second
+pub(crate) fn split_row<const P: usize>(row: &[f32; STEP], words: &mut [u32], apart: usize) {
+    let mut rest = *row;
+    for part in 0..P {
+        let halves: &mut [u16] = pulp::bytemuck::cast_slice_mut(&mut words[part * apart..][..STEP / 2]);
+        for (x, half) in rest.iter_mut().zip(halves) {
+            let bits = bf16_bits(*x);
+            *half = bits as u16;
+            *x -= f32::from_bits(bits << 16);
+        }
+    }
 }
 
 /// Packs rows of A: 16 rows after 16 rows, step after step of k, part after part, a tile of [`TILE_WORDS`] with a row of A in each row.
-/// `magnitudes` has one element a row.
+/// `magnitudes` has one element a row, which holds at least what has no parts.
 ///
 /// # Panics
 /// When `tiles` or `magnitudes` is too short.
@@ -115,19 +146,13 @@ pub(crate) fn pack_left<const P: usize>(a: MatRef<'_>, tiles: &mut [u32], magnit
                 pack_panel(Source::of(&part), height, part.cols(), &mut staging[..height * STEP], STEP)
             };
             let tiles = tiles.next().expect("a tile for each 16 rows and each step");
+            let mut together = Together::NONE;
             for (i, row) in staging.as_chunks::<STEP>().0.iter().enumerate() {
-                let mut parts = [[0u32; STEP]; P];
-                for (p, x) in row.iter().enumerate() {
-                    for (part, bits) in parts.iter_mut().zip(parts_of::<P>(*x)) {
-                        part[p] = bits;
-                    }
-                }
-                for (q, part) in parts.iter().enumerate() {
-                    let words = &mut tiles[q * TILE_WORDS + i * SIDE..][..SIDE];
-                    for (word, two) in words.iter_mut().zip(part.as_chunks::<2>().0) {
-                        *word = pair(two[0], two[1]);
-                    }
-                }
+                together.add::<P>(row);
+                split_row::<P>(row, &mut tiles[i * SIDE..], TILE_WORDS);
+            }
+            if together.fit() {
+                continue;
             }
             for (row, magnitudes) in staging.as_chunks::<STEP>().0.iter().zip(magnitudes.iter_mut()) {
                 row[..part.cols()].iter().for_each(
@@ -140,7 +165,7 @@ pub(crate) fn pack_left<const P: usize>(a: MatRef<'_>, tiles: &mut [u32], magnit
 }
 
 /// Packs a panel of B, at most two tiles wide: step after step of k, part after part, two tiles of [`TILE_WORDS`] beside each other,
-/// each with pairs of k in its rows. `magnitudes` has one element a column.
+/// each with pairs of k in its rows. `magnitudes` has one element a column, which holds at least what has no parts.
 ///
 /// # Panics
 /// When `tiles` or `magnitudes` is too short, or the panel too wide.
@@ -166,14 +191,25 @@ pub(crate) fn pack_right<T: Element, const P: usize>(
                 // SAFETY: the source is the view `part`.
                 unsafe { pack_panel(Source::of(&part), rows.len(), lanes.len(), staged, SIDE) };
             }
+            let mut together = Together::NONE;
             for (q, two) in staging.as_chunks::<{ 2 * SIDE }>().0.iter().enumerate() {
-                for j in 0..SIDE {
-                    let (first, second) = (parts_of::<P>(two[j]), parts_of::<P>(two[SIDE + j]));
-                    for part in 0..P {
-                        tiles[(2 * part + side) * TILE_WORDS + q * SIDE + j] =
-                            pair(first[part], second[part]);
+                together.add::<P>(two);
+                let mut rest = *two;
+                for part in 0..P {
+                    let mut bits = [0u32; 2 * SIDE];
+                    for (x, bits) in rest.iter_mut().zip(&mut bits) {
+                        *bits = bf16_bits(*x);
+                        *x -= f32::from_bits(*bits << 16);
+                    }
+                    let words = &mut tiles[(2 * part + side) * TILE_WORDS + q * SIDE..][..SIDE];
+                    let (first, second) = bits.split_at(SIDE);
+                    for ((word, first), second) in words.iter_mut().zip(first).zip(second) {
+                        *word = first | second << 16;
                     }
                 }
+            }
+            if together.fit() {
+                continue;
             }
             let magnitudes = &mut magnitudes[lanes];
             for row in staging.as_chunks::<SIDE>().0.iter().take(rows.len()) {
@@ -205,6 +241,13 @@ pub(super) fn right_element(tiles: &[u32], parts: usize, p: usize, j: usize) -> 
 mod tests {
     use super::*;
     use crate::testing::uniform;
+
+    /// The parts of `x`, each the bits of an f32 whose lower half is zero.
+    fn parts_of<const P: usize>(x: f32) -> [u32; P] {
+        let mut words = [0; 3 * SIDE];
+        split_row::<P>(&[x; STEP], &mut words, SIDE);
+        std::array::from_fn(|part| words[part * SIDE] << 16)
+    }
 
     fn within(x: f32, parts: &[u32], bound: f64) {
         let sum: f64 = parts.iter().map(|bits| f64::from(f32::from_bits(*bits))).sum();
