@@ -3,7 +3,7 @@
 use pulp::Simd;
 
 use super::backward_tile::Head;
-use super::backward_tiles::{Block, ROWS, Rows, State};
+use super::backward_tiles::{Block, Rows, State};
 use super::backward_weights::Scores;
 use super::flash_backward::Backward;
 use super::on_tiles::{self, Operands, left_words, product, right_words};
@@ -11,7 +11,6 @@ use super::problem::{KEY_BLOCK, Shape};
 use super::regions::Region;
 use super::stage;
 use crate::gemm::microkernel::amx::{BLOCK, SIDE};
-use crate::gemm::split::Magnitudes;
 use crate::lanes;
 use crate::view::MatRef;
 
@@ -77,9 +76,7 @@ impl Backward<'_> {
         let dim = self.shape.dim;
         let (n, width) = (rows.rows.len(), dim.next_multiple_of(BLOCK));
         let columns = rows.columns();
-        let view = MatRef::with_strides(&state.scores.d_s[columns.start..], n, columns.len(), KEY_BLOCK, 1);
-        let d_s = view.expect("scores of these rows");
-        on_tiles::pack_left::<S, P>(simd, d_s, state.left, &mut [Magnitudes::NONE; ROWS]);
+        on_tiles::pack_score_rows::<S, P>(simd, state.scores.d_s, (n, &rows.steps), state.left);
         let panel = right_words(block.keys.len(), BLOCK, P);
         let step = panel / on_tiles::steps(block.keys.len());
         let add_to = self.spec.mask.blocks.is_some()
@@ -105,7 +102,7 @@ impl Backward<'_> {
                 for j in block.sight.row(i, &block.keys).map(|j| j - block.keys.start) {
                     if block.odd_scaled[j] {
                         let k = &state.k_rows[j * dim..][..dim];
-                        on_tiles::add_scaled(d_s.at(top + r, j - columns.start), k, d_q);
+                        on_tiles::add_scaled(state.scores.d_s[(top + r) * KEY_BLOCK + j], k, d_q);
                     }
                 }
             }

@@ -47,7 +47,7 @@ use crate::scratch::ScratchBuf;
 use crate::view::MatRef;
 
 /// Rows of a tile.
-pub(super) const ROWS: usize = 128;
+const ROWS: usize = 128;
 
 /// Scratch of one task.
 pub(super) struct State<'a> {

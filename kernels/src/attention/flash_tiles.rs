@@ -226,10 +226,7 @@ impl Chunk<'_> {
         let v_dim = self.v.cols();
         let width = v_dim.next_multiple_of(BLOCK);
         // Of the steps that are seen alone: P has no other, and the panels of V are as deep as the block.
-        let p = &state.rows.scores[seen.start * STEP..];
-        let p = MatRef::with_strides(p, rows.len(), seen.len() * STEP, KEY_BLOCK, 1)
-            .expect("scores of these rows");
-        on_tiles::pack_left::<S, P>(simd, p, state.p, &mut [Magnitudes::NONE; BLOCK]);
+        on_tiles::pack_score_rows::<S, P>(simd, state.rows.scores, (rows.len(), seen), state.p);
         let deep = on_tiles::steps(block.keys.len());
         let panel = right_words(block.keys.len(), BLOCK, P);
         let step = panel / deep;

@@ -175,6 +175,44 @@ pub(super) fn pack_right<S: Simd, const P: usize>(
     }
 }
 
+/// Some rows of scores, over whole steps of keys, as the left operand.
+struct ScoreRows<'a, const P: usize> {
+    scores: &'a [f32],
+    rows: usize,
+    steps: usize,
+    tiles: &'a mut [u32],
+}
+
+impl<const P: usize> WithSimd for ScoreRows<'_, P> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        for (i, row) in self.scores.chunks(KEY_BLOCK).enumerate().take(self.rows) {
+            let tiles = &mut self.tiles[i / SIDE * self.steps * P * TILE_WORDS + i % SIDE * SIDE..];
+            for (step, row) in row.as_chunks::<STEP>().0.iter().enumerate().take(self.steps) {
+                split::split_row::<P>(row, &mut tiles[step * P * TILE_WORDS..], TILE_WORDS);
+            }
+        }
+    }
+}
+
+/// Probabilities, or their gradients, of some rows of 128 scores and over some steps of keys, as the left operand, whatever they are. Unlike
+/// [`pack_left`] it looks at no magnitude and copies nothing: a quarter of the time (AVX2). What fills the last 16 rows stays what it was.
+///
+/// # Panics
+/// When `scores` or `tiles` is too short.
+#[inline(always)]
+pub(super) fn pack_score_rows<S: Simd, const P: usize>(
+    simd: S,
+    scores: &[f32],
+    (rows, seen): (usize, &Range<usize>),
+    tiles: &mut [u32],
+) {
+    let scores = &scores[seen.start * STEP..];
+    simd.vectorize(ScoreRows::<P> { scores, rows, steps: seen.len(), tiles });
+}
+
 /// Probabilities, or their gradients, as the right operand, whatever they are.
 #[inline(always)]
 pub(super) fn pack_scores<S: Simd, const P: usize>(simd: S, scores: MatRef<'_>, tiles: &mut [u32]) {
