@@ -47,16 +47,26 @@ pub(super) struct Forward<'a> {
 }
 
 impl Forward<'_> {
-    /// Rows of a unit: under a list, the rows that share its entry.
-    fn chunk(&self, means: Means) -> usize {
-        let list = self.spec.mask.blocks.and_then(<[_]>::first);
-        let held = if means.tiles.is_some() { (on_tiles::HELD, BLOCK) } else { (HELD, ROW_TILE) };
-        list.map_or_else(|| self.shape.row_chunk(means.threads, held), BlockList::block)
+    /// Rows of a unit, and the heads whose rows these are: under a list, the rows that share its entry; on tiles, the heads that share
+    /// their keys, where there are units enough.
+    fn unit(&self, means: Means) -> (usize, usize) {
+        let (lists, group) = (self.spec.mask.blocks, self.shape.group());
+        let rows_for = |heads: usize| {
+            let held = if means.tiles.is_some() { (on_tiles::HELD / heads, BLOCK) } else { (HELD, ROW_TILE) };
+            let list = lists.and_then(<[_]>::first);
+            list.map_or_else(|| self.shape.row_chunk(means.threads, held), BlockList::block)
+        };
+        let together = means.tiles.is_some() && group > 1 && lists.is_none_or(|lists| lists.len() == 1);
+        let chunks = if together { self.shape.seq_q.div_ceil(rows_for(group)) } else { 0 };
+        let enough =
+            means.threads == 1 || self.shape.batch * self.shape.kv_heads * chunks >= 4 * means.threads;
+        if together && enough { (rows_for(group), group) } else { (rows_for(1), 1) }
     }
 
     fn units(&self, means: Means) -> usize {
         let Shape { batch, heads, seq_q, .. } = self.shape;
-        batch * heads * seq_q.div_ceil(self.chunk(means))
+        let (rows, together) = self.unit(means);
+        batch * (heads / together) * seq_q.div_ceil(rows)
     }
 
     fn work(&self) -> usize {
@@ -94,10 +104,10 @@ impl WithSimd for Units<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         for (problem, units) in pieces_of(self.problems, &self.units, |problem| problem.units(self.means)) {
-            let chunk = problem.chunk(self.means);
+            let unit = problem.unit(self.means);
             match self.means.tiles {
-                None => problem.run(simd, chunk, units),
-                Some(tiles) => problem.run_on_tiles(simd, tiles, chunk, units),
+                None => problem.run(simd, unit.0, units),
+                Some(tiles) => problem.run_on_tiles(simd, tiles, unit, units),
             }
         }
     }
@@ -118,17 +128,28 @@ impl Forward<'_> {
         let [keys, values, scores, alpha, l, acc, q, m] = cut(&mut scratch, lens);
         let mut state = State { keys, values, q, rows: Rows { first: 0, scores, alpha, acc, l, m } };
         for unit in units {
-            self.chunk_of(unit, chunk).run(simd, &mut state);
+            let (batch, head, rows) = self.first_of(unit, (chunk, 1));
+            self.chunk_of(batch, head, rows).run(simd, &mut state);
         }
     }
 
-    /// The rows of one unit, `chunk` at most.
+    /// Where a unit of at most `chunk` rows of `heads` heads begins: sequence, first head, rows.
     #[inline(always)]
-    pub(super) fn chunk_of(&self, unit: usize, chunk: usize) -> Chunk<'_> {
-        let Shape { heads, seq_q, .. } = self.shape;
-        let chunks = seq_q.div_ceil(chunk);
-        let (batch, head) = (unit / chunks / heads, unit / chunks % heads);
-        Chunk::new(self, batch, head, piece(unit % chunks, chunk, seq_q))
+    pub(super) fn first_of(
+        &self,
+        unit: usize,
+        (chunk, heads): (usize, usize),
+    ) -> (usize, usize, Range<usize>) {
+        let chunks = self.shape.seq_q.div_ceil(chunk);
+        let groups = self.shape.heads / heads;
+        let (batch, group) = (unit / chunks / groups, unit / chunks % groups);
+        (batch, group * heads, piece(unit % chunks, chunk, self.shape.seq_q))
+    }
+
+    /// Some rows of a head, which a unit owns.
+    #[inline(always)]
+    pub(super) fn chunk_of(&self, batch: usize, head: usize, rows: Range<usize>) -> Chunk<'_> {
+        Chunk::new(self, batch, head, rows)
     }
 }
 

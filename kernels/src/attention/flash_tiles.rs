@@ -1,7 +1,7 @@
 //! The forward pass with both products on the tile unit.
 //!
 //! ```text
-//! for each block of keys:  pack Kᵀ and V                                     once for all rows of a chunk
+//! for each block of keys:  pack Kᵀ and V                                     once for all rows of a chunk, of all heads that share the keys
 //!   for 32 rows:           S = (scale·Q)·Kᵀ on tiles, 32 × 32 at a time      only where a row sees a key
 //!                          P, m, l, α by the softmax of vectors              six rows at a time
 //!                          pack P;  o = α·o + P·V, the product on tiles
@@ -40,9 +40,9 @@ struct State<'a> {
     key_rows: &'a mut [u32],
     /// V of a block.
     values: &'a mut [u32],
-    /// scale·Q of the chunk, and what says which of its rows are odd.
+    /// scale·Q of a head's rows, and what says which of them are odd; with o, l and m in `rows`, what [`Held`] is exchanged with.
     q: &'a mut [u32],
-    magnitudes: Vec<Magnitudes>,
+    magnitudes: &'a mut [Magnitudes],
     /// P of 32 rows.
     p: &'a mut [u32],
     /// scale·Q of 32 rows in f32.
@@ -50,6 +50,26 @@ struct State<'a> {
     /// P·V of 32 rows and a block [32, v_dim in whole panels].
     sums: &'a mut [f32],
     rows: Rows<'a>,
+}
+
+/// What the rows of one head keep while another's are at work.
+struct Held<'a> {
+    q: &'a mut [u32],
+    magnitudes: &'a mut [Magnitudes],
+    acc: &'a mut [f32],
+    l: &'a mut [f32],
+    m: &'a mut [f32],
+}
+
+impl<'a> State<'a> {
+    /// Puts what one head keeps to work, or back.
+    fn exchange(&mut self, held: &mut Held<'a>) {
+        std::mem::swap(&mut self.q, &mut held.q);
+        std::mem::swap(&mut self.magnitudes, &mut held.magnitudes);
+        std::mem::swap(&mut self.rows.acc, &mut held.acc);
+        std::mem::swap(&mut self.rows.l, &mut held.l);
+        std::mem::swap(&mut self.rows.m, &mut held.m);
+    }
 }
 
 /// One block of keys: what of it is odd.
@@ -60,15 +80,21 @@ struct Block {
 }
 
 impl Forward<'_> {
-    /// Some units, each of at most `chunk` rows.
+    /// Some units, each of at most `chunk` rows of `heads` heads that share their keys.
     #[inline(always)]
-    pub(super) fn run_on_tiles<S: Simd>(&self, simd: S, means: OnTiles, chunk: usize, units: Range<usize>) {
+    pub(super) fn run_on_tiles<S: Simd>(
+        &self,
+        simd: S,
+        means: OnTiles,
+        unit: (usize, usize),
+        units: Range<usize>,
+    ) {
         if const { S::F32_LANES < 8 } {
             unreachable!("tiles stand beside vectors of eight lanes and more");
         }
         match means.parts {
-            1 => self.run_in_parts::<S, 1>(simd, means, chunk, units),
-            _ => self.run_in_parts::<S, 2>(simd, means, chunk, units),
+            1 => self.run_in_parts::<S, 1>(simd, means, unit, units),
+            _ => self.run_in_parts::<S, 2>(simd, means, unit, units),
         }
     }
 
@@ -77,53 +103,97 @@ impl Forward<'_> {
         &self,
         simd: S,
         means: OnTiles,
-        chunk: usize,
+        (chunk, heads): (usize, usize),
         units: Range<usize>,
     ) {
         let Shape { seq_q, dim, v_dim, .. } = self.shape;
         let rows = seq_q.min(chunk);
+        let q_words = left_words(rows, dim, P);
         let lens = [
             right_words(dim, KEY_BLOCK, P),
             left_words(KEY_BLOCK, dim, P),
             right_words(KEY_BLOCK, v_dim, P),
-            left_words(rows, dim, P),
+            heads * q_words,
             left_words(BLOCK, KEY_BLOCK, P),
         ];
         let mut words = ScratchBuf::take(lens.iter().sum());
         let [keys, key_rows, values, q, p] = cut(words.words_mut(), lens);
         let (scores, sums) = (BLOCK * KEY_BLOCK, BLOCK * v_dim.next_multiple_of(BLOCK));
-        let lens = [scores, sums, BLOCK * dim, BLOCK, rows * S::F32_LANES, rows * v_dim, rows];
+        let (l_len, acc_len) = (rows * S::F32_LANES, rows * v_dim);
+        let lens = [scores, sums, BLOCK * dim, BLOCK, heads * l_len, heads * acc_len, heads * rows];
         let mut scratch = ScratchBuf::take(lens.iter().sum());
-        let [scores, sums, scaled, alpha, l, acc, m] = cut(&mut scratch, lens);
+        let [scores, sums, scaled, alpha, mut l, mut acc, mut m] = cut(&mut scratch, lens);
+        let mut all_magnitudes = vec![Magnitudes::NONE; heads * rows];
+        let (mut q, mut magnitudes) = (q, &mut all_magnitudes[..]);
+        let mut held = Vec::with_capacity(heads);
+        for _ in 0..heads {
+            held.push(Held {
+                q: take_first(&mut q, q_words),
+                magnitudes: take_first(&mut magnitudes, rows),
+                acc: take_first(&mut acc, acc_len),
+                l: take_first(&mut l, l_len),
+                m: take_first(&mut m, rows),
+            });
+        }
         let rows = Rows { first: 0, scores, alpha, acc, l, m };
-        let magnitudes = vec![Magnitudes::NONE; seq_q.min(chunk)];
         let unit = TileUnit::configure(means.tiles);
         let mut state = State { unit, keys, key_rows, values, q, magnitudes, p, scaled, sums, rows };
         for unit in units {
-            self.chunk_of(unit, chunk).run_on_tiles::<S, P>(simd, &mut state);
+            let first = self.first_of(unit, (chunk, heads));
+            let chunks = (0..heads).map(|head| self.chunk_of(first.0, first.1 + head, first.2.clone()));
+            let mut chunks: Vec<Chunk<'_>> = chunks.collect();
+            self.run_heads::<S, P>(simd, &mut state, &mut chunks, &mut held);
+        }
+    }
+
+    /// The same rows of heads that share their keys.
+    #[inline(always)]
+    fn run_heads<'s, S: Simd, const P: usize>(
+        &self,
+        simd: S,
+        state: &mut State<'s>,
+        chunks: &mut [Chunk<'_>],
+        held: &mut [Held<'s>],
+    ) {
+        for (chunk, held) in chunks.iter().zip(&mut *held) {
+            state.exchange(held);
+            chunk.begin::<S>(&mut state.rows);
+            state.rows.acc[..chunk.rows.len() * chunk.v.cols()].fill(0.0);
+            chunk.queries::<S, P>(simd, state);
+            state.exchange(held);
+        }
+        let Some(any) = chunks.first() else { return };
+        for keys in any.blocks() {
+            let mut block = Block { keys, odd_keys: [false; KEY_BLOCK], odd_values: [false; KEY_BLOCK] };
+            let k = any.k.sub(block.keys.clone(), 0..any.k.cols());
+            let v = any.v.sub(block.keys.clone(), 0..any.v.cols());
+            on_tiles::pack_across::<S, P>(simd, k, state.key_rows, state.keys, &mut block.odd_keys);
+            on_tiles::pack_right::<S, P>(simd, v, state.values, &mut block.odd_values);
+            for (chunk, held) in chunks.iter().zip(&mut *held) {
+                state.exchange(held);
+                for first in chunk.rows.clone().step_by(BLOCK) {
+                    let rows = first..(first + BLOCK).min(chunk.rows.end);
+                    chunk.tile::<S, P>(simd, state, &block, rows);
+                }
+                state.exchange(held);
+            }
+        }
+        for (chunk, held) in chunks.iter_mut().zip(held) {
+            state.exchange(held);
+            chunk.finish(simd, &state.rows);
+            state.exchange(held);
         }
     }
 }
 
-impl Chunk<'_> {
-    #[inline(always)]
-    fn run_on_tiles<S: Simd, const P: usize>(mut self, simd: S, state: &mut State<'_>) {
-        self.begin::<S>(&mut state.rows);
-        state.rows.acc[..self.rows.len() * self.v.cols()].fill(0.0);
-        self.queries::<S, P>(simd, state);
-        for keys in self.blocks() {
-            let mut block = Block { keys, odd_keys: [false; KEY_BLOCK], odd_values: [false; KEY_BLOCK] };
-            let k = self.k.sub(block.keys.clone(), 0..self.k.cols());
-            let v = self.v.sub(block.keys.clone(), 0..self.v.cols());
-            on_tiles::pack_across::<S, P>(simd, k, state.key_rows, state.keys, &mut block.odd_keys);
-            on_tiles::pack_right::<S, P>(simd, v, state.values, &mut block.odd_values);
-            for first in self.rows.clone().step_by(BLOCK) {
-                self.tile::<S, P>(simd, state, &block, first..(first + BLOCK).min(self.rows.end));
-            }
-        }
-        self.finish(simd, &state.rows);
-    }
+/// Takes the first `len` elements off a slice.
+fn take_first<'a, T>(slice: &mut &'a mut [T], len: usize) -> &'a mut [T] {
+    let (first, rest) = std::mem::take(slice).split_at_mut(len);
+    *slice = rest;
+    first
+}
 
+impl Chunk<'_> {
     /// Packs scale·Q of all rows.
     #[inline(always)]
     fn queries<S: Simd, const P: usize>(&self, simd: S, state: &mut State<'_>) {
