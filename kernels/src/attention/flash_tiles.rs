@@ -9,7 +9,7 @@
 //! The naive form and the online softmax are those of [`super::flash`]; what differs are the two products.
 //! - Q is scaled in f32 before it is rounded, once for a chunk: so no score is multiplied again. The scale of a power of two, as 1/√64, rounds nothing.
 //! - The scores are stored where the softmax reads them, rows 512 bytes apart: 32 rows of one block of keys are 16 KiB of the first-level cache.
-//! - l is the sum of the probabilities before they are rounded: rounding errors of P are then not all of one sign in o / l.
+//! - l is the sum of the probabilities before they are rounded: the log-sum-exp has no error of theirs, and the backward pass makes the same P from it.
 //! - o stays in f32 memory and takes the sums of a block by one multiply-add with α: tiles have no α, and the key block is as deep as a product gets.
 //! - 32 rows know which steps of 32 keys they see, so causal order saves half of the tiles; inside of them P is 0 where a key is hidden.
 //!
