@@ -13,9 +13,10 @@
 //! Any dimension may be 0.
 //!
 //! # Precision
-//! On a CPU with tiles, `Medium` and `High` multiply bf16 parts with f32 sums in the two products of the forward pass and of decoding and in the five of the
-//! backward pass, one part or two of each operand; probabilities, maxima and sums stay f32. Everything else, `Strict` and `Highest` among it, [`probabilities()`], and caches of int8, runs on
-//! f32 vectors. [`kernel_name`] says which.
+//! On a CPU with tiles, `Medium` and `High` multiply bf16 parts with f32 sums in the two products of the forward pass and of
+//! decoding and in the five of the backward pass, one part or two of each operand; probabilities, maxima and sums stay f32.
+//! Everything else, `Strict` and `Highest` among it, [`probabilities()`], and caches of int8, runs on f32 vectors. [`kernel_name`]
+//! says which.
 //!
 //! # Contract
 //! - Same bits for any number of threads, for any batch that a sequence stands in, padded to any length
