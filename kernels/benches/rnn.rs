@@ -44,7 +44,8 @@ impl Layer {
     fn weights(&self) -> Weights<'_> {
         let [w_ih, w_hh, b_ih, b_hh] = &self.tensors;
         let matrix = |w| MatRef::new(w, self.cell.gates() * self.hidden, self.hidden).unwrap();
-        Weights { cell: self.cell, w_ih: matrix(w_ih), w_hh: matrix(w_hh), b_ih, b_hh }
+        let (w_ih, w_hh) = (matrix(w_ih), matrix(w_hh));
+        Weights { cell: self.cell, w_ih, w_hh, b_ih, b_hh, peepholes: &[], w_hr: None }
     }
 
     fn sequence(&self) -> Sequence<'_> {
@@ -72,6 +73,8 @@ impl Layer {
             d_w_hh: MatMut::new(d_w_hh, rows, hidden).unwrap(),
             d_b_ih,
             d_b_hh,
+            d_peepholes: &mut [],
+            d_w_hr: None,
         };
         let d_x = Some(MatMut::new(d_x, self.rows, hidden).unwrap());
         let grads = rnn::InputGrads { weights, d_x, d_initial: None };

@@ -219,12 +219,15 @@ impl Grads {
         &mut self.values[self.ranges[id.0].clone()]
     }
 
-    /// Several tensors' gradients at once.
+    /// Several tensors' gradients at once; nothing for a `None`.
     ///
     /// # Panics
     /// When a tensor is asked for twice.
-    pub fn get_disjoint_mut<const N: usize>(&mut self, ids: [ParamId; N]) -> [&mut [f32]; N] {
-        let ranges = ids.map(|id| self.ranges[id.0].clone());
+    pub fn get_disjoint_mut<const N: usize>(
+        &mut self,
+        ids: [impl Into<Option<ParamId>>; N],
+    ) -> [&mut [f32]; N] {
+        let ranges = ids.map(|id| id.into().map_or(0..0, |id: ParamId| self.ranges[id.0].clone()));
         self.values.get_disjoint_mut(ranges).expect("each tensor is asked for once")
     }
 

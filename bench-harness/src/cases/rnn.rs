@@ -221,6 +221,7 @@ impl Problem {
             Cell::Lstm => {
                 (reference::lstm_forward(&layer).y, reference::lstm_backward(&layer, &upstream).d_x)
             }
+            Cell::LstmPeephole => unreachable!("no case has peepholes"),
             Cell::Gru => (reference::gru_forward(&layer).y, reference::gru_backward(&layer, &upstream).d_x),
             Cell::GruResetBefore => {
                 let y = reference::gru_reset_before_forward(&layer).y;

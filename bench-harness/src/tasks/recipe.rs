@@ -215,6 +215,7 @@ fn nearest(target: usize, model: impl Fn(usize) -> ModelConfig) -> ModelConfig {
 pub(crate) fn cell_name(cell: CellKind) -> &'static str {
     match cell {
         CellKind::Lstm => "LSTM",
+        CellKind::LstmPeephole => "LSTM with peepholes",
         CellKind::Gru => "GRU",
         CellKind::GruResetBefore => "GRU (reset before the product)",
         CellKind::Tanh => "tanh RNN",

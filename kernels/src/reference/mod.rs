@@ -10,6 +10,7 @@ mod gemm;
 mod gru;
 mod gru_reset_before;
 mod lstm;
+mod lstm_extended;
 mod min_rnn;
 mod recurrent;
 mod rowwise;
@@ -28,6 +29,7 @@ pub use gemm::{gemm, gemm_abs};
 pub use gru::{gru_backward, gru_forward};
 pub use gru_reset_before::{gru_reset_before_backward, gru_reset_before_forward};
 pub use lstm::{lstm_backward, lstm_forward};
+pub use lstm_extended::{LstmExtraGrads, LstmExtras, lstm_extended_backward, lstm_extended_forward};
 pub use min_rnn::{MinRnn, min_rnn_backward, min_rnn_forward};
 pub use recurrent::{Real, Recurrent, RecurrentGrads, RecurrentOutput};
 pub use rowwise::{

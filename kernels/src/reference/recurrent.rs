@@ -77,7 +77,7 @@ impl Real for f64 {
 ///
 /// # Shapes
 /// With G gates (4 for the LSTM, 3 for the GRU, 1 for the plain cell): `w_ih` `[G·hidden, input]`, `w_hh` `[G·hidden, hidden]`, biases
-/// `[G·hidden]`, x `[seq, batch, input]`, `lengths` `[batch]`, h0 and c0 `[batch, hidden]` (only the LSTM reads c0).
+/// `[G·hidden]`, x `[seq, batch, input]`, `lengths` `[batch]`, h0 and c0 `[batch, hidden]` (only an LSTM reads c0).
 #[derive(Debug, Clone)]
 pub struct Recurrent<'a, T> {
     /// Steps of the padded batch.

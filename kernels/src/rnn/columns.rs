@@ -27,11 +27,12 @@ use crate::gemm::{Accum, Epilogue, PackedWeights, gemm_packed};
 use crate::scratch::ScratchBuf;
 use crate::view::{MatMut, MatRef};
 
-use super::plan::{Plan, matrix, matrix_mut};
+use super::plan::{Plan, copy, matrix, matrix_mut};
 use super::sequence_backward::add_upstream;
 use super::state_product::direct_gradient;
 use super::team::{Barrier, run_together};
-use super::{Cell, gates};
+use super::weights::Sizes;
+use super::{Cell, Weights, gates};
 
 /// Units are dealt in blocks of so many, so that few panels of a kernel are cut.
 const BLOCK: usize = 32;
@@ -42,14 +43,14 @@ const ROWS_PER_THREAD: usize = 12;
 /// Below this many floating-point operations (about 300 µs on one thread) a recurrence is over before a team stands.
 const MIN_FLOPS: usize = 16_000_000;
 
-/// How many threads should own units; 1 where rows are to be dealt instead, or where a step has two products and so would
-/// have two barriers.
-pub(super) fn team_size(ctx: &Context, plan: &Plan, cell: Cell, hidden: usize) -> usize {
-    let threads = ctx.thread_count().min(hidden / MIN_UNITS);
-    let flops = 2 * plan.rows() * cell.gates() * hidden * hidden;
+/// How many threads should own units; 1 where rows are to be dealt instead, or where a step has two products one after
+/// the other (a reset before the second, a projection) and so would have two barriers.
+pub(super) fn team_size(ctx: &Context, plan: &Plan, sizes: &Sizes) -> usize {
+    let threads = ctx.thread_count().min(sizes.hidden / MIN_UNITS);
     let few_rows = plan.batch() < ROWS_PER_THREAD * ctx.thread_count();
-    let one_product = cell.state_windows(hidden).count() == 1;
-    if threads > 1 && few_rows && one_product && flops >= MIN_FLOPS { threads } else { 1 }
+    let one_product = sizes.cell.state_windows(sizes.hidden).count() == 1 && !sizes.projected;
+    let enough = plan.rows() * sizes.flops() >= MIN_FLOPS;
+    if threads > 1 && few_rows && one_product && enough { threads } else { 1 }
 }
 
 /// The units of each of `parts` members.
@@ -84,13 +85,6 @@ fn split_gates<'m>(gates: MatMut<'m>, hidden: usize, units: &[Range<usize>]) -> 
         rest = right;
     }
     parts
-}
-
-/// `to = from`.
-fn copy(from: MatRef<'_>, mut to: MatMut<'_>) {
-    for row in 0..from.rows() {
-        to.row_mut(row).copy_from_slice(from.row(row));
-    }
 }
 
 /// Some rows, all columns.
@@ -143,14 +137,19 @@ impl Board {
 /// What all members read.
 pub(super) struct Layer<'a> {
     pub(super) ctx: Context,
-    pub(super) cell: Cell,
     pub(super) plan: &'a Plan,
-    pub(super) w_hh: MatRef<'a>,
+    pub(super) weights: &'a Weights<'a>,
 }
 
 impl Layer<'_> {
     fn hidden(&self) -> usize {
-        self.w_hh.cols()
+        self.weights.hidden()
+    }
+
+    /// The peepholes of the units, for a cell that has them.
+    fn peepholes(&self, units: &Range<usize>) -> Vec<f32> {
+        let gates = self.weights.peepholes.chunks_exact(self.hidden());
+        gates.flat_map(|gate| &gate[units.clone()]).copied().collect()
     }
 
     /// The rows of all ranks at step `t`.
@@ -211,11 +210,12 @@ pub(super) fn forward(asked: usize, layer: &Layer<'_>, buffers: Buffers<'_>) {
 }
 
 fn run(layer: &Layer<'_>, start: &[f32], part: Part<'_>, barrier: &Barrier<'_>) {
-    let Layer { ref ctx, cell, plan, w_hh } = *layer;
+    let Layer { ref ctx, plan, weights: &Weights { cell, w_hh, .. } } = *layer;
     let Part { place, board, mut gates, mut h, mut c, mut last_h, mut last_c } = part;
     let (batch, hidden, units) = (plan.batch(), layer.hidden(), board.units[place].clone());
     let (width, cell_width) = (units.len(), c.cols());
     let weights = pack(ctx, cell, w_hh, &units);
+    let peepholes = layer.peepholes(&units);
     let mut h_now = ScratchBuf::take(batch * hidden);
     h_now.copy_from_slice(start);
     let mut h_now = matrix_mut(&mut h_now, batch, hidden);
@@ -243,6 +243,7 @@ fn run(layer: &Layer<'_>, start: &[f32], part: Part<'_>, barrier: &Barrier<'_>) 
         }
         let step = gates::Forward {
             gates: sums.reborrow(),
+            peepholes: &peepholes,
             h_prev: h_now.as_ref().sub(0..rows, units.clone()),
             c_prev: c.as_ref().sub(at.clone(), 0..cell_width),
             h: rows_of(&mut next_h, 0..rows),
@@ -327,7 +328,7 @@ pub(super) fn backward(asked: usize, layer: &Layer<'_>, buffers: BackBuffers<'_>
     let hidden = layer.hidden();
     let deal = |members| {
         let units = split_units(hidden, members);
-        let board = layer.board(&units, layer.cell.gates());
+        let board = layer.board(&units, layer.weights.cell.gates());
         let d_states = split_columns(buffers.d_h, &units).into_iter().zip(split_columns(buffers.d_c, &units));
         let (h, c, d_y) = (buffers.h, buffers.c, buffers.d_y);
         split_gates(buffers.gates, hidden, &units)
@@ -353,10 +354,11 @@ pub(super) fn backward(asked: usize, layer: &Layer<'_>, buffers: BackBuffers<'_>
 }
 
 fn run_back(layer: &Layer<'_>, part: BackPart<'_>, barrier: &Barrier<'_>) {
-    let Layer { ref ctx, cell, plan, w_hh } = *layer;
+    let Layer { ref ctx, plan, weights: &Weights { cell, w_hh, .. } } = *layer;
     let BackPart { place, board, mut gates, h, c, mut d_h, mut d_c, d_y } = part;
     let (batch, units) = (plan.batch(), board.units[place].clone());
     let (width, cell_width, sums_width) = (units.len(), c.cols(), w_hh.rows());
+    let peepholes = layer.peepholes(&units);
     let weights =
         PackedWeights::pack(ctx, w_hh.sub(0..sums_width, units)).expect("a part of what lies in memory");
     let mut d_sums = ScratchBuf::take(batch * sums_width);
@@ -374,6 +376,7 @@ fn run_back(layer: &Layer<'_>, part: BackPart<'_>, barrier: &Barrier<'_>) {
         load(&gates, at.clone(), d_gates.reborrow());
         let step = gates::Backward {
             gates: d_gates.reborrow(),
+            peepholes: &peepholes,
             h_prev: h.sub(at.clone(), 0..width),
             c_prev: c.sub(at.clone(), 0..cell_width),
             d_h: d_h.reborrow(),

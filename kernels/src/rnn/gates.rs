@@ -11,12 +11,14 @@ use crate::context::Context;
 use crate::view::{MatMut, MatRef};
 
 use super::elman::{self, Plain};
-use super::{Cell, gru, gru_reset_before, lstm};
+use super::{Cell, gru, gru_reset_before, lstm, lstm_peephole};
 
 /// Rows of one step, forward.
 pub(super) struct Forward<'a> {
     /// Sums in, activated gates out.
     pub(super) gates: MatMut<'a>,
+    /// Of the rows' units; empty for a cell that has none.
+    pub(super) peepholes: &'a [f32],
     /// State before the step; `c` has no columns for a cell without it.
     pub(super) h_prev: MatRef<'a>,
     pub(super) c_prev: MatRef<'a>,
@@ -29,6 +31,8 @@ pub(super) struct Forward<'a> {
 pub(super) struct Backward<'a> {
     /// Activated gates in, gradients of the sums out.
     pub(super) gates: MatMut<'a>,
+    /// Of the rows' units; empty for a cell that has none.
+    pub(super) peepholes: &'a [f32],
     /// State before the step.
     pub(super) h_prev: MatRef<'a>,
     pub(super) c_prev: MatRef<'a>,
@@ -42,6 +46,7 @@ pub(super) struct Backward<'a> {
 pub(super) fn forward(ctx: &Context, cell: Cell, rows: Forward<'_>) {
     match cell {
         Cell::Lstm => ctx.isa().dispatch(LstmForward(rows)),
+        Cell::LstmPeephole => ctx.isa().dispatch(LstmPeepholeForward(rows)),
         Cell::Gru => ctx.isa().dispatch(GruForward(rows)),
         Cell::GruResetBefore => ctx.isa().dispatch(GruResetBeforeForward(rows)),
         Cell::Tanh => ctx.isa().dispatch(PlainForward(rows, Plain::Tanh)),
@@ -53,6 +58,7 @@ pub(super) fn forward(ctx: &Context, cell: Cell, rows: Forward<'_>) {
 pub(super) fn backward(ctx: &Context, cell: Cell, rows: Backward<'_>) {
     match cell {
         Cell::Lstm => ctx.isa().dispatch(LstmBackward(rows)),
+        Cell::LstmPeephole => ctx.isa().dispatch(LstmPeepholeBackward(rows)),
         Cell::Gru => ctx.isa().dispatch(GruBackward(rows)),
         Cell::GruResetBefore => ctx.isa().dispatch(GruResetBeforeBackward(rows)),
         Cell::Tanh => ctx.isa().dispatch(PlainBackward(rows, Plain::Tanh)),
@@ -85,6 +91,36 @@ impl WithSimd for LstmBackward<'_> {
         for row in 0..gates.rows() {
             let d_h = d_h.as_ref();
             lstm::backward_row(simd, gates.row_mut(row), c_prev.row(row), d_h.row(row), d_c.row_mut(row));
+        }
+    }
+}
+
+struct LstmPeepholeForward<'a>(Forward<'a>);
+
+impl WithSimd for LstmPeepholeForward<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Forward { mut gates, peepholes, c_prev, mut h, mut c, .. } = self.0;
+        for row in 0..gates.rows() {
+            let old = (gates.row_mut(row), c_prev.row(row));
+            lstm_peephole::forward_row(simd, peepholes, old, h.row_mut(row), c.row_mut(row));
+        }
+    }
+}
+
+struct LstmPeepholeBackward<'a>(Backward<'a>);
+
+impl WithSimd for LstmPeepholeBackward<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Backward { mut gates, peepholes, c_prev, d_h, mut d_c, .. } = self.0;
+        for row in 0..gates.rows() {
+            let old = (gates.row_mut(row), c_prev.row(row));
+            lstm_peephole::backward_row(simd, peepholes, old, d_h.as_ref().row(row), d_c.row_mut(row));
         }
     }
 }

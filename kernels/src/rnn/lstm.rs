@@ -51,7 +51,7 @@ pub(super) fn forward_row<S: Simd>(simd: S, gates: &mut [f32], c_prev: &[f32], h
 
 /// c' = f·c + i·g.
 #[inline(always)]
-fn new_cell<S: Simd>(simd: S, [i, f, g]: [S::f32s; 3], c_prev: S::f32s) -> S::f32s {
+pub(super) fn new_cell<S: Simd>(simd: S, [i, f, g]: [S::f32s; 3], c_prev: S::f32s) -> S::f32s {
     simd.mul_add_e_f32s(f, c_prev, simd.mul_f32s(i, g))
 }
 

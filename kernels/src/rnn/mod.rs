@@ -34,6 +34,10 @@
 //! gated cells, `[i f g o]` for the LSTM and `[n r z q]` for both GRUs, and `hidden` for the plain ones. There `q = W_hn·h + b_hn` is the part of the
 //! GRU's candidate that the reset gate scales, or r·h where it resets before the product. Weights have PyTorch's order (i f g o; r z n).
 //!
+//! What an LSTM may have besides takes columns behind these, so that a row of gates is all that its backward step and the weights'
+//! gradients need, and a layer without it has the same memory, the same work and the same bits as if it did not exist: `3 · hidden` for peepholes
+//! (`lstm_peephole`), `hidden + output` for a projection of the state (`state_product`).
+//!
 //! # Numerical contract
 //! A row's outputs, final state and input gradient have the same bits for any batch around it, any padding and
 //! any number of threads; running step by step or carrying the state over a cut gives the same bits as one
@@ -50,6 +54,7 @@ mod gates;
 mod gru;
 mod gru_reset_before;
 mod lstm;
+mod lstm_peephole;
 pub mod min_rnn;
 mod plan;
 mod sequence;
@@ -59,12 +64,17 @@ mod step;
 mod team;
 #[cfg(test)]
 mod tests;
+mod weights;
 
 pub use sequence::{Saved, forward};
 pub use sequence_backward::backward;
 pub use step::{
     PackedBackward, PackedCell, StepInput, project, project_with, step, step_backward, weight_gradients,
 };
+
+pub use weights::{WeightGrads, Weights};
+
+use weights::Sizes;
 
 use std::ops::Range;
 
@@ -76,6 +86,11 @@ pub enum Cell {
     /// # Source
     /// Hochreiter and Schmidhuber 1997; with the forget gate of Gers, Schmidhuber and Cummins 2000.
     Lstm,
+    /// As [`Cell::Lstm`], but i and f see the old c, and o the new c, through one weight for each unit.
+    ///
+    /// # Source
+    /// Gers and Schmidhuber 2000, *Recurrent Nets that Time and Count*.
+    LstmPeephole,
     /// Gated recurrent unit; gates in the order r, z, n; the reset gate scales `W_hn·h + b_hn`.
     ///
     /// # Source
@@ -107,20 +122,22 @@ struct Window {
 
 impl Cell {
     /// Every kind.
-    pub const ALL: [Cell; 5] = [Cell::Lstm, Cell::Gru, Cell::GruResetBefore, Cell::Tanh, Cell::Relu];
+    pub const ALL: [Cell; 6] =
+        [Cell::Lstm, Cell::LstmPeephole, Cell::Gru, Cell::GruResetBefore, Cell::Tanh, Cell::Relu];
 
-    /// Blocks of `hidden` rows in the weights: 4 for the LSTM, 3 for a GRU, 1 for a plain cell.
+    /// Blocks of `hidden` rows in the weights: 4 for an LSTM, 3 for a GRU, 1 for a plain cell.
     pub const fn gates(self) -> usize {
         match self {
-            Cell::Lstm => 4,
+            Cell::Lstm | Cell::LstmPeephole => 4,
             Cell::Gru | Cell::GruResetBefore => 3,
             Cell::Tanh | Cell::Relu => 1,
         }
     }
 
-    /// Columns of a gates buffer.
+    /// Columns of a gates buffer of a layer that has no projection.
     pub const fn gate_columns(self, hidden: usize) -> usize {
         match self {
+            Cell::LstmPeephole => 7 * hidden,
             Cell::Lstm | Cell::Gru | Cell::GruResetBefore => 4 * hidden,
             Cell::Tanh | Cell::Relu => hidden,
         }
@@ -128,7 +145,15 @@ impl Cell {
 
     /// Whether the cell carries a second state `c`.
     pub const fn has_cell_state(self) -> bool {
-        matches!(self, Cell::Lstm)
+        matches!(self, Cell::Lstm | Cell::LstmPeephole)
+    }
+
+    /// Length of the peephole weights.
+    const fn peepholes(self, hidden: usize) -> usize {
+        match self {
+            Cell::LstmPeephole => 3 * hidden,
+            Cell::Lstm | Cell::Gru | Cell::GruResetBefore | Cell::Tanh | Cell::Relu => 0,
+        }
     }
 
     /// Columns of the state `c`: 0 for a cell that has none.
@@ -139,7 +164,7 @@ impl Cell {
     /// Where the input's product goes.
     fn input_windows(self, hidden: usize) -> impl Iterator<Item = Window> {
         let windows = match self {
-            Cell::Lstm => [Some(lstm::input_window(hidden)), None],
+            Cell::Lstm | Cell::LstmPeephole => [Some(lstm::input_window(hidden)), None],
             Cell::Gru | Cell::GruResetBefore => gru::input_windows(hidden).map(Some),
             Cell::Tanh | Cell::Relu => [Some(elman::input_window(hidden)), None],
         };
@@ -150,7 +175,9 @@ impl Cell {
     fn state_windows(self, hidden: usize) -> impl Iterator<Item = Window> {
         let all = 0..self.gates() * hidden;
         let windows = match self {
-            Cell::Lstm | Cell::Tanh | Cell::Relu => [Some(Window { columns: all.clone(), rows: all }), None],
+            Cell::Lstm | Cell::LstmPeephole | Cell::Tanh | Cell::Relu => {
+                [Some(Window { columns: all.clone(), rows: all }), None]
+            }
             Cell::Gru => [Some(Window { columns: gru::recurrent_columns(hidden), rows: all }), None],
             Cell::GruResetBefore => gru_reset_before::state_windows(hidden).map(Some),
         };
@@ -187,69 +214,6 @@ fn check_lengths(lengths: &[usize], steps: usize) -> Result<(), ShapeError> {
     }
 }
 
-/// The weights of one layer and direction, as PyTorch stores them.
-///
-/// # Shapes
-/// With G = [`Cell::gates`]: `w_ih` `[G·hidden, input]`, `w_hh` `[G·hidden, hidden]`, biases `[G·hidden]`.
-#[derive(Debug, Clone, Copy)]
-pub struct Weights<'a> {
-    /// The kind of cell.
-    pub cell: Cell,
-    /// Weights of the input; any strides.
-    pub w_ih: MatRef<'a>,
-    /// Weights of the state; any strides.
-    pub w_hh: MatRef<'a>,
-    /// Bias that goes with `w_ih`.
-    pub b_ih: &'a [f32],
-    /// Bias that goes with `w_hh`.
-    pub b_hh: &'a [f32],
-}
-
-impl Weights<'_> {
-    /// Width of the state.
-    pub fn hidden(&self) -> usize {
-        self.w_hh.cols()
-    }
-
-    /// Width of the input.
-    pub fn input(&self) -> usize {
-        self.w_ih.cols()
-    }
-
-    fn check(&self) -> Result<(), ShapeError> {
-        let rows = self.cell.gates() * self.hidden();
-        expect_dim("w_hh", "rows", rows, self.w_hh.rows())?;
-        expect_dim("w_ih", "rows", rows, self.w_ih.rows())?;
-        expect_dim("b_ih", "length", rows, self.b_ih.len())?;
-        expect_dim("b_hh", "length", rows, self.b_hh.len())
-    }
-}
-
-/// Gradients of [`Weights`], which are **added to**; shapes as there.
-#[derive(Debug)]
-pub struct WeightGrads<'a> {
-    /// Gradient of `w_ih`.
-    pub d_w_ih: MatMut<'a>,
-    /// Gradient of `w_hh`.
-    pub d_w_hh: MatMut<'a>,
-    /// Gradient of `b_ih`.
-    pub d_b_ih: &'a mut [f32],
-    /// Gradient of `b_hh`.
-    pub d_b_hh: &'a mut [f32],
-}
-
-impl WeightGrads<'_> {
-    fn check(&self, cell: Cell, hidden: usize, input: usize) -> Result<(), ShapeError> {
-        let rows = cell.gates() * hidden;
-        expect_dim("d_w_ih", "rows", rows, self.d_w_ih.rows())?;
-        expect_dim("d_w_ih", "columns", input, self.d_w_ih.cols())?;
-        expect_dim("d_w_hh", "rows", rows, self.d_w_hh.rows())?;
-        expect_dim("d_w_hh", "columns", hidden, self.d_w_hh.cols())?;
-        expect_dim("d_b_ih", "length", rows, self.d_b_ih.len())?;
-        expect_dim("d_b_hh", "length", rows, self.d_b_hh.len())
-    }
-}
-
 /// A padded batch of input sequences.
 ///
 /// # Shapes
@@ -268,7 +232,7 @@ pub struct Sequence<'a> {
 /// The state of a batch of rows, or its gradient, to read. Rows contiguous.
 #[derive(Debug, Clone, Copy)]
 pub struct State<'a> {
-    /// `[batch, hidden]`.
+    /// `[batch, output]`; without a projection output is hidden.
     pub h: MatRef<'a>,
     /// `[batch, hidden]` for a cell that has it, else `None`.
     pub c: Option<MatRef<'a>>,
@@ -277,7 +241,7 @@ pub struct State<'a> {
 /// The state of a batch of rows, or its gradient, to write. Rows contiguous.
 #[derive(Debug)]
 pub struct StateMut<'a> {
-    /// `[batch, hidden]`.
+    /// `[batch, output]`; without a projection output is hidden.
     pub h: MatMut<'a>,
     /// `[batch, hidden]` for a cell that has it, else `None`.
     pub c: Option<MatMut<'a>>,
@@ -288,39 +252,39 @@ type StateNames = [&'static str; 2];
 
 fn check_state_shape(
     names: StateNames,
-    cell: Cell,
-    [batch, hidden]: [usize; 2],
+    sizes: &Sizes,
+    batch: usize,
     (h, c): (MatRef<'_>, Option<MatRef<'_>>),
 ) -> Result<(), ShapeError> {
-    let check = |name, part: MatRef<'_>| {
+    let check = |name, part: MatRef<'_>, columns| {
         expect_dim(name, "rows", batch, part.rows())?;
-        expect_dim(name, "columns", hidden, part.cols())?;
+        expect_dim(name, "columns", columns, part.cols())?;
         part.expect_contiguous_rows(name)
     };
-    check(names[0], h)?;
+    check(names[0], h, sizes.output)?;
     match c {
-        Some(c) if cell.has_cell_state() => check(names[1], c),
+        Some(c) if sizes.cell.has_cell_state() => check(names[1], c, sizes.hidden),
         Some(c) => expect_dim(names[1], "columns (this cell has no such state)", 0, c.cols()),
-        None => expect_dim(names[1], "columns", cell.cell_columns(hidden), 0),
+        None => expect_dim(names[1], "columns", sizes.cell_columns(), 0),
     }
 }
 
 impl State<'_> {
-    fn check(&self, names: StateNames, cell: Cell, shape: [usize; 2]) -> Result<(), ShapeError> {
-        check_state_shape(names, cell, shape, (self.h, self.c))
+    fn check(&self, names: StateNames, sizes: &Sizes, batch: usize) -> Result<(), ShapeError> {
+        check_state_shape(names, sizes, batch, (self.h, self.c))
     }
 }
 
 impl StateMut<'_> {
-    fn check(&self, names: StateNames, cell: Cell, shape: [usize; 2]) -> Result<(), ShapeError> {
-        check_state_shape(names, cell, shape, (self.h.as_ref(), self.c.as_ref().map(MatMut::as_ref)))
+    fn check(&self, names: StateNames, sizes: &Sizes, batch: usize) -> Result<(), ShapeError> {
+        check_state_shape(names, sizes, batch, (self.h.as_ref(), self.c.as_ref().map(MatMut::as_ref)))
     }
 }
 
 /// What [`forward`] writes.
 #[derive(Debug)]
 pub struct Output<'a> {
-    /// The state after each step: `[seq·batch, hidden]`, rows contiguous; padding becomes zeros.
+    /// The state h after each step: `[seq·batch, output]`, rows contiguous; padding becomes zeros.
     pub y: MatMut<'a>,
     /// The state after each row's last step (for length 0 the initial state), where it is wanted.
     pub last: Option<StateMut<'a>>,
@@ -329,7 +293,7 @@ pub struct Output<'a> {
 /// The gradients that reach [`backward`]; what is `None` is zero.
 #[derive(Debug, Clone, Copy)]
 pub struct OutputGrads<'a> {
-    /// Of [`Output::y`]: `[seq·batch, hidden]`, rows contiguous. Rows of padding are never read.
+    /// Of [`Output::y`]: `[seq·batch, output]`, rows contiguous. Rows of padding are never read.
     pub d_y: Option<MatRef<'a>>,
     /// Of [`Output::last`].
     pub d_last: Option<State<'a>>,

@@ -223,6 +223,13 @@ pub(super) fn matrix_mut(data: &mut [f32], rows: usize, cols: usize) -> MatMut<'
     MatMut::new(data, rows, cols).expect("the buffer was taken for this shape")
 }
 
+/// `to = from`.
+pub(super) fn copy(from: MatRef<'_>, mut to: MatMut<'_>) {
+    for row in 0..from.rows() {
+        to.row_mut(row).copy_from_slice(from.row(row));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -8,15 +8,14 @@ use crate::scratch::ScratchBuf;
 use crate::view::{MatMut, MatRef};
 
 use super::plan::{Plan, gates_matrix_mut, gates_stride, matrix, matrix_mut};
-use super::state_product::StateWeights;
+use super::state_product::{StateWeights, Step};
 use super::step::project;
-use super::{Cell, Output, Sequence, State, Weights, columns, gates};
+use super::weights::Sizes;
+use super::{Output, Sequence, State, Weights, columns};
 
 /// What [`backward`](super::backward) needs of a [`forward`]: gates, and states before each step, without the padding.
 pub struct Saved {
-    pub(super) cell: Cell,
-    pub(super) hidden: usize,
-    pub(super) input: usize,
+    pub(super) sizes: Sizes,
     pub(super) plan: Plan,
     pub(super) gates: ScratchBuf,
     pub(super) h: ScratchBuf,
@@ -25,14 +24,12 @@ pub struct Saved {
 
 impl Saved {
     fn new(weights: &Weights<'_>, plan: Plan) -> Saved {
-        let (cell, hidden, rows) = (weights.cell, weights.hidden(), plan.rows());
+        let (sizes, rows) = (weights.sizes(), plan.rows());
         Saved {
-            cell,
-            hidden,
-            input: weights.input(),
-            gates: ScratchBuf::take(rows * gates_stride(cell.gate_columns(hidden))),
-            h: ScratchBuf::take(rows * hidden),
-            c: ScratchBuf::take(rows * cell.cell_columns(hidden)),
+            sizes,
+            gates: ScratchBuf::take(rows * gates_stride(sizes.gate_columns())),
+            h: ScratchBuf::take(rows * sizes.output),
+            c: ScratchBuf::take(rows * sizes.cell_columns()),
             plan,
         }
     }
@@ -42,8 +39,8 @@ impl Saved {
 const MIN_THREAD_FLOPS: usize = 2_000_000;
 
 /// Ranges of ranks, one a thread, as far as each has enough to do.
-pub(super) fn split(ctx: &Context, plan: &Plan, cell: Cell, hidden: usize) -> Vec<Range<usize>> {
-    let flops = 2 * plan.rows() * cell.gates() * hidden * hidden;
+pub(super) fn split(ctx: &Context, plan: &Plan, sizes: &Sizes) -> Vec<Range<usize>> {
+    let flops = plan.rows() * sizes.flops();
     plan.split_ranks(ctx.thread_count().min(flops / MIN_THREAD_FLOPS).max(1))
 }
 
@@ -69,7 +66,7 @@ struct Strand<'a> {
 /// steps from a row's length on leave the state unchanged and output zeros.
 ///
 /// # Shapes
-/// See [`Sequence`], [`Weights`], [`Output`]; `initial` (zeros when `None`) `[batch, hidden]`.
+/// See [`Sequence`], [`Weights`], [`Output`]; `initial` (zeros when `None`) as [`State`].
 ///
 /// # Errors
 /// [`ShapeError`] when shapes do not fit or a length exceeds the sequence; nothing is written then.
@@ -85,23 +82,21 @@ pub fn forward(
     initial: Option<State<'_>>,
     output: Output<'_>,
 ) -> Result<Saved, ShapeError> {
-    let (cell, hidden) = (weights.cell, weights.hidden());
-    let cell_columns = cell.cell_columns(hidden);
     let plan = check_forward(weights, sequence, initial, &output)?;
     let batch = plan.batch();
     let mut saved = Saved::new(weights, plan);
-    let Saved { plan, gates, h, c, .. } = &mut saved;
-    let rows = plan.rows();
-    let mut gates = gates_matrix_mut(gates, rows, cell.gate_columns(hidden));
+    let Saved { sizes, plan, gates, h, c } = &mut saved;
+    let (rows, width, cell_columns) = (plan.rows(), sizes.output, sizes.cell_columns());
+    let mut gates = gates_matrix_mut(gates, rows, sizes.gate_columns());
     let mut gathered = None;
     project(ctx, weights, plan.gather(sequence.x, &mut gathered), gates.reborrow())?;
     drop(gathered);
 
-    let mut last_h = ScratchBuf::take(batch * hidden);
+    let mut last_h = ScratchBuf::take(batch * width);
     let mut last_c = ScratchBuf::take(batch * cell_columns);
-    let mut h = matrix_mut(h, rows, hidden);
+    let mut h = matrix_mut(h, rows, width);
     let mut c = matrix_mut(c, rows, cell_columns);
-    start_states(plan, initial.map(|s| s.h), h.reborrow(), matrix_mut(&mut last_h, batch, hidden));
+    start_states(plan, initial.map(|s| s.h), h.reborrow(), matrix_mut(&mut last_h, batch, width));
     let initial_c = initial.and_then(|s| s.c);
     start_states(plan, initial_c, c.reborrow(), matrix_mut(&mut last_c, batch, cell_columns));
 
@@ -109,18 +104,18 @@ pub fn forward(
         gates,
         h: h.reborrow(),
         c,
-        last_h: matrix_mut(&mut last_h, batch, hidden),
+        last_h: matrix_mut(&mut last_h, batch, width),
         last_c: matrix_mut(&mut last_c, batch, cell_columns),
     };
-    match columns::team_size(ctx, plan, cell, hidden) {
-        1 => by_rows(ctx, (cell, plan), &StateWeights::forward(ctx, cell, weights.w_hh)?, recurrence),
+    match columns::team_size(ctx, plan, sizes) {
+        1 => by_rows(ctx, plan, &StateWeights::forward(ctx, weights)?, recurrence),
         team => {
-            let layer = columns::Layer { ctx: ctx.single_threaded(), cell, plan, w_hh: weights.w_hh };
+            let layer = columns::Layer { ctx: ctx.single_threaded(), plan, weights };
             columns::forward(team, &layer, recurrence);
         }
     }
 
-    let last = matrix(&last_h, batch, hidden);
+    let last = matrix(&last_h, batch, width);
     let h = h.as_ref();
     plan.scatter(ctx, output.y, |t, rank| match plan.next(t) {
         Some(next) if rank < plan.continuing(t) => h.row(plan.rows_at(next, &(rank..rank + 1)).start),
@@ -136,9 +131,9 @@ pub fn forward(
 }
 
 /// The recurrence with rows dealt to the threads.
-fn by_rows(ctx: &Context, (cell, plan): (Cell, &Plan), w_hh: &StateWeights, buffers: columns::Buffers<'_>) {
+fn by_rows(ctx: &Context, plan: &Plan, weights: &StateWeights, buffers: columns::Buffers<'_>) {
     let columns::Buffers { gates, h, c, last_h, last_c } = buffers;
-    let ranges = split(ctx, plan, cell, h.cols());
+    let ranges = split(ctx, plan, weights.sizes());
     let strands: Vec<Strand<'_>> = plan
         .split_steps(gates, &ranges)
         .into_iter()
@@ -149,7 +144,7 @@ fn by_rows(ctx: &Context, (cell, plan): (Cell, &Plan), w_hh: &StateWeights, buff
         .map(|((((gates, h), c), last_h), last_c)| Strand { gates, h, c, last_h, last_c })
         .collect();
     let part = part_context(ctx, strands.len());
-    ctx.for_each_owned(strands, |strand| run(&part, cell, plan, w_hh, strand));
+    ctx.for_each_owned(strands, |strand| run(&part, plan, weights, strand));
 }
 
 fn check_forward(
@@ -160,17 +155,17 @@ fn check_forward(
 ) -> Result<Plan, ShapeError> {
     weights.check()?;
     let plan = Plan::new(sequence)?;
-    let (cell, shape) = (weights.cell, [plan.batch(), weights.hidden()]);
+    let (sizes, batch) = (weights.sizes(), plan.batch());
     expect_dim("x", "columns", weights.input(), sequence.x.cols())?;
     sequence.x.expect_contiguous_rows("x")?;
     expect_dim("y", "rows", sequence.x.rows(), output.y.rows())?;
-    expect_dim("y", "columns", weights.hidden(), output.y.cols())?;
+    expect_dim("y", "columns", sizes.output, output.y.cols())?;
     output.y.expect_contiguous_rows("y")?;
     if let Some(state) = initial {
-        state.check(["initial.h", "initial.c"], cell, shape)?;
+        state.check(["initial.h", "initial.c"], &sizes, batch)?;
     }
     if let Some(state) = &output.last {
-        state.check(["last.h", "last.c"], cell, shape)?;
+        state.check(["last.h", "last.c"], &sizes, batch)?;
     }
     Ok(plan)
 }
@@ -204,24 +199,24 @@ pub(super) fn split_rows<'m>(matrix: MatMut<'m>, ranges: &[Range<usize>]) -> Vec
 }
 
 /// The recurrence of one strand.
-fn run(ctx: &Context, cell: Cell, plan: &Plan, w_hh: &StateWeights, strand: Strand<'_>) {
+fn run(ctx: &Context, plan: &Plan, weights: &StateWeights, strand: Strand<'_>) {
     let Strand { mut gates, mut h, mut c, mut last_h, mut last_c } = strand;
     for t in (0..plan.seq()).map(|visit| plan.step(visit)) {
         let rows = gates[t].rows();
         if rows == 0 {
             continue;
         }
-        w_hh.add(ctx, gates[t].reborrow(), h[t].as_ref()).expect("shapes fit by construction");
+        weights.add(ctx, gates[t].reborrow(), h[t].as_ref()).expect("shapes fit by construction");
         let continuing = plan.next(t).map_or(0, |next| h[next].rows().min(rows));
         if let Some(next) = plan.next(t).filter(|_| continuing > 0) {
             let [h_now, h_next] = h.get_disjoint_mut([t, next]).expect("a step is not its successor");
             let [c_now, c_next] = c.get_disjoint_mut([t, next]).expect("a step is not its successor");
             let now = (gates[t].reborrow(), h_now.as_ref(), c_now.as_ref());
-            update(ctx, cell, 0..continuing, now, (h_next.reborrow(), c_next.reborrow()));
+            update(ctx, weights, 0..continuing, now, (h_next.reborrow(), c_next.reborrow()));
         }
         if continuing < rows {
             let now = (gates[t].reborrow(), h[t].as_ref(), c[t].as_ref());
-            update(ctx, cell, continuing..rows, now, (last_h.reborrow(), last_c.reborrow()));
+            update(ctx, weights, continuing..rows, now, (last_h.reborrow(), last_c.reborrow()));
         }
     }
 }
@@ -229,24 +224,24 @@ fn run(ctx: &Context, cell: Cell, plan: &Plan, w_hh: &StateWeights, strand: Stra
 /// Gates, `h` and `c` of one step; of each the same rows are meant.
 type Now<'a> = (MatMut<'a>, MatRef<'a>, MatRef<'a>);
 
-/// The gates' pass over some rows of a step.
+/// The new state of some rows of a step.
 fn update(
     ctx: &Context,
-    cell: Cell,
+    weights: &StateWeights,
     rows: Range<usize>,
     (gates, h_prev, c_prev): Now<'_>,
     (h, c): (MatMut<'_>, MatMut<'_>),
 ) {
     let all = |cols: usize| 0..cols;
     let (g, hp, cp, hn, cn) = (gates.cols(), h_prev.cols(), c_prev.cols(), h.cols(), c.cols());
-    let part = gates::Forward {
+    let part = Step {
         gates: gates.sub(rows.clone(), all(g)),
         h_prev: h_prev.sub(rows.clone(), all(hp)),
         c_prev: c_prev.sub(rows.clone(), all(cp)),
         h: h.sub(rows.clone(), all(hn)),
         c: c.sub(rows, all(cn)),
     };
-    gates::forward(ctx, cell, part);
+    weights.update(ctx, part).expect("shapes fit by construction");
 }
 
 /// Rows by rank to rows by batch entry.

@@ -14,9 +14,10 @@ use pulp::{Simd, WithSimd};
 
 use super::plan::{Plan, gates_matrix, gates_matrix_mut, matrix, matrix_mut};
 use super::sequence::{Saved, part_context, split, split_rows, unrank};
-use super::state_product::StateWeights;
+use super::state_product::{BackStep, StateWeights};
 use super::step::weight_gradients;
-use super::{Cell, InputGrads, OutputGrads, Sequence, StateMut, Weights, Window, columns, gates};
+use super::weights::Sizes;
+use super::{InputGrads, OutputGrads, Sequence, StateMut, Weights, Window, columns};
 
 /// Rows by batch entry to rows by rank; zeros for `None`.
 fn rank(plan: &Plan, by_entry: Option<MatRef<'_>>, mut by_rank: MatMut<'_>) {
@@ -38,9 +39,8 @@ struct BackStrand<'a> {
 
 /// What all strands read on the way back.
 struct Back<'a> {
-    cell: Cell,
     plan: &'a Plan,
-    w_hh: StateWeights,
+    weights: StateWeights,
     h: MatRef<'a>,
     c: MatRef<'a>,
     d_y: Option<MatRef<'a>>,
@@ -67,41 +67,41 @@ pub fn backward(
     grads: InputGrads<'_>,
 ) -> Result<(), ShapeError> {
     check_backward(weights, sequence, &saved, &upstream, &grads)?;
-    let Saved { cell, hidden, plan, mut gates, h, c, .. } = saved;
-    let (batch, rows, gate_columns) = (plan.batch(), plan.rows(), cell.gate_columns(hidden));
-    let cell_columns = cell.cell_columns(hidden);
-    let mut d_h = ScratchBuf::take(batch * hidden);
+    let Saved { sizes, plan, mut gates, h, c } = saved;
+    let (batch, rows, gate_columns) = (plan.batch(), plan.rows(), sizes.gate_columns());
+    let (width, cell_columns) = (sizes.output, sizes.cell_columns());
+    let mut d_h = ScratchBuf::take(batch * width);
     let mut d_c = ScratchBuf::take(batch * cell_columns);
-    rank(&plan, upstream.d_last.map(|s| s.h), matrix_mut(&mut d_h, batch, hidden));
+    rank(&plan, upstream.d_last.map(|s| s.h), matrix_mut(&mut d_h, batch, width));
     rank(&plan, upstream.d_last.and_then(|s| s.c), matrix_mut(&mut d_c, batch, cell_columns));
 
-    let (h, c) = (matrix(&h, rows, hidden), matrix(&c, rows, cell_columns));
+    let (h, c) = (matrix(&h, rows, width), matrix(&c, rows, cell_columns));
     let recurrence = columns::BackBuffers {
         gates: gates_matrix_mut(&mut gates, rows, gate_columns),
         h,
         c,
-        d_h: matrix_mut(&mut d_h, batch, hidden),
+        d_h: matrix_mut(&mut d_h, batch, width),
         d_c: matrix_mut(&mut d_c, batch, cell_columns),
         d_y: upstream.d_y,
     };
-    match columns::team_size(ctx, &plan, cell, hidden) {
-        1 => by_rows(ctx, (cell, &plan), StateWeights::backward(ctx, cell, weights.w_hh)?, recurrence),
+    match columns::team_size(ctx, &plan, &sizes) {
+        1 => by_rows(ctx, &plan, StateWeights::backward(ctx, weights)?, recurrence),
         team => {
-            let layer = columns::Layer { ctx: ctx.single_threaded(), cell, plan: &plan, w_hh: weights.w_hh };
+            let layer = columns::Layer { ctx: ctx.single_threaded(), plan: &plan, weights };
             columns::backward(team, &layer, recurrence);
         }
     }
 
     let InputGrads { weights: d_weights, d_x, d_initial } = grads;
     if let Some(StateMut { h: into_h, c: into_c }) = d_initial {
-        unrank(&plan, matrix(&d_h, batch, hidden), into_h);
+        unrank(&plan, matrix(&d_h, batch, width), into_h);
         if let Some(into_c) = into_c {
             unrank(&plan, matrix(&d_c, batch, cell_columns), into_c);
         }
     }
     let d_gates = gates_matrix(&gates, rows, gate_columns);
     let mut gathered = None;
-    weight_gradients(ctx, cell, d_gates, plan.gather(sequence.x, &mut gathered), h, d_weights)?;
+    weight_gradients(ctx, sizes.cell, d_gates, plan.gather(sequence.x, &mut gathered), h, d_weights)?;
     match d_x {
         Some(d_x) => input_gradient(ctx, weights, &plan, d_gates, d_x),
         None => Ok(()),
@@ -109,15 +109,10 @@ pub fn backward(
 }
 
 /// The recurrence backward with rows dealt to the threads.
-fn by_rows(
-    ctx: &Context,
-    (cell, plan): (Cell, &Plan),
-    w_hh: StateWeights,
-    buffers: columns::BackBuffers<'_>,
-) {
+fn by_rows(ctx: &Context, plan: &Plan, weights: StateWeights, buffers: columns::BackBuffers<'_>) {
     let columns::BackBuffers { gates, h, c, d_h, d_c, d_y } = buffers;
-    let ranges = split(ctx, plan, cell, h.cols());
-    let back = Back { cell, plan, w_hh, h, c, d_y };
+    let ranges = split(ctx, plan, weights.sizes());
+    let back = Back { plan, weights, h, c, d_y };
     let strands: Vec<BackStrand<'_>> = plan
         .split_steps(gates, &ranges)
         .into_iter()
@@ -138,37 +133,40 @@ fn check_backward(
     grads: &InputGrads<'_>,
 ) -> Result<(), ShapeError> {
     weights.check()?;
-    let Saved { cell, hidden, input, plan, .. } = saved;
-    let (cell, hidden, input, x) = (*cell, *hidden, *input, sequence.x);
-    let state = [plan.batch(), hidden];
+    let Saved { sizes, plan, .. } = saved;
+    let Sizes { cell, hidden, input, output, .. } = *sizes;
+    let (batch, x) = (plan.batch(), sequence.x);
     expect_dim("w_hh", "rows (as in forward)", cell.gates() * hidden, weights.w_hh.rows())?;
-    expect_dim("w_hh", "columns (as in forward)", hidden, weights.hidden())?;
+    expect_dim("w_hh", "columns (as in forward)", output, weights.output())?;
+    let projection = |sizes: Sizes| if sizes.projected { sizes.hidden } else { 0 };
+    expect_dim("w_hr", "columns (as in forward)", projection(*sizes), projection(weights.sizes()))?;
+    expect_dim("peepholes", "length (as in forward)", cell.peepholes(hidden), weights.peepholes.len())?;
     expect_dim("w_ih", "columns (as in forward)", input, weights.input())?;
     expect_dim("x", "rows (as in forward)", plan.batch() * plan.seq(), x.rows())?;
     expect_dim("x", "columns (as in forward)", input, x.cols())?;
     x.expect_contiguous_rows("x")?;
     if let Some(d_y) = upstream.d_y {
         expect_dim("d_y", "rows", x.rows(), d_y.rows())?;
-        expect_dim("d_y", "columns", hidden, d_y.cols())?;
+        expect_dim("d_y", "columns", output, d_y.cols())?;
         d_y.expect_contiguous_rows("d_y")?;
     }
     if let Some(d_last) = &upstream.d_last {
-        d_last.check(["d_last.h", "d_last.c"], cell, state)?;
+        d_last.check(["d_last.h", "d_last.c"], sizes, batch)?;
     }
     if let Some(d_initial) = &grads.d_initial {
-        d_initial.check(["d_initial.h", "d_initial.c"], cell, state)?;
+        d_initial.check(["d_initial.h", "d_initial.c"], sizes, batch)?;
     }
     if let Some(d_x) = &grads.d_x {
         expect_dim("d_x", "rows", x.rows(), d_x.rows())?;
         expect_dim("d_x", "columns", input, d_x.cols())?;
         d_x.expect_contiguous_rows("d_x")?;
     }
-    grads.weights.check(cell, hidden, input)
+    grads.weights.check(sizes)
 }
 
 /// The recurrence of one strand, backward: gates become the gradients of their sums.
 fn run_back(ctx: &Context, back: &Back<'_>, strand: BackStrand<'_>) {
-    let Back { cell, plan, h, c, .. } = *back;
+    let Back { plan, h, c, .. } = *back;
     let BackStrand { ranks, mut gates, mut d_h, mut d_c } = strand;
     for t in (0..plan.seq()).rev().map(|visit| plan.step(visit)) {
         let rows = gates[t].rows();
@@ -181,17 +179,14 @@ fn run_back(ctx: &Context, back: &Back<'_>, strand: BackStrand<'_>) {
         if let Some(d_y) = back.d_y {
             add_upstream(ctx, d_h_now.reborrow(), d_y, |rank| plan.padded_row(t, ranks.start + rank));
         }
-        let h_prev = h.sub(at.clone(), 0..h_cols);
-        let step = gates::Backward {
+        let step = BackStep {
             gates: gates[t].reborrow(),
-            h_prev,
+            h_prev: h.sub(at.clone(), 0..h_cols),
             c_prev: c.sub(at, 0..c_cols),
-            d_h: d_h_now.reborrow(),
+            d_h: d_h_now,
             d_c: d_c.reborrow().sub(0..rows, 0..c_cols),
         };
-        gates::backward(ctx, cell, step);
-        let d_gates = gates[t].reborrow();
-        back.w_hh.gradient(ctx, d_gates, h_prev, d_h_now).expect("shapes fit by construction");
+        back.weights.step_back(ctx, step).expect("shapes fit by construction");
     }
 }
 

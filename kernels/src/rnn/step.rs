@@ -15,8 +15,9 @@ use crate::scratch::ScratchBuf;
 use crate::view::{MatMut, MatRef};
 
 use super::plan::{matrix, matrix_mut};
-use super::state_product::{StateWeights, add, weight_gradient};
-use super::{Cell, State, StateMut, WeightGrads, Weights, Window, gates};
+use super::state_product::{BackStep, StateWeights, Step, add, weight_gradient};
+use super::weights::Sizes;
+use super::{Cell, State, StateMut, WeightGrads, Weights, Window, lstm_peephole};
 
 /// What the columns of a gates buffer start from: the sum of both biases where both act.
 pub(super) fn start_bias(weights: &Weights<'_>) -> ScratchBuf {
@@ -39,8 +40,9 @@ fn biased(bias: &[f32]) -> Epilogue<'_> {
 }
 
 /// Writes the bias of the columns that no input reaches.
-fn fill_untouched(cell: Cell, hidden: usize, bias: &[f32], gates: &mut MatMut<'_>) {
-    if cell == Cell::Gru {
+fn fill_untouched(sizes: &Sizes, bias: &[f32], gates: &mut MatMut<'_>) {
+    if sizes.cell == Cell::Gru {
+        let hidden = sizes.hidden;
         for row in 0..gates.rows() {
             gates.row_mut(row)[3 * hidden..].copy_from_slice(&bias[3 * hidden..]);
         }
@@ -65,7 +67,7 @@ pub fn project(
 ) -> Result<(), ShapeError> {
     weights.check()?;
     let packed = pack_input(ctx, weights)?;
-    project_packed(ctx, weights.cell, &packed, &start_bias(weights), (x, gates))
+    project_packed(ctx, &weights.sizes(), &packed, &start_bias(weights), (x, gates))
 }
 
 /// `W_ihᵀ`, window by window.
@@ -78,36 +80,33 @@ fn pack_input(ctx: &Context, weights: &Weights<'_>) -> Result<Vec<PackedWeights>
 
 fn project_packed(
     ctx: &Context,
-    cell: Cell,
+    sizes: &Sizes,
     packed: &[PackedWeights],
     bias: &[f32],
     (x, mut gates): (MatRef<'_>, MatMut<'_>),
 ) -> Result<(), ShapeError> {
-    let (rows, hidden) = (x.rows(), bias.len() / cell.gate_columns(1));
-    check_gates(gates.as_ref(), rows, hidden, cell)?;
-    for (Window { columns, .. }, w) in cell.input_windows(hidden).zip(packed) {
+    let rows = x.rows();
+    check_gates(gates.as_ref(), rows, sizes)?;
+    for (Window { columns, .. }, w) in sizes.cell.input_windows(sizes.hidden).zip(packed) {
         expect_dim("x", "columns", w.rows(), x.cols())?;
         let part = gates.reborrow().sub(0..rows, columns.clone());
         gemm_packed(ctx, x, w, part, Accum::Overwrite, &biased(&bias[columns]))?;
     }
-    fill_untouched(cell, hidden, bias, &mut gates);
+    fill_untouched(sizes, bias, &mut gates);
     Ok(())
 }
 
-fn check_gates(gates: MatRef<'_>, rows: usize, hidden: usize, cell: Cell) -> Result<(), ShapeError> {
+fn check_gates(gates: MatRef<'_>, rows: usize, sizes: &Sizes) -> Result<(), ShapeError> {
     expect_dim("gates", "rows", rows, gates.rows())?;
-    expect_dim("gates", "columns", cell.gate_columns(hidden), gates.cols())?;
+    expect_dim("gates", "columns", sizes.gate_columns(), gates.cols())?;
     gates.expect_contiguous_rows("gates")
 }
 
 /// The weights of a cell, packed for many steps.
 #[derive(Debug)]
 pub struct PackedCell {
-    cell: Cell,
-    hidden: usize,
-    input: usize,
     w_ih: Vec<PackedWeights>,
-    w_hh: StateWeights,
+    state: StateWeights,
     bias: Vec<f32>,
 }
 
@@ -119,28 +118,35 @@ impl PackedCell {
     pub fn pack(ctx: &Context, weights: &Weights<'_>) -> Result<PackedCell, ShapeError> {
         weights.check()?;
         Ok(PackedCell {
-            cell: weights.cell,
-            hidden: weights.hidden(),
-            input: weights.input(),
             w_ih: pack_input(ctx, weights)?,
-            w_hh: StateWeights::forward(ctx, weights.cell, weights.w_hh)?,
+            state: StateWeights::forward(ctx, weights)?,
             bias: start_bias(weights).to_vec(),
         })
     }
 
     /// The kind of cell.
     pub fn cell(&self) -> Cell {
-        self.cell
+        self.state.sizes().cell
     }
 
-    /// Width of the state.
+    /// Width of the gates and of the state c.
     pub fn hidden(&self) -> usize {
-        self.hidden
+        self.state.sizes().hidden
+    }
+
+    /// Width of the state h.
+    pub fn output(&self) -> usize {
+        self.state.sizes().output
     }
 
     /// Width of the input.
     pub fn input(&self) -> usize {
-        self.input
+        self.state.sizes().input
+    }
+
+    /// Columns of a gates buffer.
+    pub fn gate_columns(&self) -> usize {
+        self.state.sizes().gate_columns()
     }
 }
 
@@ -158,8 +164,8 @@ pub fn project_with(
     x: MatRef<'_>,
     gates: MatMut<'_>,
 ) -> Result<(), ShapeError> {
-    expect_dim("x", "columns", cell.input, x.cols())?;
-    project_packed(ctx, cell.cell, &cell.w_ih, &cell.bias, (x, gates))
+    expect_dim("x", "columns", cell.input(), x.cols())?;
+    project_packed(ctx, cell.state.sizes(), &cell.w_ih, &cell.bias, (x, gates))
 }
 
 /// The input of one step.
@@ -175,7 +181,7 @@ pub struct StepInput<'a> {
 /// One step of `rows` independent rows.
 ///
 /// # Shapes
-/// x `[rows, input]`, states `[rows, hidden]`, gates `[rows, gate_columns]`, rows contiguous. The gates are left
+/// x `[rows, input]`, states as [`State`], gates `[rows, gate_columns]`, rows contiguous. The gates are left
 /// activated, as [`step_backward`] wants them.
 ///
 /// # Errors
@@ -190,26 +196,25 @@ pub fn step(
     mut gates: MatMut<'_>,
     next: StateMut<'_>,
 ) -> Result<(), ShapeError> {
-    let (rows, hidden, kind) = (input.x.rows(), cell.hidden, cell.cell);
-    check_gates(gates.as_ref(), rows, hidden, kind)?;
-    expect_dim("x", "columns", cell.input, input.x.cols())?;
-    state.check(["state.h", "state.c"], kind, [rows, hidden])?;
-    next.check(["next.h", "next.c"], kind, [rows, hidden])?;
+    let (rows, sizes) = (input.x.rows(), cell.state.sizes());
+    check_gates(gates.as_ref(), rows, sizes)?;
+    expect_dim("x", "columns", sizes.input, input.x.cols())?;
+    state.check(["state.h", "state.c"], sizes, rows)?;
+    next.check(["next.h", "next.c"], sizes, rows)?;
     match input.accum {
         Accum::Overwrite => {
-            project_packed(ctx, kind, &cell.w_ih, &cell.bias, (input.x, gates.reborrow()))?;
+            project_packed(ctx, sizes, &cell.w_ih, &cell.bias, (input.x, gates.reborrow()))?;
         }
         Accum::Add => {
-            for (Window { columns, .. }, w) in kind.input_windows(hidden).zip(&cell.w_ih) {
+            for (Window { columns, .. }, w) in sizes.cell.input_windows(sizes.hidden).zip(&cell.w_ih) {
                 let part = gates.reborrow().sub(0..rows, columns);
                 gemm_packed(ctx, input.x, w, part, Accum::Add, &Epilogue::default())?;
             }
         }
     }
-    cell.w_hh.add(ctx, gates.reborrow(), state.h)?;
+    cell.state.add(ctx, gates.reborrow(), state.h)?;
     let (c_prev, c) = (state.c.unwrap_or(no_columns(rows)), next.c.unwrap_or(no_columns_mut(rows)));
-    gates::forward(ctx, kind, gates::Forward { gates, h_prev: state.h, c_prev, h: next.h, c });
-    Ok(())
+    cell.state.update(ctx, Step { gates, h_prev: state.h, c_prev, h: next.h, c })
 }
 
 /// The state `c` of a cell that has none.
@@ -224,11 +229,8 @@ fn no_columns_mut(rows: usize) -> MatMut<'static> {
 /// The weights of a cell, packed for many steps backward.
 #[derive(Debug)]
 pub struct PackedBackward {
-    cell: Cell,
-    hidden: usize,
-    input: usize,
     w_ih: Vec<PackedWeights>,
-    w_hh: StateWeights,
+    state: StateWeights,
 }
 
 impl PackedBackward {
@@ -241,13 +243,10 @@ impl PackedBackward {
         let (hidden, input) = (weights.hidden(), weights.input());
         let windows = weights.cell.input_windows(hidden);
         Ok(PackedBackward {
-            cell: weights.cell,
-            hidden,
-            input,
             w_ih: windows
                 .map(|Window { rows, .. }| PackedWeights::pack(ctx, weights.w_ih.sub(rows, 0..input)))
                 .collect::<Result<_, _>>()?,
-            w_hh: StateWeights::backward(ctx, weights.cell, weights.w_hh)?,
+            state: StateWeights::backward(ctx, weights)?,
         })
     }
 }
@@ -267,29 +266,24 @@ pub fn step_backward(
     cell: &PackedBackward,
     state: State<'_>,
     mut gates: MatMut<'_>,
-    mut d_state: StateMut<'_>,
+    d_state: StateMut<'_>,
     d_x: Option<MatMut<'_>>,
 ) -> Result<(), ShapeError> {
-    let (rows, hidden, kind) = (state.h.rows(), cell.hidden, cell.cell);
-    check_gates(gates.as_ref(), rows, hidden, kind)?;
-    state.check(["state.h", "state.c"], kind, [rows, hidden])?;
-    d_state.check(["d_state.h", "d_state.c"], kind, [rows, hidden])?;
+    let (rows, sizes) = (state.h.rows(), cell.state.sizes());
+    check_gates(gates.as_ref(), rows, sizes)?;
+    state.check(["state.h", "state.c"], sizes, rows)?;
+    d_state.check(["d_state.h", "d_state.c"], sizes, rows)?;
     if let Some(d_x) = &d_x {
         expect_dim("d_x", "rows", rows, d_x.rows())?;
-        expect_dim("d_x", "columns", cell.input, d_x.cols())?;
+        expect_dim("d_x", "columns", sizes.input, d_x.cols())?;
     }
     let c_prev = state.c.unwrap_or(no_columns(rows));
     let d_c = d_state.c.unwrap_or(no_columns_mut(rows));
-    let d_h = d_state.h.reborrow();
-    gates::backward(
-        ctx,
-        kind,
-        gates::Backward { gates: gates.reborrow(), h_prev: state.h, c_prev, d_h, d_c },
-    );
-    cell.w_hh.gradient(ctx, gates.reborrow(), state.h, d_state.h)?;
+    let step = BackStep { gates: gates.reborrow(), h_prev: state.h, c_prev, d_h: d_state.h, d_c };
+    cell.state.step_back(ctx, step)?;
     let Some(mut d_x) = d_x else { return Ok(()) };
     let mut accum = Accum::Overwrite;
-    for (Window { columns, .. }, w) in kind.input_windows(hidden).zip(&cell.w_ih) {
+    for (Window { columns, .. }, w) in sizes.cell.input_windows(sizes.hidden).zip(&cell.w_ih) {
         let d_sums = gates.as_ref().sub(0..rows, columns);
         gemm_packed(ctx, d_sums, w, d_x.reborrow(), accum, &Epilogue::default())?;
         accum = Accum::Add;
@@ -300,10 +294,10 @@ pub fn step_backward(
 /// The weights' gradients from the gates' gradients of any number of steps, **added** to `grads`.
 ///
 /// `d_W_ih += d_sumsᵀ·x`, `d_W_hh += d_sumsᵀ·h_prev`, `d_b += Σ d_sums`, each over the gates that the weight
-/// acts on.
+/// acts on; `d_W_hr += d_hᵀ·m` and `d_p += Σ d_sums·c` from what the steps have left beside them.
 ///
 /// # Shapes
-/// d_gates `[rows, gate_columns]` as [`step_backward`] left it, x `[rows, input]`, h_prev `[rows, hidden]` (the state before each step).
+/// d_gates `[rows, gate_columns]` as [`step_backward`] left it, x `[rows, input]`, h_prev `[rows, output]` (the state before each step).
 ///
 /// # Errors
 /// [`ShapeError`] when shapes do not fit.
@@ -317,13 +311,24 @@ pub fn weight_gradients(
     h_prev: MatRef<'_>,
     grads: WeightGrads<'_>,
 ) -> Result<(), ShapeError> {
-    let (rows, hidden, input) = (x.rows(), h_prev.cols(), x.cols());
+    let (rows, output, input) = (x.rows(), h_prev.cols(), x.cols());
+    let hidden = grads.d_w_hr.as_ref().map_or(output, |d_w_hr| d_w_hr.cols());
+    let sizes = Sizes { cell, input, hidden, output, projected: grads.d_w_hr.is_some() };
     expect_dim("h_prev", "rows", rows, h_prev.rows())?;
-    check_gates(d_gates, rows, hidden, cell)?;
-    grads.check(cell, hidden, input)?;
-    let WeightGrads { mut d_w_ih, d_w_hh, d_b_ih, d_b_hh } = grads;
-    let mut sums = ScratchBuf::zeroed(cell.gate_columns(hidden));
-    reduce::col_sum(ctx, d_gates, &mut sums)?;
+    check_gates(d_gates, rows, &sizes)?;
+    grads.check(&sizes)?;
+    let WeightGrads { mut d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_peepholes, d_w_hr } = grads;
+    let columns = cell.gate_columns(hidden);
+    let mut sums = ScratchBuf::zeroed(columns);
+    reduce::col_sum(ctx, d_gates.sub(0..rows, 0..columns), &mut sums)?;
+    if cell == Cell::LstmPeephole {
+        add(d_peepholes, &sums[lstm_peephole::product_columns(hidden)]);
+    }
+    if let Some(d_w_hr) = d_w_hr {
+        let d_h = d_gates.sub(0..rows, sizes.projected_gradient()).t();
+        let m = d_gates.sub(0..rows, sizes.unprojected());
+        gemm(ctx, d_h, m, d_w_hr, Accum::Add, &Epilogue::default())?;
+    }
     weight_gradient(ctx, cell, (d_gates, &sums), h_prev, (d_w_hh, d_b_hh))?;
     for Window { columns, rows: gate_rows } in cell.input_windows(hidden) {
         let d_sums = d_gates.sub(0..rows, columns.clone()).t();

@@ -39,15 +39,19 @@ impl StepCell {
 /// The states of all layers, of several rows at once.
 #[derive(Debug, Clone)]
 pub(crate) struct CellStates {
-    /// `[rows, hidden]` for each layer and state vector: h of the bottom layer, its c if it has one, and so on.
+    /// `[rows, width]` for each layer and state vector: h of the bottom layer, its c if it has one, and so on.
     pub(crate) states: Vec<Vec<f32>>,
     /// State vectors of one layer.
     pub(crate) vectors: usize,
-    pub(crate) hidden: usize,
     pub(crate) rows: usize,
 }
 
 impl CellStates {
+    /// The width of a state vector of this length.
+    fn width(&self, state: &[f32]) -> usize {
+        state.len() / self.rows.max(1)
+    }
+
     /// One step of layer `l`; gives its new output.
     pub(crate) fn advance(
         &mut self,
@@ -60,7 +64,7 @@ impl CellStates {
             StepCell::Scan(weights) => self.scan(tape, weights, l, input),
             StepCell::Naive(weights) => self.naive(tape, weights, l, input),
             StepCell::Recurrent(cell) => {
-                let mut gates = tape.buffer(self.rows * cell.cell().gate_columns(self.hidden));
+                let mut gates = tape.buffer(self.rows * cell.gate_columns());
                 self.step(tape.context(), cell, (l, Accum::Overwrite), input, &mut gates)
             }
         }
@@ -76,8 +80,8 @@ impl CellStates {
     ) -> Result<Vec<f32>, ShapeError> {
         let x = tape.constant(input, self.rows, input.len() / self.rows.max(1))?;
         let old = &self.states[l * self.vectors..(l + 1) * self.vectors];
-        let h = tape.constant(&old[0], self.rows, self.hidden)?;
-        let c = old.get(1).map(|c| tape.constant(c, self.rows, self.hidden)).transpose()?;
+        let h = tape.constant(&old[0], self.rows, self.width(&old[0]))?;
+        let c = old.get(1).map(|c| tape.constant(c, self.rows, self.width(c))).transpose()?;
         let along = (&vec![1; self.rows].into(), Direction::Forward);
         let out = ops::naive_recurrent(tape, x, weights, along, Some(StateVars { h, c }))?;
         for (state, var) in self.states[l * self.vectors..].iter_mut().zip(out.last.vars()) {
@@ -95,21 +99,20 @@ impl CellStates {
         input: &[f32],
         gates: &mut [f32],
     ) -> Result<Vec<f32>, ShapeError> {
-        let (rows, hidden) = (self.rows, self.hidden);
+        let (rows, hidden, output) = (self.rows, cell.hidden(), cell.output());
         let old = &self.states[l * self.vectors..(l + 1) * self.vectors];
         let mut new: Vec<Vec<f32>> = old.iter().map(|state| vec![0.0; state.len()]).collect();
         let state = State {
-            h: MatRef::new(&old[0], rows, hidden)?,
+            h: MatRef::new(&old[0], rows, output)?,
             c: old.get(1).map(|c| MatRef::new(c, rows, hidden)).transpose()?,
         };
         let (h, c) = new.split_at_mut(1);
         let next = StateMut {
-            h: MatMut::new(&mut h[0], rows, hidden)?,
+            h: MatMut::new(&mut h[0], rows, output)?,
             c: c.first_mut().map(|c| MatMut::new(c, rows, hidden)).transpose()?,
         };
         let input = StepInput { x: MatRef::new(input, rows, input.len() / rows.max(1))?, accum };
-        let columns = cell.cell().gate_columns(hidden);
-        rnn::step(ctx, cell, input, state, MatMut::new(gates, rows, columns)?, next)?;
+        rnn::step(ctx, cell, input, state, MatMut::new(gates, rows, cell.gate_columns())?, next)?;
         let output = new[0].clone();
         for (state, new) in self.states[l * self.vectors..].iter_mut().zip(new) {
             *state = new;
@@ -131,12 +134,12 @@ impl CellStates {
         let scan = Scan {
             cell: weights.cell,
             candidate: ScanWeights::CANDIDATE,
-            hidden: self.hidden,
+            hidden: self.width(&self.states[l]),
             seq: 1,
             lengths: &vec![1; self.rows],
             direction: Direction::Forward,
         };
-        let mut new = vec![0.0; self.rows * self.hidden];
+        let mut new = vec![0.0; self.states[l].len()];
         min_rnn::forward(tape.context(), &scan, &mut gates, Some(&self.states[l]), &mut new, None)?;
         self.states[l].copy_from_slice(&new);
         Ok(new)
@@ -144,9 +147,10 @@ impl CellStates {
 
     /// Row `i` becomes what row `rows[i]` was.
     pub(crate) fn select(&mut self, rows: &[usize]) {
-        let hidden = self.hidden;
+        let old = self.rows.max(1);
         for state in &mut self.states {
-            let part = |&row: &usize| &state[row * hidden..(row + 1) * hidden];
+            let width = state.len() / old;
+            let part = |&row: &usize| &state[row * width..(row + 1) * width];
             *state = rows.iter().flat_map(part).copied().collect();
         }
         self.rows = rows.len();

@@ -84,9 +84,9 @@ impl RnnState {
         beams: usize,
         vectors: usize,
     ) -> Result<RnnState, ModelError> {
-        let Some(first) = encoded.states.first() else {
+        if encoded.states.is_empty() {
             return Err(ModelError::ForeignState { expected: "recurrent model" });
-        };
+        }
         let repeat = |state: &Tensor| -> Vec<f32> {
             (0..state.rows()).flat_map(|row| state.row(row).repeat(beams)).collect()
         };
@@ -94,7 +94,6 @@ impl RnnState {
             cells: CellStates {
                 states: encoded.states.iter().map(repeat).collect(),
                 vectors,
-                hidden: first.cols(),
                 rows: encoded.batch() * beams,
             },
             beams,
@@ -128,7 +127,7 @@ impl RnnState {
         for l in 0..layers.decoder.len() {
             let mut y = match (&packed.cells[l], &layers.attention) {
                 (StepCell::Recurrent(cell), Some(attention)) if l == 0 => {
-                    let columns = cell.cell().gate_columns(self.cells.hidden);
+                    let columns = cell.gate_columns();
                     let mut gates = tape.buffer(self.cells.rows * columns);
                     let (looked, alpha) = self.look(tape, packed, attention)?;
                     weights = Some(alpha);
@@ -182,7 +181,7 @@ impl RnnState {
         let w_query = packed.params.transposed(ctx, params, attention.query)?;
         let width = w_query.cols();
         let mut query = tape.buffer(self.cells.rows * width);
-        let h = MatRef::new(&self.cells.states[0], self.cells.rows, self.cells.hidden)?;
+        let h = MatRef::new(&self.cells.states[0], self.cells.rows, w_query.rows())?;
         let query_mat = MatMut::new(&mut query, self.cells.rows, width)?;
         gemm::gemm_packed(ctx, h, w_query, query_mat, Accum::Overwrite, &Epilogue::default())?;
         let beams_of = |width| HeadsLayout::batch_seq_heads(sources, self.beams, 1, width);
@@ -215,7 +214,7 @@ impl RnnState {
         let annotations =
             HeadsRef::new(&s.annotations, HeadsLayout::seq_batch(s.source_len, sources, s.annotation))?;
         let inputs = dot::Inputs {
-            q: HeadsRef::new(top, beams_of(self.cells.hidden))?,
+            q: HeadsRef::new(top, beams_of(top.len() / self.cells.rows.max(1)))?,
             k: annotations,
             v: annotations,
         };

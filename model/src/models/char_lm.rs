@@ -68,11 +68,10 @@ impl CharLm {
         config.validate()?;
         let mut store = ParamStore::new(seed);
         let embedding = Embedding::new(&mut store, "embedding", config.vocab, config.embedding);
-        let cell = |l: usize| {
-            cell_weights(&mut store, "rnn", &format!("l{l}"), config.cell, [config.input(l), config.hidden])
-        };
+        let cell =
+            |l: usize| cell_weights(&mut store, "rnn", &format!("l{l}"), config.cell, config.widths(l));
         let layers = (0..config.layers).map(cell).collect();
-        let output = Linear::new(&mut store, "output", config.hidden, config.vocab, 1);
+        let output = Linear::new(&mut store, "output", config.output(), config.vocab, 1);
         let (packed, pool) = (PerKernel::new(), Pool::new());
         Ok(CharLm { config: config.clone(), store, embedding, layers, output, packed, pool })
     }
@@ -96,8 +95,10 @@ impl CharLm {
     /// The state before the first character of `rows` texts.
     pub fn start(&self, rows: usize) -> CharLmState {
         let CharLmConfig { cell, layers, hidden, .. } = self.config;
-        let states = vec![vec![0.0; rows * hidden]; layers * cell.states()];
-        CharLmState(CellStates { states, vectors: cell.states(), hidden, rows })
+        let widths = [self.config.output(), hidden];
+        let layer = widths[..cell.states()].iter().map(|width| vec![0.0; rows * width]).collect::<Vec<_>>();
+        let states = (0..layers).flat_map(|_| layer.clone()).collect();
+        CharLmState(CellStates { states, vectors: cell.states(), rows })
     }
 
     /// Time-major logits of time-major tokens, and each layer's last state.
@@ -149,7 +150,7 @@ impl CharLm {
         let lengths: Arc<[usize]> = vec![seq; rows].into();
         let mut initial = Vec::with_capacity(self.layers.len());
         for state in state.0.states.chunks_exact(state.0.vectors) {
-            let mut vars = state.iter().map(|s| tape.constant(s, rows, self.config.hidden));
+            let mut vars = state.iter().map(|s| tape.constant(s, rows, s.len() / rows.max(1)));
             let h = vars.next().expect("a cell has a state")?;
             initial.push(StateVars { h, c: vars.next().transpose()? });
         }
@@ -177,7 +178,7 @@ impl CharLm {
         for (l, cell) in packed.cells.iter().enumerate() {
             x = state.advance(tape, cell, l, &x)?;
         }
-        let x = tape.constant(&x, state.rows, state.hidden)?;
+        let x = tape.constant(&x, state.rows, self.config.output())?;
         let logits = self.output.forward(tape, x)?;
         Ok(Tensor::new(&[state.rows, self.config.vocab], tape.value(logits).to_vec())?)
     }

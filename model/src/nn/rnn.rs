@@ -25,6 +25,7 @@ impl CellKind {
     fn kernel(self) -> Kernel {
         match self {
             CellKind::Lstm => Kernel::Recurrent(Cell::Lstm),
+            CellKind::LstmPeephole => Kernel::Recurrent(Cell::LstmPeephole),
             CellKind::Gru => Kernel::Recurrent(Cell::Gru),
             CellKind::GruResetBefore => Kernel::Recurrent(Cell::GruResetBefore),
             CellKind::Tanh => Kernel::Recurrent(Cell::Tanh),
@@ -60,17 +61,37 @@ impl ScanWeights {
     pub const CANDIDATE: Candidate = Candidate::Linear;
 }
 
-/// Adds `{name}.weight_ih_{suffix}`, `weight_hh_`, `bias_ih_` and `bias_hh_`; those of a scan without `hh`.
+/// The widths of a cell.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CellWidths {
+    /// What it reads.
+    pub input: usize,
+    /// Its gates, and the state c.
+    pub hidden: usize,
+    /// The state h of an LSTM that projects it.
+    pub projection: Option<usize>,
+}
+
+impl From<[usize; 2]> for CellWidths {
+    /// Input and hidden, without a projection.
+    fn from([input, hidden]: [usize; 2]) -> CellWidths {
+        CellWidths { input, hidden, projection: None }
+    }
+}
+
+/// Adds `{name}.weight_ih_{suffix}`, `weight_hh_`, `bias_ih_` and `bias_hh_`; those of a scan without `hh`; also
+/// `weight_ch_`, the peepholes p_i, p_f, p_o, and `weight_hr_`, the projection, where there are such.
 ///
-/// The input's weights start as a stack of Xavier matrices, the state's uniform within 1/√hidden, the biases as 0
+/// The input's weights start as a stack of Xavier matrices, the others uniform within 1/√hidden, the biases as 0
 /// but for the LSTM's forget gate, which starts open with 1 (Jozefowicz et al. 2015, section 5).
 pub fn cell_weights(
     store: &mut ParamStore,
     name: &str,
     suffix: &str,
     kind: CellKind,
-    [input, hidden]: [usize; 2],
+    widths: impl Into<CellWidths>,
 ) -> CellWeights {
+    let CellWidths { input, hidden, projection } = widths.into();
     let rows = kind.gates() * hidden;
     let stacked = Init::Xavier { stacked: kind.gates() };
     let mut add =
@@ -84,12 +105,14 @@ pub fn cell_weights(
         }
     };
     let uniform = Init::Uniform((hidden as f32).sqrt().recip());
-    let w_hh = add("weight_hh", &[rows, hidden], uniform);
+    let w_hh = add("weight_hh", &[rows, projection.unwrap_or(hidden)], uniform);
     let [b_ih, b_hh] = ["bias_ih", "bias_hh"].map(|part| add(part, &[rows], Init::Zeros));
-    if kind == CellKind::Lstm {
+    let peepholes = (cell == Cell::LstmPeephole).then(|| add("weight_ch", &[3 * hidden], uniform));
+    let w_hr = projection.map(|output| add("weight_hr", &[output, hidden], uniform));
+    if kind.states() == 2 {
         store.get_mut(b_ih)[hidden..2 * hidden].fill(1.0);
     }
-    CellWeights::Recurrent(RecurrentWeights { cell, w_ih, w_hh, b_ih, b_hh })
+    CellWeights::Recurrent(RecurrentWeights { cell, w_ih, w_hh, b_ih, b_hh, peepholes, w_hr })
 }
 
 impl CellWeights {

@@ -277,6 +277,7 @@ pub fn naive_recurrent(
     initial: Option<StateVars>,
 ) -> Result<RecurrentOutput, ShapeError> {
     assert!(matches!(weights.cell, Cell::Lstm | Cell::Gru), "{:?} has no naive form", weights.cell);
+    assert!(weights.w_hr.is_none(), "a projected LSTM has no naive form");
     let (rows, batch, hidden) = (tape.shape(x).0, lengths.len(), weights.hidden(tape.params()));
     let op = Naive { x, weights: *weights, lengths: lengths.clone(), direction, initial };
     let state = [initial.map(|s| tape.value(s.h)), initial.and_then(|s| s.c).map(|c| tape.value(c))];
@@ -303,7 +304,7 @@ struct Naive {
 
 impl Naive {
     fn layer<'a>(&'a self, ctx: &Context, params: &'a crate::ParamStore) -> NaiveLayer<'a> {
-        let RecurrentWeights { cell, w_ih, w_hh, b_ih, b_hh } = self.weights;
+        let RecurrentWeights { cell, w_ih, w_hh, b_ih, b_hh, .. } = self.weights;
         NaiveLayer {
             ctx: *ctx,
             cell,

@@ -19,17 +19,26 @@ pub struct RecurrentWeights {
     pub cell: Cell,
     /// `[gates · hidden, input]`.
     pub w_ih: ParamId,
-    /// `[gates · hidden, hidden]`.
+    /// `[gates · hidden, output]`; without `w_hr` output is hidden.
     pub w_hh: ParamId,
     /// `[gates · hidden]`.
     pub b_ih: ParamId,
     /// `[gates · hidden]`.
     pub b_hh: ParamId,
+    /// `[3 · hidden]`, for a cell with peepholes.
+    pub peepholes: Option<ParamId>,
+    /// `[output, hidden]`, where the state h is a projection.
+    pub w_hr: Option<ParamId>,
 }
 
 impl RecurrentWeights {
-    /// The width of the state.
+    /// The width of the gates and of the state c.
     pub fn hidden(&self, params: &ParamStore) -> usize {
+        params.shape(self.w_ih)[0] / self.cell.gates()
+    }
+
+    /// The width of the state h.
+    pub fn output(&self, params: &ParamStore) -> usize {
         params.shape(self.w_hh)[1]
     }
 
@@ -45,6 +54,8 @@ impl RecurrentWeights {
             w_hh: params.matrix(self.w_hh),
             b_ih: params.get(self.b_ih),
             b_hh: params.get(self.b_hh),
+            peepholes: self.peepholes.map_or(&[], |p| params.get(p)),
+            w_hr: self.w_hr.map(|w| params.matrix(w)),
         }
     }
 
@@ -53,19 +64,26 @@ impl RecurrentWeights {
         params: &ParamStore,
         grads: &'g mut Grads,
     ) -> Result<WeightGrads<'g>, ShapeError> {
-        let (rows, hidden) = (params.shape(self.w_ih)[0], self.hidden(params));
-        let [d_w_ih, d_w_hh, d_b_ih, d_b_hh] =
-            grads.get_disjoint_mut([self.w_ih, self.w_hh, self.b_ih, self.b_hh]);
+        let (rows, output) = (params.shape(self.w_ih)[0], self.output(params));
+        let always = [self.w_ih, self.w_hh, self.b_ih, self.b_hh].map(Some);
+        let [w_ih, w_hh, b_ih, b_hh] = always;
+        let [d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_peepholes, d_w_hr] =
+            grads.get_disjoint_mut([w_ih, w_hh, b_ih, b_hh, self.peepholes, self.w_hr]);
         Ok(WeightGrads {
             d_w_ih: MatMut::new(d_w_ih, rows, self.input(params))?,
-            d_w_hh: MatMut::new(d_w_hh, rows, hidden)?,
+            d_w_hh: MatMut::new(d_w_hh, rows, output)?,
             d_b_ih,
             d_b_hh,
+            d_peepholes,
+            d_w_hr: match self.w_hr {
+                Some(_) => Some(MatMut::new(d_w_hr, output, self.hidden(params))?),
+                None => None,
+            },
         })
     }
 }
 
-/// A recurrent state on the tape, `[batch, hidden]` each.
+/// A recurrent state on the tape: h `[batch, output]`, c `[batch, hidden]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StateVars {
     /// The output part.
@@ -88,16 +106,17 @@ impl StateVars {
 /// What a layer gives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RecurrentOutput {
-    /// The state after every step, `[seq · batch, hidden]`, zeros in the padding.
+    /// The state h after every step, `[seq · batch, output]`, zeros in the padding.
     pub y: Var,
     /// The state after each row's last step.
     pub last: StateVars,
 }
 
-/// `h[t], c[t] = cell(W_ih·x[t] + b_ih + W_hh·h[t−1] + b_hh)` within each row's length.
+/// `h[t], c[t] = cell(W_ih·x[t] + b_ih + W_hh·h[t−1] + b_hh)` within each row's length; with `w_hr`, an LSTM's h is
+/// `W_hr·(o ⊙ tanh c)`.
 ///
 /// # Shapes
-/// x `[seq · batch, input]`, time-major; `lengths` one for each of the batch; initial state `[batch, hidden]`,
+/// x `[seq · batch, input]`, time-major; `lengths` one for each of the batch; initial state as [`StateVars`],
 /// zeros for `None`.
 ///
 /// # Errors
@@ -110,23 +129,23 @@ pub fn recurrent(
     initial: Option<StateVars>,
 ) -> Result<RecurrentOutput, ShapeError> {
     let (rows, batch) = (tape.shape(x).0, lengths.len());
-    let hidden = weights.hidden(tape.params());
+    let (hidden, output) = (weights.hidden(tape.params()), weights.output(tape.params()));
     let with_c = weights.cell.has_cell_state();
-    let mut y = tape.buffer(rows * hidden);
-    let mut h = tape.buffer(batch * hidden);
+    let mut y = tape.buffer(rows * output);
+    let mut h = tape.buffer(batch * output);
     let mut c = tape.buffer(if with_c { batch * hidden } else { 0 });
     let last = StateMut {
-        h: MatMut::new(&mut h, batch, hidden)?,
+        h: MatMut::new(&mut h, batch, output)?,
         c: if with_c { Some(MatMut::new(&mut c, batch, hidden)?) } else { None },
     };
-    let output = Output { y: MatMut::new(&mut y, rows, hidden)?, last: Some(last) };
+    let into = Output { y: MatMut::new(&mut y, rows, output)?, last: Some(last) };
     let sequence = Sequence { x: tape.matrix(x), lengths, direction };
     let state = initial.map(|state| state.views(|var| tape.matrix(var)));
     let views = weights.views(tape.params());
-    let saved = rnn::forward(tape.context(), &views, &sequence, state, output)?;
+    let saved = rnn::forward(tape.context(), &views, &sequence, state, into)?;
     let op = RecurrentOp { x, weights: *weights, lengths: lengths.clone(), direction, initial, saved };
     let c_cols = if with_c { hidden } else { 0 };
-    let [y, h, c] = tape.push_all([(y, rows, hidden), (h, batch, hidden), (c, batch, c_cols)], || op);
+    let [y, h, c] = tape.push_all([(y, rows, output), (h, batch, output), (c, batch, c_cols)], || op);
     Ok(RecurrentOutput { y, last: StateVars { h, c: with_c.then_some(c) } })
 }
 
@@ -142,21 +161,22 @@ struct RecurrentOp {
 impl Backward for RecurrentOp {
     fn backward(self: Box<Self>, pass: &mut BackwardPass<'_>, out: Var) -> Result<(), ShapeError> {
         let RecurrentOp { x, weights, lengths, direction, initial, saved } = *self;
-        let (batch, hidden) = (lengths.len(), weights.hidden(pass.params));
+        let (batch, hidden, output) =
+            (lengths.len(), weights.hidden(pass.params), weights.output(pass.params));
         let d_y = pass.take_grad(out);
-        let d_last = last_grads(pass, out, weights.cell, batch * hidden);
-        let [mut d_h0, mut d_c0] = [(); 2].map(|()| pass.pool.take(batch * hidden));
+        let d_last = last_grads(pass, out, weights.cell, [batch * output, batch * hidden]);
+        let [mut d_h0, mut d_c0] = [output, hidden].map(|width| pass.pool.take(batch * width));
         let mut d_x = pass.target(x);
         let x_value = pass.nodes.matrix(x);
         let (rows, input) = (x_value.rows(), x_value.cols());
         let upstream = OutputGrads {
-            d_y: d_y.as_ref().map(|d| MatRef::new(d, rows, hidden)).transpose()?,
-            d_last: state_view(&d_last, batch, hidden)?,
+            d_y: d_y.as_ref().map(|d| MatRef::new(d, rows, output)).transpose()?,
+            d_last: state_view(&d_last, batch, [output, hidden])?,
         };
         let d_initial = match initial {
             None => None,
             Some(StateVars { c, .. }) => Some(StateMut {
-                h: MatMut::new(&mut d_h0, batch, hidden)?,
+                h: MatMut::new(&mut d_h0, batch, output)?,
                 c: c.map(|_| MatMut::new(&mut d_c0, batch, hidden)).transpose()?,
             }),
         };
@@ -181,21 +201,26 @@ impl Backward for RecurrentOp {
 fn state_view(
     [h, c]: &[Option<Buffer>; 2],
     batch: usize,
-    hidden: usize,
+    [output, hidden]: [usize; 2],
 ) -> Result<Option<State<'_>>, ShapeError> {
     let Some(h) = h else { return Ok(None) };
     let c = c.as_ref().map(|c| c.matrix(batch, hidden)).transpose()?;
-    Ok(Some(State { h: h.matrix(batch, hidden)?, c }))
+    Ok(Some(State { h: h.matrix(batch, output)?, c }))
 }
 
 /// The gradients of the final state's vectors: both or none, with zeros for one that was not used.
-fn last_grads(pass: &mut BackwardPass<'_>, out: Var, cell: Cell, len: usize) -> [Option<Buffer>; 2] {
-    let grads = [out.after(1), out.after(2)].map(|var| pass.take_grad(var));
-    if grads.iter().all(Option::is_none) {
+fn last_grads(
+    pass: &mut BackwardPass<'_>,
+    out: Var,
+    cell: Cell,
+    [h_len, c_len]: [usize; 2],
+) -> [Option<Buffer>; 2] {
+    let [h, c] = [out.after(1), out.after(2)].map(|var| pass.take_grad(var));
+    if h.is_none() && c.is_none() {
         return [None, None];
     }
-    let [h, c] = grads.map(|grad| grad.unwrap_or_else(|| pass.pool.zeroed(len)));
-    [Some(h), cell.has_cell_state().then_some(c)]
+    let or_zeros = |grad: Option<Buffer>, len| Some(grad.unwrap_or_else(|| pass.pool.zeroed(len)));
+    [or_zeros(h, h_len), if cell.has_cell_state() { or_zeros(c, c_len) } else { None }]
 }
 
 #[cfg(test)]
@@ -211,25 +236,40 @@ pub(crate) mod tests {
         input: usize,
         hidden: usize,
     ) -> RecurrentWeights {
+        projected_weights(store, cell, input, [hidden, hidden])
+    }
+
+    /// With a projection where the widths of gates and state differ.
+    fn projected_weights(
+        store: &mut ParamStore,
+        cell: Cell,
+        input: usize,
+        [hidden, output]: [usize; 2],
+    ) -> RecurrentWeights {
         let rows = cell.gates() * hidden;
+        let mut add = |name, shape: &[usize]| store.add(name, shape, Init::Uniform(0.5));
         RecurrentWeights {
             cell,
-            w_ih: store.add("w_ih", &[rows, input], Init::Uniform(0.5)),
-            w_hh: store.add("w_hh", &[rows, hidden], Init::Uniform(0.5)),
-            b_ih: store.add("b_ih", &[rows], Init::Uniform(0.5)),
-            b_hh: store.add("b_hh", &[rows], Init::Uniform(0.5)),
+            w_ih: add("w_ih", &[rows, input]),
+            w_hh: add("w_hh", &[rows, output]),
+            b_ih: add("b_ih", &[rows]),
+            b_hh: add("b_hh", &[rows]),
+            peepholes: (cell == Cell::LstmPeephole).then(|| add("peepholes", &[3 * hidden])),
+            w_hr: (output != hidden).then(|| add("w_hr", &[output, hidden])),
         }
     }
 
     #[test]
     fn gradients_of_outputs_and_final_states() {
-        for cell in [Cell::Lstm, Cell::Gru, Cell::GruResetBefore, Cell::Tanh] {
+        let plain = [Cell::Lstm, Cell::LstmPeephole, Cell::Gru, Cell::GruResetBefore, Cell::Tanh];
+        let projected = [(Cell::Lstm, 2), (Cell::LstmPeephole, 4)];
+        for (cell, output) in plain.map(|cell| (cell, 5)).into_iter().chain(projected) {
             for direction in [Direction::Forward, Direction::Reverse] {
                 let mut case = Case::new(6);
-                let weights = recurrent_weights(&mut case.store, cell, 3, 5);
+                let weights = projected_weights(&mut case.store, cell, 3, [5, output]);
                 let lengths: Arc<[usize]> = [2, 4, 0].into();
                 case.input(4 * 3, 3);
-                case.input(3, 5);
+                case.input(3, output);
                 case.input(3, 5);
                 check(&case, |tape, v| {
                     let c = cell.has_cell_state().then_some(v[2]);

@@ -9,10 +9,13 @@ use kavanam_model::train::{Decay, Example, Schedule, Trainable, Trainer, Trainer
 use kavanam_model::vocab::Vocab;
 use kavanam_model::{Grads, LossOptions, ParamStore, Pool, Tape};
 
-const CELLS: [CellKind; 4] = [CellKind::Lstm, CellKind::Gru, CellKind::MinGru, CellKind::MinLstm];
+const CELLS: [CellKind; 5] =
+    [CellKind::Lstm, CellKind::LstmPeephole, CellKind::Gru, CellKind::MinGru, CellKind::MinLstm];
 
+/// With peepholes goes a projection too.
 fn config(cell: CellKind) -> CharLmConfig {
-    CharLmConfig { vocab: VOCAB, cell, embedding: 5, hidden: 9, layers: 2, dropout: 0.1 }
+    let projection = (cell == CellKind::LstmPeephole).then_some(4);
+    CharLmConfig { vocab: VOCAB, cell, embedding: 5, hidden: 9, projection, layers: 2, dropout: 0.1 }
 }
 
 /// Windows of different lengths.
@@ -171,6 +174,10 @@ fn impossible_models_and_calls_are_typed_errors() {
     assert!(model.read(&ctx(), &mut model.start(2), &[4, 5, 6]).is_err(), "three tokens of two texts");
     assert!(model.read(&ctx(), &mut model.start(1), &[99]).is_err(), "unknown token");
     assert!(model.read(&ctx(), &mut model.start(1), &[4, 99]).is_err(), "unknown token");
+    for (cell, projection) in [(CellKind::Gru, 4), (CellKind::Lstm, 9), (CellKind::Lstm, 0)] {
+        let config = CharLmConfig { projection: Some(projection), ..config(cell) };
+        assert!(CharLm::new(&config, 1).unwrap_err().to_string().contains("projection"));
+    }
     let layers = CharLmConfig { layers: 0, ..config(CellKind::Gru) };
     assert!(CharLm::new(&layers, 1).unwrap_err().to_string().starts_with("config: layers is 0"));
 }

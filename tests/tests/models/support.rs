@@ -80,6 +80,7 @@ pub(crate) fn rnns() -> Vec<ModelConfig> {
         }
     }
     for (cell, attention) in [
+        (CellKind::LstmPeephole, AttentionKind::Additive),
         (CellKind::GruResetBefore, AttentionKind::None),
         (CellKind::GruResetBefore, AttentionKind::Additive),
         (CellKind::MinGru, AttentionKind::None),

@@ -51,6 +51,8 @@ impl Layer<'_> {
             w_hh: MatRef::new(w_hh, gates, width)?,
             b_ih,
             b_hh,
+            peepholes: &[],
+            w_hr: None,
         };
         let sequence = Sequence { x: MatRef::new(x, rows, width)?, lengths, direction: Direction::Forward };
         let output = Output { y: MatMut::new(&mut self.y, rows, width)?, last: None };
@@ -67,6 +69,8 @@ impl Layer<'_> {
                 d_w_hh: MatMut::new(d_w_hh, gates, width)?,
                 d_b_ih,
                 d_b_hh,
+                d_peepholes: &mut [],
+                d_w_hr: None,
             },
             d_x: Some(MatMut::new(&mut self.d_x, rows, width)?),
             d_initial: None,

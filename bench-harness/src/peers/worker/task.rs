@@ -101,6 +101,7 @@ fn rnn_task(problem: &rnn::Problem) -> Task<'_> {
     let outputs = vec![shape.elements(); if train { 2 } else { 1 }];
     let cell = match kind {
         Kind::Recurrent(Cell::Lstm) => "lstm",
+        Kind::Recurrent(Cell::LstmPeephole) => "lstm_peephole",
         Kind::Recurrent(Cell::Gru) => "gru",
         Kind::Recurrent(Cell::GruResetBefore) => "gru_reset_before",
         Kind::Recurrent(Cell::Tanh) => "tanh",

@@ -6,7 +6,7 @@ mod sequence;
 mod steps;
 
 use crate::Context;
-use crate::reference::{self, Real, Recurrent, RecurrentGrads, RecurrentOutput};
+use crate::reference::{self, LstmExtraGrads, LstmExtras, Real, Recurrent, RecurrentGrads, RecurrentOutput};
 use crate::testing::{UNIT_ROUNDOFF, uniform};
 use crate::view::{MatMut, MatRef};
 
@@ -14,6 +14,37 @@ use super::{
     Cell, Direction, InputGrads, Output, OutputGrads, Sequence, State, StateMut, WeightGrads, Weights,
     backward, forward,
 };
+
+/// A kind of layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Kind {
+    cell: Cell,
+    projected: bool,
+}
+
+impl Kind {
+    /// Every cell, and those that can be projected so as well; the ReLU last.
+    fn all() -> Vec<Kind> {
+        let projected = [Cell::Lstm, Cell::LstmPeephole].map(|cell| Kind { cell, projected: true });
+        projected.into_iter().chain(Cell::ALL.map(Kind::from)).collect()
+    }
+}
+
+impl From<Cell> for Kind {
+    fn from(cell: Cell) -> Kind {
+        Kind { cell, projected: false }
+    }
+}
+
+/// What [`Case::run`] gives.
+type Run<T> = (RecurrentOutput<T>, Grads<T>);
+
+/// The gradients of everything that a layer reads.
+#[derive(Debug, Clone)]
+struct Grads<T> {
+    layer: RecurrentGrads<T>,
+    extra: LstmExtraGrads<T>,
+}
 
 /// A layer with its inputs and the gradients of its outputs.
 #[derive(Debug, Clone)]
@@ -23,11 +54,16 @@ struct Case {
     seq: usize,
     input: usize,
     hidden: usize,
+    /// Width of h: about half of hidden where it is projected.
+    output: usize,
+    projected: bool,
     lengths: Vec<usize>,
     w_ih: Vec<f32>,
     w_hh: Vec<f32>,
     b_ih: Vec<f32>,
     b_hh: Vec<f32>,
+    peepholes: Vec<f32>,
+    w_hr: Vec<f32>,
     x: Vec<f32>,
     h0: Vec<f32>,
     c0: Vec<f32>,
@@ -39,7 +75,14 @@ fn scaled(len: usize, factor: f32, seed: u64) -> Vec<f32> {
 }
 
 impl Case {
-    fn new(cell: Cell, direction: Direction, [seq, input, hidden]: [usize; 3], lengths: &[usize]) -> Case {
+    fn new(
+        kind: impl Into<Kind>,
+        direction: Direction,
+        [seq, input, hidden]: [usize; 3],
+        lengths: &[usize],
+    ) -> Case {
+        let Kind { cell, projected } = kind.into();
+        let output = if projected { hidden / 2 + 1 } else { hidden };
         let (batch, rows) = (lengths.len(), cell.gates() * hidden);
         let cell_columns = cell.cell_columns(hidden);
         let weight = 1.5 / (hidden.max(1) as f32).sqrt();
@@ -49,17 +92,21 @@ impl Case {
             seq,
             input,
             hidden,
+            output,
+            projected,
             lengths: lengths.to_vec(),
             w_ih: scaled(rows * input, weight, 1),
-            w_hh: scaled(rows * hidden, weight, 2),
+            w_hh: scaled(rows * output, weight, 2),
             b_ih: scaled(rows, 0.5, 3),
             b_hh: scaled(rows, 0.5, 4),
             x: scaled(seq * batch * input, 2.0, 5),
-            h0: scaled(batch * hidden, 0.9, 6),
+            peepholes: scaled(cell.peepholes(hidden), 1.0, 11),
+            w_hr: scaled(if projected { output * hidden } else { 0 }, weight, 12),
+            h0: scaled(batch * output, 0.9, 6),
             c0: scaled(batch * cell_columns, 1.5, 7),
             d: RecurrentOutput {
-                y: uniform(seq * batch * hidden, 8),
-                h: uniform(batch * hidden, 9),
+                y: uniform(seq * batch * output, 8),
+                h: uniform(batch * output, 9),
                 c: uniform(batch * cell_columns, 10),
             },
         }
@@ -74,9 +121,11 @@ impl Case {
         Weights {
             cell: self.cell,
             w_ih: MatRef::new(&self.w_ih, rows, self.input).unwrap(),
-            w_hh: MatRef::new(&self.w_hh, rows, self.hidden).unwrap(),
+            w_hh: MatRef::new(&self.w_hh, rows, self.output).unwrap(),
             b_ih: &self.b_ih,
             b_hh: &self.b_hh,
+            peepholes: &self.peepholes,
+            w_hr: self.projected.then(|| MatRef::new(&self.w_hr, self.output, self.hidden).unwrap()),
         }
     }
 
@@ -85,59 +134,82 @@ impl Case {
         Sequence { x, lengths: &self.lengths, direction: self.direction }
     }
 
-    /// The rows of a state: `[batch, hidden]`.
+    /// The rows of a state: `[batch, output]` and `[batch, hidden]`.
     fn state<'a>(&self, h: &'a [f32], c: &'a [f32]) -> State<'a> {
-        let part = |data| MatRef::new(data, self.batch(), self.hidden).unwrap();
-        State { h: part(h), c: self.cell.has_cell_state().then(|| part(c)) }
+        let part = |data, width| MatRef::new(data, self.batch(), width).unwrap();
+        State { h: part(h, self.output), c: self.cell.has_cell_state().then(|| part(c, self.hidden)) }
     }
 
     fn state_mut<'a>(&self, h: &'a mut [f32], c: &'a mut [f32]) -> StateMut<'a> {
         let (batch, hidden) = (self.batch(), self.hidden);
         let c = self.cell.has_cell_state().then(|| MatMut::new(c, batch, hidden).unwrap());
-        StateMut { h: MatMut::new(h, batch, hidden).unwrap(), c }
+        StateMut { h: MatMut::new(h, batch, self.output).unwrap(), c }
+    }
+
+    /// Gradients in the shapes of the layer's tensors: zeros for what is added to, NaN for what is overwritten.
+    fn empty_grads(&self) -> Grads<f32> {
+        let nan = |like: &[f32]| vec![f32::NAN; like.len()];
+        let zeros = |like: &[f32]| vec![0.0; like.len()];
+        Grads {
+            layer: RecurrentGrads {
+                d_w_ih: zeros(&self.w_ih),
+                d_w_hh: zeros(&self.w_hh),
+                d_b_ih: zeros(&self.b_ih),
+                d_b_hh: zeros(&self.b_hh),
+                d_x: nan(&self.x),
+                d_h0: nan(&self.h0),
+                d_c0: nan(&self.c0),
+            },
+            extra: LstmExtraGrads { d_peepholes: zeros(&self.peepholes), d_w_hr: zeros(&self.w_hr) },
+        }
+    }
+
+    fn weight_grads<'a>(
+        &self,
+        grads: &'a mut RecurrentGrads<f32>,
+        extra: &'a mut LstmExtraGrads<f32>,
+    ) -> WeightGrads<'a> {
+        let rows = self.cell.gates() * self.hidden;
+        WeightGrads {
+            d_w_ih: MatMut::new(&mut grads.d_w_ih, rows, self.input).unwrap(),
+            d_w_hh: MatMut::new(&mut grads.d_w_hh, rows, self.output).unwrap(),
+            d_b_ih: &mut grads.d_b_ih,
+            d_b_hh: &mut grads.d_b_hh,
+            d_peepholes: &mut extra.d_peepholes,
+            d_w_hr: self.projected.then(|| MatMut::new(&mut extra.d_w_hr, self.output, self.hidden).unwrap()),
+        }
     }
 
     /// Forward and backward by the kernels. Outputs start as NaN, accumulated gradients as zeros.
-    fn run(&self, ctx: &Context) -> (RecurrentOutput<f32>, RecurrentGrads<f32>) {
+    fn run(&self, ctx: &Context) -> Run<f32> {
         let nan = |like: &[f32]| vec![f32::NAN; like.len()];
-        let zeros = |like: &[f32]| vec![0.0; like.len()];
         let mut out = RecurrentOutput { y: nan(&self.d.y), h: nan(&self.d.h), c: nan(&self.d.c) };
         let (weights, sequence) = (self.weights(), self.sequence());
-        let (rows, input, hidden) = (self.seq * self.batch(), self.input, self.hidden);
+        let (rows, input, output) = (self.seq * self.batch(), self.input, self.output);
         let last = Some(self.state_mut(&mut out.h, &mut out.c));
-        let output = Output { y: MatMut::new(&mut out.y, rows, hidden).unwrap(), last };
+        let into = Output { y: MatMut::new(&mut out.y, rows, output).unwrap(), last };
         let initial = Some(self.state(&self.h0, &self.c0));
-        let saved = forward(ctx, &weights, &sequence, initial, output).unwrap();
-        let mut grads = RecurrentGrads {
-            d_w_ih: zeros(&self.w_ih),
-            d_w_hh: zeros(&self.w_hh),
-            d_b_ih: zeros(&self.b_ih),
-            d_b_hh: zeros(&self.b_hh),
-            d_x: nan(&self.x),
-            d_h0: nan(&self.h0),
-            d_c0: nan(&self.c0),
-        };
+        let saved = forward(ctx, &weights, &sequence, initial, into).unwrap();
         let upstream = OutputGrads {
-            d_y: Some(MatRef::new(&self.d.y, rows, hidden).unwrap()),
+            d_y: Some(MatRef::new(&self.d.y, rows, output).unwrap()),
             d_last: Some(self.state(&self.d.h, &self.d.c)),
         };
-        let gate_rows = self.cell.gates() * hidden;
+        let mut all = self.empty_grads();
+        let Grads { layer: grads, extra } = &mut all;
+        let [mut d_x, mut d_h0, mut d_c0] =
+            [&mut grads.d_x, &mut grads.d_h0, &mut grads.d_c0].map(std::mem::take);
         let into = InputGrads {
-            weights: WeightGrads {
-                d_w_ih: MatMut::new(&mut grads.d_w_ih, gate_rows, input).unwrap(),
-                d_w_hh: MatMut::new(&mut grads.d_w_hh, gate_rows, hidden).unwrap(),
-                d_b_ih: &mut grads.d_b_ih,
-                d_b_hh: &mut grads.d_b_hh,
-            },
-            d_x: Some(MatMut::new(&mut grads.d_x, rows, input).unwrap()),
-            d_initial: Some(self.state_mut(&mut grads.d_h0, &mut grads.d_c0)),
+            weights: self.weight_grads(grads, extra),
+            d_x: Some(MatMut::new(&mut d_x, rows, input).unwrap()),
+            d_initial: Some(self.state_mut(&mut d_h0, &mut d_c0)),
         };
         backward(ctx, &weights, &sequence, saved, upstream, into).unwrap();
-        (out, grads)
+        (grads.d_x, grads.d_h0, grads.d_c0) = (d_x, d_h0, d_c0);
+        (out, all)
     }
 
     /// Forward and backward by the naive form in T.
-    fn naive<T: Real>(&self) -> (RecurrentOutput<T>, RecurrentGrads<T>) {
+    fn naive<T: Real>(&self) -> Run<T> {
         let real = |data: &[f32]| data.iter().map(|&x| T::from(x)).collect::<Vec<T>>();
         let weights = [&self.w_ih, &self.w_hh, &self.b_ih, &self.b_hh].map(|w| real(w));
         let (x, h0, c0) = (real(&self.x), real(&self.h0), real(&self.c0));
@@ -156,8 +228,17 @@ impl Case {
             c0: &c0,
         };
         let d = RecurrentOutput { y: real(&self.d.y), h: real(&self.d.h), c: real(&self.d.c) };
-        match self.cell {
-            Cell::Lstm => (reference::lstm_forward(&layer), reference::lstm_backward(&layer, &d)),
+        let (peepholes, w_hr) = (real(&self.peepholes), real(&self.w_hr));
+        let extras = LstmExtras { peepholes: &peepholes, w_hr: self.projected.then_some(&w_hr[..]) };
+        let (out, grads) = match self.cell {
+            Cell::Lstm if !self.projected => {
+                (reference::lstm_forward(&layer), reference::lstm_backward(&layer, &d))
+            }
+            Cell::Lstm | Cell::LstmPeephole => {
+                let (layer_grads, extra) = reference::lstm_extended_backward(&layer, &extras, &d);
+                let out = reference::lstm_extended_forward(&layer, &extras);
+                return (out, Grads { layer: layer_grads, extra });
+            }
             Cell::Gru => (reference::gru_forward(&layer), reference::gru_backward(&layer, &d)),
             Cell::GruResetBefore => {
                 let out = reference::gru_reset_before_forward(&layer);
@@ -167,15 +248,16 @@ impl Case {
                 let relu = self.cell == Cell::Relu;
                 (reference::elman_forward(&layer, relu), reference::elman_backward(&layer, relu, &d))
             }
-        }
+        };
+        (out, Grads { layer: grads, extra: LstmExtraGrads { d_peepholes: vec![], d_w_hr: vec![] } })
     }
 }
 
 /// The tensors of a result by name.
 fn tensors<'a, T>(
     out: &'a RecurrentOutput<T>,
-    grads: &'a RecurrentGrads<T>,
-) -> [(&'static str, &'a [T]); 10] {
+    Grads { layer: grads, extra }: &'a Grads<T>,
+) -> [(&'static str, &'a [T]); 12] {
     [
         ("y", &out.y),
         ("h", &out.h),
@@ -187,6 +269,8 @@ fn tensors<'a, T>(
         ("d_x", &grads.d_x),
         ("d_h0", &grads.d_h0),
         ("d_c0", &grads.d_c0),
+        ("d_peepholes", &extra.d_peepholes),
+        ("d_w_hr", &extra.d_w_hr),
     ]
 }
 

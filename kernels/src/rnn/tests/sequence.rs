@@ -29,29 +29,33 @@ fn check_against_reference(ctx: &Context, case: &Case) {
     }
 }
 
+fn all_but_relu() -> Vec<Kind> {
+    Kind::all().into_iter().filter(|kind| kind.cell != Cell::Relu).collect()
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
     #[test]
     fn outputs_and_gradients_are_as_exact_as_the_naive_form(
         // Not ReLU: near its corner the sign of a sum may differ between f32 and f64, and the whole gradient with it.
-        cell in prop::sample::select(Cell::ALL[..4].to_vec()),
+        kind in prop::sample::select(all_but_relu()),
         reverse in any::<bool>(),
         input in 0usize..20,
         hidden in prop::sample::select(vec![1usize, 3, 7, 8, 9, 15, 16, 17, 24, 33]),
         lengths in prop::collection::vec(0usize..7, 0..9),
     ) {
         let seq = lengths.iter().copied().max().unwrap_or(0) + input % 2;
-        let case = Case::new(cell, DIRECTIONS[reverse as usize], [seq, input, hidden], &lengths);
+        let case = Case::new(kind, DIRECTIONS[reverse as usize], [seq, input, hidden], &lengths);
         for_each_isa(|ctx| check_against_reference(ctx, &case));
     }
 }
 
 #[test]
 fn larger_layers_are_as_exact_as_the_naive_form() {
-    for cell in Cell::ALL {
+    for kind in Kind::all() {
         for direction in DIRECTIONS {
-            let case = Case::new(cell, direction, [11, 40, 72], &[11, 4, 9, 11, 1, 7, 2, 11, 10, 3, 5, 8, 6]);
+            let case = Case::new(kind, direction, [11, 40, 72], &[11, 4, 9, 11, 1, 7, 2, 11, 10, 3, 5, 8, 6]);
             for_each_isa(|ctx| check_against_reference(ctx, &case));
         }
     }
@@ -59,10 +63,10 @@ fn larger_layers_are_as_exact_as_the_naive_form() {
 
 #[test]
 fn bits_do_not_depend_on_threads() {
-    for cell in Cell::ALL {
+    for kind in Kind::all() {
         for direction in DIRECTIONS {
             let lengths: Vec<usize> = (0..29).map(|b| (b * 7) % 13).collect();
-            let case = Case::new(cell, direction, [13, 31, 64], &lengths);
+            let case = Case::new(kind, direction, [13, 31, 64], &lengths);
             for_each_isa(|ctx| {
                 let (out, grads) = case.run(ctx);
                 for threads in 2..=4 {
@@ -77,16 +81,17 @@ fn bits_do_not_depend_on_threads() {
 
 #[test]
 fn bits_do_not_depend_on_which_thread_owns_a_unit() {
-    for cell in Cell::ALL {
+    for kind in Kind::all() {
         for direction in DIRECTIONS {
-            let case = Case::new(cell, direction, [40, 9, 264], &[40, 17, 0, 40, 8, 25]);
+            let case = Case::new(kind, direction, [40, 9, 264], &[40, 17, 0, 40, 8, 25]);
             let plan = Plan::new(&case.sequence()).unwrap();
             for_each_isa(|ctx| {
                 let (out, grads) = case.run(ctx);
                 for threads in 2..=4 {
                     let many = ctx.threads(NonZeroUsize::new(threads).unwrap());
-                    let team = if cell == Cell::GruResetBefore { 1 } else { threads };
-                    assert_eq!(columns::team_size(&many, &plan, cell, case.hidden), team);
+                    let two_products = kind.projected || kind.cell == Cell::GruResetBefore;
+                    let team = if two_products { 1 } else { threads };
+                    assert_eq!(columns::team_size(&many, &plan, &case.weights().sizes()), team);
                     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads - 1).build().unwrap();
                     for (out_n, grads_n) in [case.run(&many), pool.install(|| case.run(&many))] {
                         let both = tensors(&out, &grads).into_iter().zip(tensors(&out_n, &grads_n));
@@ -104,7 +109,7 @@ fn layers_on_teams_within_tasks_of_a_crowded_pool_give_the_same_bits() {
     let ctx = Context::with_isa(crate::Isa::best());
     let (one, _) = case.run(&ctx);
     let many = ctx.threads(NonZeroUsize::new(3).unwrap());
-    assert_eq!(columns::team_size(&many, &Plan::new(&case.sequence()).unwrap(), case.cell, 256), 3);
+    assert_eq!(columns::team_size(&many, &Plan::new(&case.sequence()).unwrap(), &case.weights().sizes()), 3);
     let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
     pool.install(|| many.for_each_task(12, |_| assert_same_bits(&one.y, &case.run(&many).0.y)));
 }
@@ -125,16 +130,16 @@ fn subset(case: &Case, rows: &[usize], seq: usize) -> Case {
         picked
     };
     let once = |data: &[f32], width: usize| pick(data, 1, batch, width, rows);
-    let (hidden, cell_columns) = (case.hidden, case.cell.cell_columns(case.hidden));
+    let (output, cell_columns) = (case.output, case.cell.cell_columns(case.hidden));
     Case {
         seq,
         lengths: rows.iter().map(|&b| case.lengths[b]).collect(),
         x: steps(&case.x, case.input),
-        h0: once(&case.h0, hidden),
+        h0: once(&case.h0, output),
         c0: once(&case.c0, cell_columns),
         d: RecurrentOutput {
-            y: steps(&case.d.y, hidden),
-            h: once(&case.d.h, hidden),
+            y: steps(&case.d.y, output),
+            h: once(&case.d.h, output),
             c: once(&case.d.c, cell_columns),
         },
         ..case.clone()
@@ -143,27 +148,27 @@ fn subset(case: &Case, rows: &[usize], seq: usize) -> Case {
 
 #[test]
 fn bits_of_a_row_depend_on_neither_its_neighbours_nor_the_padding() {
-    for cell in Cell::ALL {
+    for kind in Kind::all() {
         for direction in DIRECTIONS {
-            let case = Case::new(cell, direction, [6, 10, 19], &[3, 6, 0, 5, 3, 1, 6, 2]);
-            let hidden = case.hidden;
+            let case = Case::new(kind, direction, [6, 10, 19], &[3, 6, 0, 5, 3, 1, 6, 2]);
+            let (output, cell_columns) = (case.output, case.cell.cell_columns(case.hidden));
             for_each_isa(|ctx| {
-                let (whole, whole_grads) = case.run(ctx);
+                let (whole, Grads { layer: whole_grads, .. }) = case.run(ctx);
                 for (rows, seq) in [(vec![3], 5), (vec![4], 9), (vec![6, 1, 0], 6), (vec![0, 5, 2], 4)] {
                     let part = subset(&case, &rows, seq);
-                    let (out, grads) = part.run(ctx);
+                    let (out, Grads { layer: grads, .. }) = part.run(ctx);
                     let kept = seq.min(case.seq);
                     let same = |whole: &[f32], part: &[f32], seq: usize, width: usize| {
                         let len = seq * rows.len() * width;
                         assert_same_bits(&pick(whole, seq, case.batch(), width, &rows), &part[..len]);
                         assert!(part[len..].iter().all(|&x| x == 0.0), "padding is not zero");
                     };
-                    same(&whole.y, &out.y, kept, hidden);
-                    same(&whole.h, &out.h, 1, hidden);
-                    same(&whole.c, &out.c, 1, cell.cell_columns(hidden));
+                    same(&whole.y, &out.y, kept, output);
+                    same(&whole.h, &out.h, 1, output);
+                    same(&whole.c, &out.c, 1, cell_columns);
                     same(&whole_grads.d_x, &grads.d_x, kept, case.input);
-                    same(&whole_grads.d_h0, &grads.d_h0, 1, hidden);
-                    same(&whole_grads.d_c0, &grads.d_c0, 1, cell.cell_columns(hidden));
+                    same(&whole_grads.d_h0, &grads.d_h0, 1, output);
+                    same(&whole_grads.d_c0, &grads.d_c0, 1, cell_columns);
                     assert!(grads.d_w_ih.iter().chain(&grads.d_w_hh).all(|x| x.is_finite()));
                 }
             });
@@ -173,8 +178,8 @@ fn bits_of_a_row_depend_on_neither_its_neighbours_nor_the_padding() {
 
 #[test]
 fn carrying_the_state_over_a_cut_gives_the_bits_of_one_run() {
-    for cell in Cell::ALL {
-        let case = Case::new(cell, Direction::Forward, [7, 5, 18], &[7, 4, 2, 6]);
+    for kind in Kind::all() {
+        let case = Case::new(kind, Direction::Forward, [7, 5, 18], &[7, 4, 2, 6]);
         for_each_isa(|ctx| {
             let (whole, _) = case.run(ctx);
             let cut = 3;
@@ -183,13 +188,13 @@ fn carrying_the_state_over_a_cut_gives_the_bits_of_one_run() {
             first.seq = cut;
             first.lengths.iter_mut().for_each(|length| *length = cut.min(*length));
             first.x.truncate(rows * case.input);
-            first.d.y.truncate(rows * case.hidden);
+            first.d.y.truncate(rows * case.output);
             let (head, _) = first.run(ctx);
             let mut second = case.clone();
             second.seq -= cut;
             second.lengths.iter_mut().for_each(|length| *length -= cut.min(*length));
             second.x.drain(..rows * case.input);
-            second.d.y.drain(..rows * case.hidden);
+            second.d.y.drain(..rows * case.output);
             (second.h0, second.c0) = (head.h.clone(), head.c.clone());
             let (tail, _) = second.run(ctx);
             assert_same_bits(&whole.y, &[head.y, tail.y].concat());
@@ -201,8 +206,8 @@ fn carrying_the_state_over_a_cut_gives_the_bits_of_one_run() {
 
 #[test]
 fn reverse_is_forward_over_rows_reversed_within_their_lengths() {
-    for cell in Cell::ALL {
-        let reverse = Case::new(cell, Direction::Reverse, [5, 4, 9], &[5, 2, 0, 3]);
+    for kind in Kind::all() {
+        let reverse = Case::new(kind, Direction::Reverse, [5, 4, 9], &[5, 2, 0, 3]);
         let flip = |data: &[f32], width: usize| {
             let mut flipped = data.to_vec();
             for (b, &length) in reverse.lengths.iter().enumerate() {
@@ -216,10 +221,11 @@ fn reverse_is_forward_over_rows_reversed_within_their_lengths() {
         let mut forward = reverse.clone();
         forward.direction = Direction::Forward;
         forward.x = flip(&reverse.x, reverse.input);
-        forward.d.y = flip(&reverse.d.y, reverse.hidden);
+        forward.d.y = flip(&reverse.d.y, reverse.output);
         for_each_isa(|ctx| {
             let ((out, grads), (flipped, flipped_grads)) = (reverse.run(ctx), forward.run(ctx));
-            assert_same_bits(&out.y, &flip(&flipped.y, reverse.hidden));
+            let (grads, flipped_grads) = (grads.layer, flipped_grads.layer);
+            assert_same_bits(&out.y, &flip(&flipped.y, reverse.output));
             assert_same_bits(&out.h, &flipped.h);
             assert_same_bits(&grads.d_x, &flip(&flipped_grads.d_x, reverse.input));
             assert_same_bits(&grads.d_h0, &flipped_grads.d_h0);
@@ -229,40 +235,66 @@ fn reverse_is_forward_over_rows_reversed_within_their_lengths() {
 
 #[test]
 fn gradients_of_weights_are_added_to_what_is_there() {
-    let case = Case::new(Cell::Gru, Direction::Forward, [3, 2, 5], &[3, 1]);
-    for_each_isa(|ctx| {
-        let (_, grads) = case.run(ctx);
-        let (weights, sequence) = (case.weights(), case.sequence());
-        let mut y = vec![0.0; case.d.y.len()];
-        let output = Output { y: MatMut::new(&mut y, 6, 5).unwrap(), last: None };
-        let initial = Some(case.state(&case.h0, &case.c0));
-        let saved = forward(ctx, &weights, &sequence, initial, output).unwrap();
-        let (mut d_w_ih, mut d_w_hh) = (vec![1.0; 30], vec![1.0; 75]);
-        let (mut d_b_ih, mut d_b_hh) = (vec![1.0; 15], vec![1.0; 15]);
-        let upstream = OutputGrads {
-            d_y: Some(MatRef::new(&case.d.y, 6, 5).unwrap()),
-            d_last: Some(case.state(&case.d.h, &case.d.c)),
-        };
-        let d_weights = WeightGrads {
-            d_w_ih: MatMut::new(&mut d_w_ih, 15, 2).unwrap(),
-            d_w_hh: MatMut::new(&mut d_w_hh, 15, 5).unwrap(),
-            d_b_ih: &mut d_b_ih,
-            d_b_hh: &mut d_b_hh,
-        };
-        let into = InputGrads { weights: d_weights, d_x: None, d_initial: None };
-        backward(ctx, &weights, &sequence, saved, upstream, into).unwrap();
-        let pairs = [
-            (&grads.d_w_ih, &d_w_ih),
-            (&grads.d_w_hh, &d_w_hh),
-            (&grads.d_b_ih, &d_b_ih),
-            (&grads.d_b_hh, &d_b_hh),
-        ];
-        for (once, added) in pairs {
-            let near =
-                |(&once, &added): (&f32, &f32)| (once + 1.0 - added).abs() <= 1e-5 * (1.0 + once.abs());
-            assert!(once.iter().zip(added).all(near), "{once:?} {added:?}");
-        }
-    });
+    for kind in [Kind::from(Cell::Gru), Kind { cell: Cell::LstmPeephole, projected: true }] {
+        let case = Case::new(kind, Direction::Forward, [3, 2, 5], &[3, 1]);
+        for_each_isa(|ctx| {
+            let (_, once) = case.run(ctx);
+            let mut y = vec![0.0; case.d.y.len()];
+            let output = Output { y: MatMut::new(&mut y, 6, case.output).unwrap(), last: None };
+            let initial = Some(case.state(&case.h0, &case.c0));
+            let saved = forward(ctx, &case.weights(), &case.sequence(), initial, output).unwrap();
+            let upstream = OutputGrads {
+                d_y: Some(MatRef::new(&case.d.y, 6, case.output).unwrap()),
+                d_last: Some(case.state(&case.d.h, &case.d.c)),
+            };
+            let mut added = case.empty_grads();
+            let Grads { layer, extra } = &mut added;
+            let sums = [&mut layer.d_w_ih, &mut layer.d_w_hh, &mut layer.d_b_ih, &mut layer.d_b_hh];
+            sums.into_iter().chain([&mut extra.d_peepholes, &mut extra.d_w_hr]).for_each(|d| d.fill(1.0));
+            let into = InputGrads { weights: case.weight_grads(layer, extra), d_x: None, d_initial: None };
+            backward(ctx, &case.weights(), &case.sequence(), saved, upstream, into).unwrap();
+            let pairs = [
+                (&once.layer.d_w_ih, &added.layer.d_w_ih),
+                (&once.layer.d_w_hh, &added.layer.d_w_hh),
+                (&once.layer.d_b_ih, &added.layer.d_b_ih),
+                (&once.layer.d_b_hh, &added.layer.d_b_hh),
+                (&once.extra.d_peepholes, &added.extra.d_peepholes),
+                (&once.extra.d_w_hr, &added.extra.d_w_hr),
+            ];
+            for (once, added) in pairs {
+                let near =
+                    |(&once, &added): (&f32, &f32)| (once + 1.0 - added).abs() <= 1e-5 * (1.0 + once.abs());
+                assert!(once.iter().zip(added).all(near), "{once:?} {added:?}");
+            }
+        });
+    }
+}
+
+/// Peepholes of zeros change no sum, and a projection by the unit matrix no state.
+#[test]
+fn extras_that_do_nothing_give_the_bits_of_an_lstm() {
+    for direction in DIRECTIONS {
+        let plain = Case::new(Cell::Lstm, direction, [9, 12, 37], &[9, 2, 0, 7, 9]);
+        let unit = |i: usize| if i.is_multiple_of(37 + 1) { 1.0 } else { 0.0 };
+        let w_hr: Vec<f32> = (0..37 * 37).map(unit).collect();
+        let zeros = vec![0.0; 3 * 37];
+        let peephole = Case { cell: Cell::LstmPeephole, peepholes: zeros, ..plain.clone() };
+        let projected = Case { projected: true, w_hr: w_hr.clone(), ..plain.clone() };
+        let both = Case { projected: true, w_hr, ..peephole.clone() };
+        for_each_isa(|ctx| {
+            let (out, grads) = plain.run(ctx);
+            for extended in [&peephole, &projected, &both] {
+                let (extended_out, extended_grads) = extended.run(ctx);
+                let all = tensors(&out, &grads).into_iter().zip(tensors(&extended_out, &extended_grads));
+                for ((name, one), (_, other)) in all.take(10) {
+                    assert!(!one.is_empty(), "{name}");
+                    // x + 0 turns −0 into 0.
+                    let sum = |x: &[f32]| x.iter().map(|x| x + 0.0).collect::<Vec<f32>>();
+                    assert_same_bits(&sum(one), &sum(other));
+                }
+            }
+        });
+    }
 }
 
 #[test]
@@ -277,6 +309,16 @@ fn bad_shapes_are_typed_errors() {
     let (weights, sequence) = (case.weights(), case.sequence());
     let error = run(&Weights { b_hh: &case.b_hh[1..], ..weights }, &sequence, None);
     assert_eq!(error, "b_hh: length is 15, expected 16");
+    let error = run(&Weights { peepholes: &[1.0; 12], ..weights }, &sequence, None);
+    assert_eq!(error, "peepholes: length is 12, expected 0");
+    let error = run(&Weights { cell: Cell::LstmPeephole, ..weights }, &sequence, None);
+    assert_eq!(error, "peepholes: length is 0, expected 12");
+    let w_hr = Some(MatRef::new(&case.w_ih[..12], 3, 4).unwrap());
+    assert_eq!(run(&Weights { w_hr, ..weights }, &sequence, None), "w_hr: rows is 3, expected 4");
+    let w_hh = weights.w_hh.sub(0..4, 0..4);
+    let plain = Weights { cell: Cell::Tanh, w_hh, w_hr, ..weights };
+    let plain = Weights { w_ih: weights.w_ih.sub(0..4, 0..2), b_ih: &[0.0; 4], b_hh: &[0.0; 4], ..plain };
+    assert_eq!(run(&plain, &sequence, None), "w_hr: rows (this cell has no projection) is 3, expected 0");
     let error = run(&Weights { cell: Cell::Gru, ..weights }, &sequence, None);
     assert_eq!(error, "w_hh: rows is 16, expected 12");
     let error = run(&weights, &Sequence { lengths: &[3, 4], ..sequence }, None);

@@ -9,9 +9,10 @@ use crate::testing::{assert_same_bits, for_each_isa};
 /// cell states before each.
 fn by_steps(ctx: &Context, case: &Case) -> (RecurrentOutput<f32>, Vec<f32>, Vec<Vec<f32>>) {
     let (batch, hidden, input) = (case.batch(), case.hidden, case.input);
-    let columns = case.cell.gate_columns(hidden);
     let packed = PackedCell::pack(ctx, &case.weights()).unwrap();
     assert_eq!((packed.cell(), packed.hidden(), packed.input()), (case.cell, hidden, input));
+    let columns = packed.gate_columns();
+    assert_eq!((packed.output(), columns), (case.output, case.weights().gate_columns()));
     let (mut h, mut c) = (case.h0.clone(), case.c0.clone());
     let (mut y, mut all_gates, mut cells) = (vec![], vec![], vec![]);
     for x in case.x.chunks(batch * input) {
@@ -31,8 +32,8 @@ fn by_steps(ctx: &Context, case: &Case) -> (RecurrentOutput<f32>, Vec<f32>, Vec<
 
 #[test]
 fn steps_give_the_bits_of_the_whole_sequence() {
-    for cell in Cell::ALL {
-        let case = Case::new(cell, Direction::Forward, [4, 6, 21], &[4; 5]);
+    for kind in Kind::all() {
+        let case = Case::new(kind, Direction::Forward, [4, 6, 21], &[4; 5]);
         for_each_isa(|ctx| {
             let (whole, _) = case.run(ctx);
             let (stepped, ..) = by_steps(ctx, &case);
@@ -45,30 +46,30 @@ fn steps_give_the_bits_of_the_whole_sequence() {
 
 #[test]
 fn steps_backward_give_the_bits_of_the_whole_sequence() {
-    for cell in Cell::ALL {
-        let case = Case::new(cell, Direction::Forward, [4, 6, 21], &[4; 5]);
-        let (batch, hidden, input) = (case.batch(), case.hidden, case.input);
-        let columns = cell.gate_columns(hidden);
+    for kind in Kind::all() {
+        let case = Case::new(kind, Direction::Forward, [4, 6, 21], &[4; 5]);
+        let (batch, output, input) = (case.batch(), case.output, case.input);
+        let columns = case.weights().gate_columns();
         for_each_isa(|ctx| {
             let (out, grads) = case.run(ctx);
             let (_, mut gates, cells) = by_steps(ctx, &case);
             let packed = PackedBackward::pack(ctx, &case.weights()).unwrap();
-            let h_prev = [&case.h0[..], &out.y[..3 * batch * hidden]].concat();
+            let h_prev = [&case.h0[..], &out.y[..3 * batch * output]].concat();
             let (mut d_h, mut d_c) = (case.d.h.clone(), case.d.c.clone());
             let mut d_x = vec![f32::NAN; case.x.len()];
             for t in (0..case.seq).rev() {
-                let d_y = &case.d.y[t * batch * hidden..][..batch * hidden];
+                let d_y = &case.d.y[t * batch * output..][..batch * output];
                 d_h.iter_mut().zip(d_y).for_each(|(d_h, d_y)| *d_h += d_y);
                 let gates = &mut gates[t * batch * columns..][..batch * columns];
                 let gates = MatMut::new(gates, batch, columns).unwrap();
                 let d_x = MatMut::new(&mut d_x[t * batch * input..][..batch * input], batch, input).unwrap();
-                let state = case.state(&h_prev[t * batch * hidden..][..batch * hidden], &cells[t]);
+                let state = case.state(&h_prev[t * batch * output..][..batch * output], &cells[t]);
                 let d_state = case.state_mut(&mut d_h, &mut d_c);
                 step_backward(ctx, &packed, state, gates, d_state, Some(d_x)).unwrap();
             }
-            assert_same_bits(&grads.d_h0, &d_h);
-            assert_same_bits(&grads.d_c0, &d_c);
-            assert_same_bits(&grads.d_x, &d_x);
+            assert_same_bits(&grads.layer.d_h0, &d_h);
+            assert_same_bits(&grads.layer.d_c0, &d_c);
+            assert_same_bits(&grads.layer.d_x, &d_x);
             check_weight_gradients(ctx, &case, &gates, &h_prev, &grads);
         });
     }
@@ -79,34 +80,29 @@ fn check_weight_gradients(
     case: &Case,
     d_gates: &[f32],
     h_prev: &[f32],
-    expected: &RecurrentGrads<f32>,
+    expected: &Grads<f32>,
 ) {
-    let (rows, hidden, input) = (case.seq * case.batch(), case.hidden, case.input);
-    let gate_rows = case.cell.gates() * hidden;
-    let (mut d_w_ih, mut d_w_hh) = (vec![0.0; gate_rows * input], vec![0.0; gate_rows * hidden]);
-    let (mut d_b_ih, mut d_b_hh) = (vec![0.0; gate_rows], vec![0.0; gate_rows]);
-    let grads = WeightGrads {
-        d_w_ih: MatMut::new(&mut d_w_ih, gate_rows, input).unwrap(),
-        d_w_hh: MatMut::new(&mut d_w_hh, gate_rows, hidden).unwrap(),
-        d_b_ih: &mut d_b_ih,
-        d_b_hh: &mut d_b_hh,
-    };
-    let d_gates = MatRef::new(d_gates, rows, case.cell.gate_columns(hidden)).unwrap();
-    let x = MatRef::new(&case.x, rows, input).unwrap();
-    let h_prev = MatRef::new(h_prev, rows, hidden).unwrap();
-    weight_gradients(ctx, case.cell, d_gates, x, h_prev, grads).unwrap();
-    assert_same_bits(&expected.d_w_ih, &d_w_ih);
-    assert_same_bits(&expected.d_w_hh, &d_w_hh);
-    assert_same_bits(&expected.d_b_ih, &d_b_ih);
-    assert_same_bits(&expected.d_b_hh, &d_b_hh);
+    let rows = case.seq * case.batch();
+    let mut found = case.empty_grads();
+    let d_gates = MatRef::new(d_gates, rows, case.weights().gate_columns()).unwrap();
+    let x = MatRef::new(&case.x, rows, case.input).unwrap();
+    let h_prev = MatRef::new(h_prev, rows, case.output).unwrap();
+    let into = case.weight_grads(&mut found.layer, &mut found.extra);
+    weight_gradients(ctx, case.cell, d_gates, x, h_prev, into).unwrap();
+    assert_same_bits(&expected.layer.d_w_ih, &found.layer.d_w_ih);
+    assert_same_bits(&expected.layer.d_w_hh, &found.layer.d_w_hh);
+    assert_same_bits(&expected.layer.d_b_ih, &found.layer.d_b_ih);
+    assert_same_bits(&expected.layer.d_b_hh, &found.layer.d_b_hh);
+    assert_same_bits(&expected.extra.d_peepholes, &found.extra.d_peepholes);
+    assert_same_bits(&expected.extra.d_w_hr, &found.extra.d_w_hr);
 }
 
 #[test]
 fn an_input_in_two_parts_gives_what_the_whole_input_gives() {
-    for cell in Cell::ALL {
-        let case = Case::new(cell, Direction::Forward, [1, 9, 12], &[1; 3]);
+    for kind in Kind::all() {
+        let case = Case::new(kind, Direction::Forward, [1, 9, 12], &[1; 3]);
         let (batch, hidden, known) = (3, case.hidden, 5);
-        let (gate_rows, columns) = (cell.gates() * hidden, cell.gate_columns(hidden));
+        let (gate_rows, columns) = (kind.cell.gates() * hidden, case.weights().gate_columns());
         for_each_isa(|ctx| {
             let (whole, ..) = by_steps(ctx, &case);
             let weights = case.weights();

@@ -107,7 +107,7 @@ impl<'n> CellTensor<'n> {
 /// Where each of our gates stands among those of Keras.
 fn keras_gates(cell: CellKind) -> &'static [usize] {
     match cell {
-        CellKind::Lstm => &[0, 1, 2, 3],
+        CellKind::Lstm | CellKind::LstmPeephole => &[0, 1, 2, 3],
         CellKind::Gru | CellKind::GruResetBefore => &[1, 0, 2],
         CellKind::Tanh | CellKind::Relu => &[0],
         CellKind::MinGru => &[0, 1],
@@ -135,6 +135,7 @@ fn keras_bias(
     let shape = match cell {
         CellKind::Gru => &[2, len][..],
         CellKind::Lstm
+        | CellKind::LstmPeephole
         | CellKind::GruResetBefore
         | CellKind::Tanh
         | CellKind::Relu
@@ -366,7 +367,7 @@ mod tests {
                 CellKind::Gru => both(cell, &contents, import, pytorch_gru),
                 CellKind::Tanh => both(cell, &contents, import, |f, x, s| pytorch_plain(f, x, s, f64::tanh)),
                 CellKind::Relu => both(cell, &contents, import, |f, x, s| pytorch_plain(f, x, s, relu)),
-                CellKind::GruResetBefore | CellKind::MinGru | CellKind::MinLstm => {
+                CellKind::LstmPeephole | CellKind::GruResetBefore | CellKind::MinGru | CellKind::MinLstm => {
                     unreachable!("it has no such layer")
                 }
             });
@@ -392,7 +393,9 @@ mod tests {
                 CellKind::GruResetBefore => both(cell, &contents, import, keras_gru_reset_before),
                 CellKind::Tanh => both(cell, &contents, import, |f, x, s| keras_plain(f, x, s, f64::tanh)),
                 CellKind::Relu => both(cell, &contents, import, |f, x, s| keras_plain(f, x, s, relu)),
-                CellKind::MinGru | CellKind::MinLstm => unreachable!("neither has such a layer"),
+                CellKind::LstmPeephole | CellKind::MinGru | CellKind::MinLstm => {
+                    unreachable!("it has no such layer")
+                }
             });
         }
     }

@@ -2,8 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{CellKind, positive, rate};
+use super::{CellKind, positive, rate, wrong};
 use crate::error::ModelError;
+use crate::nn::rnn::CellWidths;
 
 /// A recurrent language model.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -15,8 +16,11 @@ pub struct CharLmConfig {
     pub cell: CellKind,
     /// The width of the embeddings.
     pub embedding: usize,
-    /// The width of a layer's state.
+    /// The width of a layer's gates and, but for a projection, of its state.
     pub hidden: usize,
+    /// The width of a layer's output where an LSTM projects it (Sak et al. 2014), less than `hidden`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub projection: Option<usize>,
     /// How many layers.
     pub layers: usize,
     /// The share of values that training sets to 0: of embeddings, between layers, and before the output.
@@ -26,18 +30,28 @@ pub struct CharLmConfig {
 impl CharLmConfig {
     /// A small model: one layer, 256 wide. Every field may be changed.
     pub fn new(vocab: usize, cell: CellKind) -> CharLmConfig {
-        CharLmConfig { vocab, cell, embedding: 64, hidden: 256, layers: 1, dropout: 0.0 }
+        CharLmConfig { vocab, cell, embedding: 64, hidden: 256, projection: None, layers: 1, dropout: 0.0 }
     }
 
     /// The width of what layer `layer` reads.
     pub fn input(&self, layer: usize) -> usize {
-        if layer == 0 { self.embedding } else { self.hidden }
+        if layer == 0 { self.embedding } else { self.output() }
+    }
+
+    /// The width of what a layer gives.
+    pub fn output(&self) -> usize {
+        self.projection.unwrap_or(self.hidden)
+    }
+
+    /// The widths of layer `layer`.
+    pub(crate) fn widths(&self, layer: usize) -> CellWidths {
+        CellWidths { input: self.input(layer), hidden: self.hidden, projection: self.projection }
     }
 
     /// The number of parameters, exactly: the embedding, the cells, and an output layer with a bias.
     pub fn parameter_count(&self) -> usize {
-        let cells = (0..self.layers).map(|l| self.cell.parameter_count(self.input(l), self.hidden));
-        self.vocab * (self.embedding + self.hidden + 1) + cells.sum::<usize>()
+        let cells = (0..self.layers).map(|l| self.cell.parameter_count(self.widths(l)));
+        self.vocab * (self.embedding + self.output() + 1) + cells.sum::<usize>()
     }
 
     /// Checks every field.
@@ -49,6 +63,15 @@ impl CharLmConfig {
         positive("embedding", self.embedding)?;
         positive("hidden", self.hidden)?;
         positive("layers", self.layers)?;
+        if let Some(projection) = self.projection {
+            positive("projection", projection)?;
+            if self.cell.states() != 2 {
+                return Err(wrong("projection", projection, "none but for an LSTM".to_owned()));
+            }
+            if projection >= self.hidden {
+                return Err(wrong("projection", projection, format!("less than hidden, {}", self.hidden)));
+            }
+        }
         rate("dropout", self.dropout)
     }
 }

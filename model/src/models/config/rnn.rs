@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{positive, rate, wrong};
 use crate::error::ModelError;
+use crate::nn::rnn::CellWidths;
 
 /// The recurrent cell.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -11,6 +12,8 @@ use crate::error::ModelError;
 pub enum CellKind {
     /// Input, forget, cell and output gate (Hochreiter and Schmidhuber 1997; forget gate by Gers et al. 2000).
     Lstm,
+    /// The same with peepholes: i and f see the old cell, o the new one (Gers and Schmidhuber 2000).
+    LstmPeephole,
     /// Reset, update and new gate (Cho et al. 2014), the reset after the state's product: PyTorch's and cuDNN's, Keras's with
     /// `reset_after`.
     Gru,
@@ -30,17 +33,17 @@ impl CellKind {
     /// How many blocks of `hidden` rows its weights have.
     pub fn gates(self) -> usize {
         match self {
-            CellKind::Lstm => 4,
+            CellKind::Lstm | CellKind::LstmPeephole => 4,
             CellKind::Gru | CellKind::GruResetBefore | CellKind::MinLstm => 3,
             CellKind::MinGru => 2,
             CellKind::Tanh | CellKind::Relu => 1,
         }
     }
 
-    /// How many vectors its state has: h, and c for the LSTM.
+    /// How many vectors its state has: h, and c for an LSTM.
     pub fn states(self) -> usize {
         match self {
-            CellKind::Lstm => 2,
+            CellKind::Lstm | CellKind::LstmPeephole => 2,
             CellKind::Gru
             | CellKind::GruResetBefore
             | CellKind::Tanh
@@ -55,10 +58,14 @@ impl CellKind {
         matches!(self, CellKind::MinGru | CellKind::MinLstm)
     }
 
-    /// The number of parameters of one layer and direction: gates·(H·I + H² + 2H), or gates·(H·I + H) of a scan.
-    pub(crate) fn parameter_count(self, input: usize, hidden: usize) -> usize {
-        let columns = if self.is_scan() { input + 1 } else { input + hidden + 2 };
-        self.gates() * hidden * columns
+    /// The number of parameters of one layer and direction: gates·(H·I + H·P + 2H), or gates·(H·I + H) of a scan; with
+    /// peepholes 3·H more, with a projection P·H more, and without one P = H.
+    pub(crate) fn parameter_count(self, widths: impl Into<CellWidths>) -> usize {
+        let CellWidths { input, hidden, projection } = widths.into();
+        let output = projection.unwrap_or(hidden);
+        let columns = if self.is_scan() { input + 1 } else { input + output + 2 };
+        let peepholes = if self == CellKind::LstmPeephole { 3 } else { 0 };
+        hidden * (self.gates() * columns + peepholes + projection.unwrap_or(0))
     }
 }
 
@@ -243,10 +250,10 @@ impl RnnSeq2SeqConfig {
 
     /// The number of parameters, exactly.
     ///
-    /// A cell of H from an input of I holds gates·(H·I + H² + 2H), that of a scan gates·(H·I + H). The readout of additive
+    /// A cell of H from an input of I holds gates·(H·I + H² + 2H), with peepholes 3·H more, that of a scan gates·(H·I + H). The readout of additive
     /// attention reads state, context and embedding; that of dot attention reads context and state and has no bias.
     pub fn parameter_count(&self) -> usize {
-        let cell = |input: usize, hidden: usize| self.cell.parameter_count(input, hidden);
+        let cell = |input: usize, hidden: usize| self.cell.parameter_count([input, hidden]);
         let (e, h, a) = (self.embedding, self.hidden, self.annotation());
         let (mut encoder, mut bridge, mut decoder) = (0, 0, 0);
         for l in 0..self.layers {

@@ -140,7 +140,7 @@ fn sizes(tape: &Tape<'_>, weights: &AdditiveDecoder, inputs: &AdditiveInputs) ->
         context,
         hidden: weights.cell.hidden(params),
         attention: params.shape(weights.query)[0],
-        gates: weights.cell.cell.gate_columns(weights.cell.hidden(params)),
+        gates: weights.cell.views(params).gate_columns(),
         with_c: weights.cell.cell.has_cell_state(),
     })
 }
@@ -267,7 +267,7 @@ mod tests {
 
     #[test]
     fn gradients_of_every_weight_and_input() {
-        for cell in [Cell::Lstm, Cell::Gru, Cell::GruResetBefore, Cell::Tanh] {
+        for cell in [Cell::Lstm, Cell::LstmPeephole, Cell::Gru, Cell::GruResetBefore, Cell::Tanh] {
             let (batch, steps, source, e, annotation, hidden, attention) = (3, 4, 5, 2, 3, 4, 6);
             let mut case = Case::new(12);
             let weights = AdditiveDecoder {
