@@ -148,6 +148,24 @@ fn bits_of_a_row_depend_on_neither_threads_nor_neighbours_nor_padding() {
 }
 
 #[test]
+fn bits_do_not_depend_on_how_channels_are_dealt() {
+    let steps = 1100;
+    for kind in kinds() {
+        // One row, and two that are not equally long.
+        for (hidden, lengths) in [(130, vec![steps]), (90, vec![steps, steps / 2])] {
+            let case = Scanned::new(kind, steps, hidden, &lengths);
+            for_each_isa(|ctx| {
+                let whole = case.run(ctx);
+                for threads in [2, 3, 5] {
+                    let many = case.run(&ctx.threads(NonZeroUsize::new(threads).unwrap()));
+                    whole.iter().zip(&many).for_each(|(one, many)| assert_same_bits(one, many));
+                }
+            });
+        }
+    }
+}
+
+#[test]
 fn a_carried_state_gives_the_bits_of_one_pass() {
     let case = Scanned::new((MinCell::Lstm, Candidate::Linear, Direction::Forward), 6, 20, &[6, 6]);
     for_each_isa(|ctx| {

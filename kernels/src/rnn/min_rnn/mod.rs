@@ -10,10 +10,15 @@
 //!
 //! - Vectors run along the channels, steps are visited in order; the state of a block of channels stays in
 //!   the first-level cache.
-//! - A task is a block of 256 channels of one row, so that a single long sequence has tasks for all threads.
+//! - A task is a block of channels of one row: 256, or fewer where rows and blocks are fewer than threads, so that a single long
+//!   sequence has a task for each thread. A channel's bits do not depend on the block that it stands in.
 //! - Rejected: the logarithmic form (a cumulative log-sum-exp). It makes the scan parallel along the steps on
 //!   a machine with thousands of lanes and needs ten times the work; here the direct form is exact enough
 //!   (`h` is a convex combination) and the channels fill the lanes.
+//! - Rejected: the direct form in chunks of steps, each scanned from zero on a thread of its own and then corrected by
+//!   `h[start]·Π(1 − z)`. The corrected sum is rounded otherwise than the step by step one, so a sequence would have other bits in one
+//!   piece than cut in two with the state carried over, unless the state were three vectors that know their place in a chunk; and
+//!   it is not faster where it matters (measured beside `PARALLEL` in `scan`).
 //!
 //! A NaN stays in its row and channel. A minLSTM whose sums a_f and a_i are both so low that their sigmoids are 0 (below
 //! about −88) divides 0 by 0, as the naive form in f32 does.
@@ -25,20 +30,19 @@
 //! Feng, Tung, Ahmed, Bengio and Hajimirsadeghi 2024, *Were RNNs All We Needed?* (arXiv:2410.01201), sections 3.1 and
 //! 3.2; the positive candidate is that of its appendix B.
 
-use std::ops::Range;
+mod scan;
+
+pub use scan::Scan;
 
 use pulp::{Simd, WithSimd};
 
 use crate::context::Context;
-use crate::error::{ShapeError, expect_dim};
+use crate::error::ShapeError;
 use crate::scratch::ScratchBuf;
-use crate::view::{HeadsLayout, HeadsMut, HeadsRef, MatMut, MatRef};
+use crate::view::{HeadsLayout, HeadsRef, MatMut, MatRef};
 use crate::{lanes, math};
 
-use super::{Direction, check_lengths};
-
-/// Channels of one task: with its gates, a step of them is a few kilobytes.
-const CHANNELS: usize = 256;
+use scan::Task;
 
 /// Which recurrence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -96,122 +100,6 @@ impl Candidate {
     }
 }
 
-/// A scan over a padded batch.
-#[derive(Debug, Clone, Copy)]
-pub struct Scan<'a> {
-    /// Which recurrence.
-    pub cell: MinCell,
-    /// What the candidate is of its sum.
-    pub candidate: Candidate,
-    /// Width of the state.
-    pub hidden: usize,
-    /// Steps of the padded batch.
-    pub seq: usize,
-    /// Steps of each row, each at most `seq`; zero allowed.
-    pub lengths: &'a [usize],
-    /// The order of the steps.
-    pub direction: Direction,
-}
-
-impl Scan<'_> {
-    fn batch(&self) -> usize {
-        self.lengths.len()
-    }
-
-    /// Elements of `columns` for each step and row.
-    fn elements(&self, columns: usize) -> Result<usize, ShapeError> {
-        let len = self.seq.checked_mul(self.batch()).and_then(|n| n.checked_mul(columns));
-        len.ok_or(ShapeError::Overflow { argument: "scan" })
-    }
-
-    fn check(&self, gates: usize, outputs: &[(&'static str, usize)]) -> Result<(), ShapeError> {
-        let columns = self.cell.gates().checked_mul(self.hidden);
-        let columns = columns.ok_or(ShapeError::Overflow { argument: "hidden" })?;
-        expect_dim("gates", "elements", self.elements(columns)?, gates)?;
-        let len = self.elements(self.hidden)?;
-        outputs.iter().try_for_each(|&(name, actual)| expect_dim(name, "elements", len, actual))?;
-        check_lengths(self.lengths, self.seq)
-    }
-
-    fn check_state(&self, name: &'static str, state: Option<usize>) -> Result<(), ShapeError> {
-        state.map_or(Ok(()), |len| expect_dim(name, "elements", self.batch() * self.hidden, len))
-    }
-
-    /// The step that a row of `length` steps visits as number `visit`.
-    #[inline(always)]
-    fn step(&self, visit: usize, length: usize) -> usize {
-        match self.direction {
-            Direction::Forward => visit,
-            Direction::Reverse => length - 1 - visit,
-        }
-    }
-
-    /// Gates as [batch, seq, gate, hidden].
-    fn gates_layout(&self) -> HeadsLayout {
-        let (gates, hidden, batch) = (self.cell.gates(), self.hidden, self.batch());
-        HeadsLayout {
-            batch,
-            seq: self.seq,
-            heads: gates,
-            dim: hidden,
-            batch_stride: gates * hidden,
-            seq_stride: batch * gates * hidden,
-            head_stride: hidden,
-        }
-    }
-
-    /// A state `[batch, hidden]` as [batch, 1, 1, hidden].
-    fn state_layout(&self) -> HeadsLayout {
-        HeadsLayout::seq_batch(1, self.batch(), self.hidden)
-    }
-
-    /// For each task: its gates, each `[seq, channels]`; its rows of `outputs`, `[seq or 1, channels]`.
-    fn tasks<'b>(
-        &self,
-        gates: &'b mut [f32],
-        outputs: Vec<(&'b mut [f32], HeadsLayout)>,
-    ) -> Result<Vec<Task<'b>>, ShapeError> {
-        let count = self.cell.gates();
-        let mut gates = HeadsMut::new(gates, self.gates_layout())?.into_heads().into_iter();
-        let outputs = outputs.into_iter().map(|(data, layout)| Ok(HeadsMut::new(data, layout)?.into_heads()));
-        let mut outputs: Vec<_> =
-            outputs.map(|o| o.map(Vec::into_iter)).collect::<Result<_, ShapeError>>()?;
-        let mut tasks = Vec::new();
-        for row in 0..self.batch() {
-            let mut parts: Vec<MatMut<'b>> = gates.by_ref().take(count).collect();
-            parts.extend(outputs.iter_mut().filter_map(Iterator::next));
-            for first in (0..self.hidden).step_by(CHANNELS) {
-                let channels = first..(first + CHANNELS).min(self.hidden);
-                let mut mine = Vec::with_capacity(parts.len());
-                parts = parts
-                    .into_iter()
-                    .map(|part| {
-                        let (left, right) = part.split_cols(channels.len());
-                        mine.push(left);
-                        right
-                    })
-                    .collect();
-                tasks.push(Task { row, channels, parts: mine });
-            }
-        }
-        Ok(tasks)
-    }
-}
-
-/// A block of channels of one row: the gates' parts, then those of the outputs.
-struct Task<'a> {
-    row: usize,
-    channels: Range<usize>,
-    parts: Vec<MatMut<'a>>,
-}
-
-impl<'a> Task<'a> {
-    /// The parts by name.
-    fn parts<const N: usize>(self) -> [MatMut<'a>; N] {
-        self.parts.try_into().unwrap_or_else(|parts: Vec<_>| unreachable!("{} parts, not {N}", parts.len()))
-    }
-}
-
 /// Runs the recurrence. `gates` holds the sums and becomes the activated gates, which [`backward`] wants.
 ///
 /// # Shapes
@@ -242,7 +130,8 @@ pub fn forward(
         None => state.fill(0.0),
     }
     let y_layout = HeadsLayout::seq_batch(scan.seq, scan.batch(), scan.hidden);
-    let tasks = scan.tasks(gates, vec![(y, y_layout), (state, scan.state_layout())])?;
+    let (ctx, block) = scan.deal(ctx);
+    let tasks = scan.tasks(block, gates, vec![(y, y_layout), (state, scan.state_layout())])?;
     ctx.for_each_owned(tasks, |task| ctx.isa().dispatch(Forward { scan: *scan, task }));
     Ok(())
 }
@@ -369,7 +258,8 @@ pub fn backward(
     let y = HeadsRef::new(upstream.y, layout)?;
     let d_y = HeadsRef::new(upstream.d_y, layout)?;
     let initial = MatRef::new(initial, scan.batch(), scan.hidden)?;
-    let tasks = scan.tasks(gates, vec![(state, scan.state_layout())])?;
+    let (ctx, block) = scan.deal(ctx);
+    let tasks = scan.tasks(block, gates, vec![(state, scan.state_layout())])?;
     ctx.for_each_owned(tasks, |task| {
         let columns = task.channels.clone();
         let [y, d_y] = [y, d_y].map(|whole| whole.head(task.row, 0).sub(0..scan.seq, columns.clone()));
