@@ -26,6 +26,7 @@
 //!   last, with no barrier in between.
 //! - **Or units, where rows are few.** Then each thread keeps its columns of the weights in its cache, and the
 //!   threads meet once a step (`columns`, `team`).
+//! - **Or layers.** Both directions of a layer run side by side, each on its share of the threads (`side_by_side`).
 //!
 //! [`Saved`] takes its memory from the thread's scratch list, so inference simply drops it.
 //!
@@ -59,6 +60,7 @@ pub mod min_rnn;
 mod plan;
 mod sequence;
 mod sequence_backward;
+mod side_by_side;
 mod state_product;
 mod step;
 mod team;
@@ -68,6 +70,7 @@ mod weights;
 
 pub use sequence::{Saved, forward};
 pub use sequence_backward::backward;
+pub use side_by_side::{BackwardPass, ForwardPass, backward_all, forward_all};
 pub use step::{
     PackedBackward, PackedCell, StepInput, project, project_with, step, step_backward, weight_gradients,
 };

@@ -147,7 +147,7 @@ fn by_rows(ctx: &Context, plan: &Plan, weights: &StateWeights, buffers: columns:
     ctx.for_each_owned(strands, |strand| run(&part, plan, weights, strand));
 }
 
-fn check_forward(
+pub(super) fn check_forward(
     weights: &Weights<'_>,
     sequence: &Sequence<'_>,
     initial: Option<State<'_>>,

@@ -125,7 +125,7 @@ fn by_rows(ctx: &Context, plan: &Plan, weights: StateWeights, buffers: columns::
     ctx.for_each_owned(strands, |strand| run_back(&part, &back, strand));
 }
 
-fn check_backward(
+pub(super) fn check_backward(
     weights: &Weights<'_>,
     sequence: &Sequence<'_>,
     saved: &Saved,

@@ -10,7 +10,7 @@ use kavanam_kernels::rnn::{Cell, Direction};
 use kavanam_kernels::{Activation, ShapeError};
 
 use crate::models::CellKind;
-use crate::ops::{self, LinearWeights, RecurrentOutput, RecurrentWeights, StateVars};
+use crate::ops::{self, LinearWeights, RecurrentOutput, RecurrentPass, RecurrentWeights, StateVars};
 use crate::param::{Init, ParamStore};
 use crate::tape::{Tape, Var};
 
@@ -201,6 +201,14 @@ impl RecurrentLayer {
         lengths: &Arc<[usize]>,
         initial: Option<StateVars>,
     ) -> Result<(Var, StateVars), ShapeError> {
+        if let (CellWeights::Recurrent(forward), Some(CellWeights::Recurrent(reverse))) =
+            (self.forward, self.reverse)
+        {
+            let there = RecurrentPass { weights: forward, direction: Direction::Forward, initial };
+            let back = RecurrentPass { weights: reverse, direction: Direction::Reverse, initial: None };
+            let both = ops::recurrent_layers(tape, x, lengths, vec![there, back])?;
+            return Ok((both.y, both.last));
+        }
         let there = self.forward.forward(tape, x, (lengths, Direction::Forward), initial)?;
         let Some(reverse) = &self.reverse else { return Ok((there.y, there.last)) };
         let back = reverse.forward(tape, x, (lengths, Direction::Reverse), None)?;

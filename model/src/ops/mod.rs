@@ -41,5 +41,7 @@ pub use naive_recurrent::{NaiveLayer, NaiveRun, NaiveUpstream, naive_recurrent};
 pub use permute_rows::permute_rows;
 pub use pool_sequences::pool_sequences;
 pub use projected_cross_entropy::projected_cross_entropy;
-pub use recurrent::{RecurrentOutput, RecurrentWeights, StateVars, recurrent};
+pub use recurrent::{
+    RecurrentOutput, RecurrentPass, RecurrentWeights, StateVars, recurrent, recurrent_layers,
+};
 pub use residual::residual;

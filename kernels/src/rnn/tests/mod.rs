@@ -11,8 +11,8 @@ use crate::testing::{UNIT_ROUNDOFF, uniform};
 use crate::view::{MatMut, MatRef};
 
 use super::{
-    Cell, Direction, InputGrads, Output, OutputGrads, Sequence, State, StateMut, WeightGrads, Weights,
-    backward, forward,
+    BackwardPass, Cell, Direction, ForwardPass, InputGrads, Output, OutputGrads, Saved, Sequence, State,
+    StateMut, WeightGrads, Weights, backward, backward_all, forward, forward_all,
 };
 
 /// A kind of layer.
@@ -164,48 +164,64 @@ impl Case {
         }
     }
 
-    fn weight_grads<'a>(
-        &self,
-        grads: &'a mut RecurrentGrads<f32>,
-        extra: &'a mut LstmExtraGrads<f32>,
-    ) -> WeightGrads<'a> {
+    /// The gradients of the weights, and those of x, h0 and c0.
+    fn split_grads<'a>(&self, grads: &'a mut Grads<f32>) -> (WeightGrads<'a>, [&'a mut Vec<f32>; 3]) {
         let rows = self.cell.gates() * self.hidden;
-        WeightGrads {
-            d_w_ih: MatMut::new(&mut grads.d_w_ih, rows, self.input).unwrap(),
-            d_w_hh: MatMut::new(&mut grads.d_w_hh, rows, self.output).unwrap(),
-            d_b_ih: &mut grads.d_b_ih,
-            d_b_hh: &mut grads.d_b_hh,
+        let Grads { layer, extra } = grads;
+        let RecurrentGrads { d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_x, d_h0, d_c0 } = layer;
+        let d_w_hr = &mut extra.d_w_hr;
+        let weights = WeightGrads {
+            d_w_ih: MatMut::new(d_w_ih, rows, self.input).unwrap(),
+            d_w_hh: MatMut::new(d_w_hh, rows, self.output).unwrap(),
+            d_b_ih,
+            d_b_hh,
             d_peepholes: &mut extra.d_peepholes,
-            d_w_hr: self.projected.then(|| MatMut::new(&mut extra.d_w_hr, self.output, self.hidden).unwrap()),
+            d_w_hr: self.projected.then(|| MatMut::new(d_w_hr, self.output, self.hidden).unwrap()),
+        };
+        (weights, [d_x, d_h0, d_c0])
+    }
+
+    fn forward_pass<'a>(&'a self, out: &'a mut RecurrentOutput<f32>) -> ForwardPass<'a> {
+        let last = Some(self.state_mut(&mut out.h, &mut out.c));
+        let y = MatMut::new(&mut out.y, self.seq * self.batch(), self.output).unwrap();
+        ForwardPass {
+            weights: self.weights(),
+            sequence: self.sequence(),
+            initial: Some(self.state(&self.h0, &self.c0)),
+            output: Output { y, last },
         }
+    }
+
+    fn backward_pass<'a>(&'a self, saved: Saved, grads: &'a mut Grads<f32>) -> BackwardPass<'a> {
+        let rows = self.seq * self.batch();
+        let upstream = OutputGrads {
+            d_y: Some(MatRef::new(&self.d.y, rows, self.output).unwrap()),
+            d_last: Some(self.state(&self.d.h, &self.d.c)),
+        };
+        let (weights, [d_x, d_h0, d_c0]) = self.split_grads(grads);
+        let grads = InputGrads {
+            weights,
+            d_x: Some(MatMut::new(d_x, rows, self.input).unwrap()),
+            d_initial: Some(self.state_mut(d_h0, d_c0)),
+        };
+        BackwardPass { weights: self.weights(), sequence: self.sequence(), saved, upstream, grads }
+    }
+
+    /// Outputs that nothing has been written to.
+    fn nan_output(&self) -> RecurrentOutput<f32> {
+        let nan = |like: &[f32]| vec![f32::NAN; like.len()];
+        RecurrentOutput { y: nan(&self.d.y), h: nan(&self.d.h), c: nan(&self.d.c) }
     }
 
     /// Forward and backward by the kernels. Outputs start as NaN, accumulated gradients as zeros.
     fn run(&self, ctx: &Context) -> Run<f32> {
-        let nan = |like: &[f32]| vec![f32::NAN; like.len()];
-        let mut out = RecurrentOutput { y: nan(&self.d.y), h: nan(&self.d.h), c: nan(&self.d.c) };
-        let (weights, sequence) = (self.weights(), self.sequence());
-        let (rows, input, output) = (self.seq * self.batch(), self.input, self.output);
-        let last = Some(self.state_mut(&mut out.h, &mut out.c));
-        let into = Output { y: MatMut::new(&mut out.y, rows, output).unwrap(), last };
-        let initial = Some(self.state(&self.h0, &self.c0));
-        let saved = forward(ctx, &weights, &sequence, initial, into).unwrap();
-        let upstream = OutputGrads {
-            d_y: Some(MatRef::new(&self.d.y, rows, output).unwrap()),
-            d_last: Some(self.state(&self.d.h, &self.d.c)),
-        };
-        let mut all = self.empty_grads();
-        let Grads { layer: grads, extra } = &mut all;
-        let [mut d_x, mut d_h0, mut d_c0] =
-            [&mut grads.d_x, &mut grads.d_h0, &mut grads.d_c0].map(std::mem::take);
-        let into = InputGrads {
-            weights: self.weight_grads(grads, extra),
-            d_x: Some(MatMut::new(&mut d_x, rows, input).unwrap()),
-            d_initial: Some(self.state_mut(&mut d_h0, &mut d_c0)),
-        };
+        let (mut out, mut grads) = (self.nan_output(), self.empty_grads());
+        let ForwardPass { weights, sequence, initial, output } = self.forward_pass(&mut out);
+        let saved = forward(ctx, &weights, &sequence, initial, output).unwrap();
+        let BackwardPass { weights, sequence, saved, upstream, grads: into } =
+            self.backward_pass(saved, &mut grads);
         backward(ctx, &weights, &sequence, saved, upstream, into).unwrap();
-        (grads.d_x, grads.d_h0, grads.d_c0) = (d_x, d_h0, d_c0);
-        (out, all)
+        (out, grads)
     }
 
     /// Forward and backward by the naive form in T.

@@ -104,6 +104,44 @@ fn bits_do_not_depend_on_which_thread_owns_a_unit() {
 }
 
 #[test]
+fn layers_side_by_side_give_the_bits_of_one_after_the_other() {
+    for kind in Kind::all() {
+        let cases = DIRECTIONS.map(|direction| {
+            let lengths: Vec<usize> = (0..9).map(|b| 1 + (b * 7) % 40).collect();
+            Case::new(kind, direction, [40, 21, 72], &lengths)
+        });
+        for_each_isa(|ctx| {
+            let alone = cases.each_ref().map(|case| case.run(ctx));
+            for threads in [1, 2, 3, 4] {
+                let ctx = ctx.threads(NonZeroUsize::new(threads).unwrap());
+                let mut outs = cases.each_ref().map(Case::nan_output);
+                let passes = cases.iter().zip(&mut outs).map(|(case, out)| case.forward_pass(out));
+                let saved = forward_all(&ctx, passes.collect()).unwrap();
+                let mut grads = cases.each_ref().map(Case::empty_grads);
+                let passes = cases.iter().zip(saved).zip(&mut grads);
+                let passes = passes.map(|((case, saved), grads)| case.backward_pass(saved, grads));
+                backward_all(&ctx, passes.collect()).unwrap();
+                for ((out, grads), (out_alone, grads_alone)) in outs.iter().zip(&grads).zip(&alone) {
+                    let both = tensors(out, grads).into_iter().zip(tensors(out_alone, grads_alone));
+                    both.for_each(|((_, beside), (_, alone))| assert_same_bits(beside, alone));
+                }
+            }
+        });
+    }
+}
+
+#[test]
+fn a_shape_that_does_not_fit_in_one_layer_stops_both() {
+    let case = Case::new(Cell::Gru, Direction::Forward, [3, 2, 4], &[3, 1]);
+    let (ctx, mut outs) = (Context::with_isa(crate::Isa::best()), [case.nan_output(), case.nan_output()]);
+    let [first, second] = outs.each_mut().map(|out| case.forward_pass(out));
+    let second = ForwardPass { weights: Weights { b_hh: &[], ..second.weights }, ..second };
+    let error = forward_all(&ctx, vec![first, second]).map(|_| ()).unwrap_err();
+    assert_eq!(error.to_string(), "b_hh: length is 0, expected 12");
+    assert!(outs.iter().all(|out| out.y.iter().all(|y| y.is_nan())), "written in spite of the error");
+}
+
+#[test]
 fn layers_on_teams_within_tasks_of_a_crowded_pool_give_the_same_bits() {
     let case = Case::new(Cell::Gru, Direction::Forward, [48, 3, 256], &[48]);
     let ctx = Context::with_isa(crate::Isa::best());
@@ -251,7 +289,8 @@ fn gradients_of_weights_are_added_to_what_is_there() {
             let Grads { layer, extra } = &mut added;
             let sums = [&mut layer.d_w_ih, &mut layer.d_w_hh, &mut layer.d_b_ih, &mut layer.d_b_hh];
             sums.into_iter().chain([&mut extra.d_peepholes, &mut extra.d_w_hr]).for_each(|d| d.fill(1.0));
-            let into = InputGrads { weights: case.weight_grads(layer, extra), d_x: None, d_initial: None };
+            let (weights, _) = case.split_grads(&mut added);
+            let into = InputGrads { weights, d_x: None, d_initial: None };
             backward(ctx, &case.weights(), &case.sequence(), saved, upstream, into).unwrap();
             let pairs = [
                 (&once.layer.d_w_ih, &added.layer.d_w_ih),
