@@ -11,25 +11,25 @@ use super::{Candidate, MinCell};
 
 /// Channels of one task: with its gates, a step of them is a few kilobytes.
 const CHANNELS: usize = 256;
-/// Channels of a task are a multiple of so many: a cache line, which is the widest vector too.
-const LINE: usize = 16;
-/// Steps times channels that are worth a thread: about 30 µs.
+/// Channels of a task at least, where a row is cut for more threads: with fewer vectors a step waits for the one before it.
+const NARROW: usize = 64;
+/// Steps times channels that are worth a thread: about 60 µs.
 ///
-/// One row on two threads against one, microseconds, Zen 3, the best of 10 to 300 runs in alternation; "chunks" is the rejected form with
-/// the better of chunks of 32 and of 256 steps:
+/// One row on two threads against one, microseconds, Zen 3, the best of 10 to 300 runs in alternation. The other thread slept before, or was
+/// awake; "chunks" is the rejected form, with the best of chunks of 32 and of 256 steps and of two chunks, the other thread awake:
 ///
-/// | steps × channels | one thread | channels in two halves | chunks |
-/// |---|--:|--:|--:|
-/// | 512 × 64 | 35 | 45 | 32 |
-/// | 64 × 1024 | 80 | 43 | 49 |
-/// | 512 × 128 | 96 | 63 | 59 |
-/// | 512 × 256 | 117 | 118 | 111 |
-/// | 4096 × 32 | 165 | 238 | 142 |
-/// | 4096 × 64 | 435 | 274 | 284 |
-/// | 4096 × 128 | 798 | 455 | 500 |
-/// | 4096 × 256 | 1513 | 1312 | 1146 |
-/// | 4096 × 512 | 6465 | 3267 | 4068 |
-const PARALLEL: usize = 32_768;
+/// | steps × channels | one thread | halves, asleep | halves, awake | chunks |
+/// |---|--:|--:|--:|--:|
+/// | 4096 × 32 | 167 | 217 | 167 | 142 |
+/// | 512 × 64 | 36 | | 49 | 42 |
+/// | 64 × 1024 | 63 | 63 | 32 | 36 |
+/// | 512 × 128 | 64 | 82 | 51 | 58 |
+/// | 512 × 256 | 118 | 122 | 96 | 91 |
+/// | 4096 × 64 | 281 | 337 | 267 | 298 |
+/// | 4096 × 128 | 523 | 424 | 352 | 357 |
+/// | 4096 × 256 | 1253 | 1004 | 1001 | 963 |
+/// | 4096 × 512 | 4501 | 2471 | 2527 | 2181 |
+const PARALLEL: usize = 65_536;
 
 /// A scan over a padded batch.
 #[derive(Debug, Clone, Copy)]
@@ -108,7 +108,7 @@ impl Scan<'_> {
             return (ctx.single_threaded(), CHANNELS);
         }
         let blocks = threads.div_ceil(self.batch());
-        (*ctx, self.hidden.div_ceil(blocks).next_multiple_of(LINE).min(CHANNELS))
+        (*ctx, self.hidden.div_ceil(blocks).next_multiple_of(NARROW).min(CHANNELS))
     }
 
     /// For each task of so many channels: its gates, each `[seq, channels]`; its rows of `outputs`, `[seq or 1, channels]`.
