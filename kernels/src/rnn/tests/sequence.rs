@@ -104,6 +104,21 @@ fn bits_do_not_depend_on_which_thread_owns_a_unit() {
 }
 
 #[test]
+fn bits_do_not_depend_on_who_packs_the_input_weights() {
+    for kind in Kind::all() {
+        let case = Case::new(kind, Direction::Forward, [3, 340, 264], &[3, 0, 2]);
+        for_each_isa(|ctx| {
+            let (out, _) = case.run(ctx);
+            for threads in [2, 3, 5] {
+                let (out_n, _) = case.run(&ctx.threads(NonZeroUsize::new(threads).unwrap()));
+                assert_same_bits(&out.y, &out_n.y);
+                assert_same_bits(&out.h, &out_n.h);
+            }
+        });
+    }
+}
+
+#[test]
 fn layers_side_by_side_give_the_bits_of_one_after_the_other() {
     for kind in Kind::all() {
         let cases = DIRECTIONS.map(|direction| {
