@@ -141,7 +141,7 @@ impl<const P: usize> WithSimd for PackRight<'_, P> {
         for (words, first) in self.tiles.chunks_exact_mut(panel).zip((0..cols).step_by(BLOCK)) {
             let mut magnitudes = [Magnitudes::NONE; BLOCK];
             let b = self.b.sub(0..depth, first..(first + BLOCK).min(cols));
-            split::pack_right::<P>(b, words, &mut magnitudes);
+            split::pack_right::<f32, P>(b, words, &mut magnitudes);
             odd |= magnitudes.into_iter().any(is_odd);
             for (odd, magnitudes) in self.odd.iter_mut().skip(first).zip(magnitudes) {
                 *odd = is_odd(magnitudes);

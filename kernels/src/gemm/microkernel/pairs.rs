@@ -10,7 +10,8 @@
 //!   not subtracted from each: `128·Σ_p lhs[i][p]` is subtracted from the sum. All of it is arithmetic modulo 2³², so
 //!   only the final sum must fit an i32.
 //! - A word is cut into its even and its odd bytes, pairs of 16 bits each, in 3 instructions that all rows of the tile
-//!   share. One multiply-add of pairs (`vpmaddwd`) and one addition then make 16 multiply-adds of 8 columns: up to
+//!   share: the even ones of a block first, then the odd ones, from words that lie in L1 then. Both in one turn of the loop
+//!   kept the words in registers, and the sums that had to make room waited for their way through memory, 16 cycles a turn. One multiply-add of pairs (`vpmaddwd`) and one addition then make 16 multiply-adds of 8 columns: up to
 //!   twice the rate of f32, because more ports take them. The products of two bytes are exact in it.
 //! - The left operand lies as pairs of 16 bits in the same order, so that one broadcast of 32 bits feeds a vector.
 //!
@@ -263,9 +264,9 @@ impl<S: PairProducts, const MR: usize, const VECS: usize> Pairs<S, MR, VECS> {
         let simd = self.0;
         let even_bytes = simd.splat_u32s(0x00ff_00ff);
         let mut local = *sums;
-        for q in 0..block.words {
-            let rhs = block.ptr.wrapping_add(q * Self::NR).cast::<S::u32s>();
-            for odd in 0..2 {
+        for odd in 0..2 {
+            for q in 0..block.words {
+                let rhs = block.ptr.wrapping_add(q * Self::NR).cast::<S::u32s>();
                 let mut row = [simd.splat_u32s(0); VECS];
                 for (w, row) in row.iter_mut().enumerate() {
                     // SAFETY: the contract on the block.
