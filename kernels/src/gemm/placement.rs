@@ -17,7 +17,7 @@ const L1_WAYS: usize = 6;
 /// A transposed A is read in place up to this many panels of B …
 const TRANSPOSED_MAX_PANELS: usize = 8;
 /// … where it lies in no near cache, up to this many: each panel reads whole cache lines for six of their elements …
-const FAR_TRANSPOSED_MAX_PANELS: usize = 3;
+const FAR_TRANSPOSED_MAX_PANELS: usize = 4;
 /// … and up to this many elements from one row of its memory to the next.
 const TRANSPOSED_MAX_STRIDE: usize = 512;
 
@@ -45,9 +45,8 @@ pub(super) fn left<K: Microkernel>(a: &MatRef<'_>, cols: usize) -> Left {
     let row_major = a.col_stride() == 1 || a.cols() <= 1;
     let far = lies_far(size_of::<f32>() * a.cols() * a.col_stride());
     let panels = if far { FAR_TRANSPOSED_MAX_PANELS } else { TRANSPOSED_MAX_PANELS };
-    let short_transpose = a.row_stride() == 1
-        && a.col_stride() <= TRANSPOSED_MAX_STRIDE
-        && cols <= panels * K::NR;
+    let short_transpose =
+        a.row_stride() == 1 && a.col_stride() <= TRANSPOSED_MAX_STRIDE && cols <= panels * K::NR;
     match K::Rhs::PER_WORD {
         _ if row_major => Left::InPlace,
         1 if short_transpose => Left::InPlace,
