@@ -28,8 +28,8 @@ pub enum IsaName {
     Avx2,
     /// x86-64-v4: AVX-512 F, BW, CD, DQ, VL, sixteen f32 lanes.
     Avx512,
-    /// AVX-512 and the tile unit with bf16 and int8, for matrix products of less than f32's precision. What runs on
-    /// vectors is what [`IsaName::Avx512`] runs.
+    /// AVX-512 and the tile unit with bf16 and int8, for matrix products and attention below f32's precision. What runs
+    /// on vectors is what [`IsaName::Avx512`] runs.
     Amx,
 }
 

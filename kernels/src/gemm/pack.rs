@@ -84,9 +84,8 @@ pub(super) unsafe fn pack_panel<T: Element>(
 ) {
     assert!(packed.len() == depth * width && count <= width);
     if count < width {
-        for row in packed.chunks_exact_mut(width) {
-            row[count..].fill(0.0);
-        }
+        // All of it: one call, where the rest of each row alone would be `depth` calls.
+        packed.fill(0.0);
     }
     let to = packed.as_mut_ptr();
     // SAFETY: the contract on the source; `packed` holds `depth` rows of `width ≥ count`.

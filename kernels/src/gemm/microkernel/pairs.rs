@@ -10,9 +10,10 @@
 //!   not subtracted from each: `128·Σ_p lhs[i][p]` is subtracted from the sum. All of it is arithmetic modulo 2³², so
 //!   only the final sum must fit an i32.
 //! - A word is cut into its even and its odd bytes, pairs of 16 bits each, in 3 instructions that all rows of the tile
-//!   share: the even ones of a block first, then the odd ones, from words that lie in L1 then. Both in one turn of the loop
-//!   kept the words in registers, and the sums that had to make room waited for their way through memory, 16 cycles a turn. One multiply-add of pairs (`vpmaddwd`) and one addition then make 16 multiply-adds of 8 columns: up to
+//!   share. One multiply-add of pairs (`vpmaddwd`) and one addition then make 16 multiply-adds of 8 columns: up to
 //!   twice the rate of f32, because more ports take them. The products of two bytes are exact in it.
+//! - The even bytes of a whole block come first, then the odd ones, from words that lie in L1 by then. Both in one turn of
+//!   the loop left no register for two of the sums, which waited for their way through memory, 16 cycles a turn.
 //! - The left operand lies as pairs of 16 bits in the same order, so that one broadcast of 32 bits feeds a vector.
 //!
 //! Rejected: the instruction for bytes (`vpmaddubsw`) is faster still and saturates: sums are wrong without a warning.
