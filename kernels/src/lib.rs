@@ -39,6 +39,7 @@ pub mod rowwise;
 pub mod scratch;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+mod transpose;
 pub mod view;
 
 pub use context::{Blocking, Context, Precision};

@@ -99,7 +99,7 @@ impl Grid {
 }
 
 /// Slab `index` of `parts` of `0..len`, cut at multiples of `tile`.
-fn slab(len: usize, tile: usize, parts: usize, index: usize) -> Range<usize> {
+pub(super) fn slab(len: usize, tile: usize, parts: usize, index: usize) -> Range<usize> {
     let tiles = len.div_ceil(tile);
     let edge = |i: usize| (tiles * i / parts * tile).min(len);
     edge(index)..edge(index + 1)

@@ -7,7 +7,7 @@
 //!       for jr in jc..jc+nc step NR         a panel of B fits L1
 //!         for ir in ic..ic+mc step MR       inside the microkernel's strip
 //! ```
-//! It is the picture of GotoBLAS with these deviations: panels of B are packed just before their first
+//! It is the picture of GotoBLAS with these deviations: for few rows panels of B are packed just before their first
 //! use (so they are still in L1 or L2 then), a row-major A is read in place, and the last loop belongs to
 //! the microkernel, which saves a call for each tile.
 
@@ -17,7 +17,7 @@ use pulp::Simd;
 
 use super::epilogue::{Accum, Epilogue};
 use super::microkernel::{Finish, KernelInfo, KernelVisitor, Lhs, Microkernel, Out, Rhs, Strip};
-use super::pack::{GROUP, Source, pack_panel, pack_panels};
+use super::pack::{Source, pack_panel, pack_panels, packed_at_once};
 use super::packed::PackedWeights;
 use super::placement::{self, Left};
 use crate::context::Blocking;
@@ -233,15 +233,17 @@ impl Block<'_> {
         }
         // Read in place, only the last panel of all can have a partial vector: it has the buffer alone.
         let offset = if self.right_in_place { 0 } else { cols.start - self.cols.start };
-        if pack && (self.right_in_place || offset % (GROUP * K::NR) == 0) {
-            let group = cols.start..(cols.start + GROUP * K::NR).min(self.cols.end);
+        let at_once = packed_at_once(self.rows.len(), self.cols.len(), K::NR);
+        if pack && (self.right_in_place || offset.is_multiple_of(at_once)) {
+            let group = cols.start..(cols.start + at_once).min(self.cols.end);
             let b = b.sub(self.depth.clone(), group.clone());
             let packed = &mut b_block[offset * depth..(offset + packed_cols(group.len(), lanes)) * depth];
             // SAFETY: the source is the view `b`.
             unsafe { pack_panels(Source::of(&b), depth, group.len(), packed, (K::NR, lanes)) };
         }
-        // Packed now, a panel is in a near cache; in the passes of later rows it is where the whole block is.
-        let far = !pack && width == K::NR && placement::lies_far(size_of_val(b_block));
+        // Packed just now, a panel is in a near cache; else it is where the whole block is.
+        let near = pack && at_once < self.cols.len();
+        let far = !near && width == K::NR && placement::lies_far(size_of_val(b_block));
         let ptr = b_block[offset * depth..(offset + width) * depth].as_ptr().cast();
         Rhs { ptr, depth_stride: width.min(K::NR), panel_stride: K::NR * depth, group: depth, far }
     }

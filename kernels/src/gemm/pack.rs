@@ -5,15 +5,16 @@
 //! ```
 //! Any strides are absorbed here, transposes included. Deviations: rows of a length that tiles have are
 //! copied as arrays, which become a few vector moves (a call to `memcpy` costs more than the copy); a
-//! source that is contiguous along the depth is transposed by blocks of 4 × 4, so that neither side is
+//! source that is contiguous along the depth is transposed in registers by blocks of 4 × 4, so that neither side is
 //! touched a word at a time.
 
 use half::bf16;
 
+use crate::transpose::transpose_4x4;
 use crate::view::MatRef;
 
 /// What an operand may hold; packing makes f32 of it.
-pub(crate) trait Element: Copy {
+pub(crate) trait Element: Copy + Send + Sync {
     /// The same number as f32.
     fn widen(self) -> f32;
 
@@ -112,8 +113,21 @@ pub(super) unsafe fn pack_panel<T: Element>(
     }
 }
 
-/// Panels that are packed together.
-pub(super) const GROUP: usize = 4;
+/// Panels that are packed together: their rows are read as one.
+const GROUP: usize = 4;
+
+/// Rows of C from which on a block of B is packed as a whole before the first product.
+///
+/// Few rows want each panel from a near cache, where packing just left it. More of them use a panel several times, and reading the block
+/// from a cache farther away, early enough, costs less than two kinds of work that evict each other's lines: 1.00 to 1.07 times as
+/// fast at ten shapes of 96 to 1024 rows (docs/decisions/002-gemm.md).
+const MANY_ROWS: usize = 32;
+
+/// How many columns of a block of `cols` to pack before they are used by `rows` rows; panels have `nr`.
+#[inline(always)]
+pub(super) fn packed_at_once(rows: usize, cols: usize, nr: usize) -> usize {
+    if rows < MANY_ROWS { GROUP * nr } else { cols.next_multiple_of(nr) }
+}
 
 /// Packs `count` lanes as panels of `nr`, one after the other; the last one is as wide as the lanes
 /// that are left, rounded up to whole vectors of `vector`.
@@ -228,31 +242,48 @@ unsafe fn copy_elements<T: Element>(
 
 /// A source that is contiguous along the depth.
 ///
+/// Out of line: inside of a kernel's shell there are no registers left for the addresses, and nothing here needs a wider vector.
+///
 /// # Safety
 /// As [`copy_elements`].
-#[inline(always)]
+#[inline(never)]
 unsafe fn transpose<T: Element>(source: Source<T>, depth: usize, count: usize, to: *mut f32, width: usize) {
     const B: usize = 4;
+    // A cache line of each lane at a time, so that whole rows of the panel are written while they lie in L1.
+    const LINE: usize = 16;
     let (whole_depth, whole_count) = (depth / B * B, count / B * B);
-    // SAFETY (all below): the blocks and the two rims lie inside of `depth × count`.
-    for j in (0..whole_count).step_by(B) {
-        for p in (0..whole_depth).step_by(B) {
-            let mut block = [[0.0f32; B]; B];
-            for (i, lane) in block.iter_mut().enumerate() {
-                let from = source.ptr.wrapping_add((j + i) * source.lane_stride + p);
-                // SAFETY: see above.
-                *lane = T::widen_all(unsafe { *from.cast::<[T; B]>() });
-            }
-            for q in 0..B {
-                let row = block.map(|lane| lane[q]);
-                // SAFETY: see above.
-                unsafe { *to.add((p + q) * width + j).cast::<[f32; B]>() = row };
+    for line in (0..whole_depth).step_by(LINE) {
+        for j in (0..whole_count).step_by(B) {
+            let lanes = source.ptr.wrapping_add(j * source.lane_stride);
+            for p in (line..(line + LINE).min(whole_depth)).step_by(B) {
+                let from = Source { ptr: lanes.wrapping_add(p), ..source };
+                // SAFETY: these elements lie inside of `depth × count`.
+                unsafe { transpose_square(from, to.wrapping_add(p * width + j), width) };
             }
         }
     }
-    // SAFETY: see above.
+    // SAFETY: the two rims lie inside of `depth × count`.
     unsafe {
         copy_elements(source, whole_depth..depth, 0..whole_count, to, width);
         copy_elements(source, 0..depth, whole_count..count, to, width);
+    }
+}
+
+/// Four lanes, four deep, of a source that is contiguous along the depth.
+///
+/// # Safety
+/// They are readable from `source`, and four rows of four are writable at `to`, `width` apart.
+#[inline(always)]
+unsafe fn transpose_square<T: Element>(source: Source<T>, to: *mut f32, width: usize) {
+    // SAFETY: the contract; arrays have the alignment of their elements.
+    let lane = |i: usize| unsafe { *source.ptr.wrapping_add(i * source.lane_stride).cast::<[T; 4]>() };
+    let [a, b, c, d] = [lane(0), lane(1), lane(2), lane(3)].map(T::widen_all);
+    let [row_0, row_1, row_2, row_3] = transpose_4x4([a, b, c, d]);
+    // SAFETY: the contract. (A loop over the rows would take them through memory.)
+    unsafe {
+        *to.cast() = row_0;
+        *to.wrapping_add(width).cast() = row_1;
+        *to.wrapping_add(2 * width).cast() = row_2;
+        *to.wrapping_add(3 * width).cast() = row_3;
     }
 }

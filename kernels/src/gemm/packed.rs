@@ -10,23 +10,25 @@
 //! Panels of f32 words are as wide as their columns, rounded up to a vector; the others are filled up to NR. Panels for tiles hold whole
 //! tiles instead of rows of words: see `gemm::split`.
 
+mod fill;
+
 use std::ops::Range;
 
-use pulp::{Simd, WithSimd};
+use fill::PackTiles;
 
 use super::blocking::{block_depth, blocking};
 use super::microkernel::amx::{BLOCK, SIDE};
-use super::microkernel::{KernelInfo, KernelVisitor, Microkernel, Rhs, Storage, kernel_for, with_kernel};
+use super::microkernel::{KernelInfo, Rhs, Storage, kernel_for};
 use super::operand::Operand;
-use super::pack::{Element, Source, pack_panel, pack_panels};
+use super::pack::Element;
 use super::placement::lies_far;
-use super::quantise::{WeightFormat, bf16_bits, decode, encode, scale_of};
-use super::split::{Magnitudes, pack_right, right_element};
+use super::quantise::{WeightFormat, decode};
+use super::split::right_element;
 use super::tiles::OddColumns;
 use crate::context::Context;
 use crate::error::{ShapeError, expect_dim};
 use crate::isa::IsaName;
-use crate::scratch::{ScratchBuf, Words};
+use crate::scratch::Words;
 use crate::view::MatRef;
 
 /// A right operand `[k, n]` in the order in which one kernel reads it.
@@ -145,7 +147,7 @@ impl PackedWeights {
         *self = PackedWeights { words, ..shape };
         match (kernel.isa, kernel.storage) {
             (IsaName::Amx, _) => ctx.isa().dispatch(PackTiles(self, b)),
-            (_, Storage::F32) => with_kernel(ctx.isa(), kernel.storage, PackF32(self, b)),
+            (_, Storage::F32) => self.pack_words(ctx, b),
             _ => self.encode(b, None),
         }
         Ok(())
@@ -286,121 +288,6 @@ impl PackedWeights {
     fn beyond(&self) -> usize {
         if self.kernel.storage == Storage::Int8 { self.kernel.nr * (SIDE - 1) } else { 0 }
     }
-
-    /// Stores the elements of `b`, rounded as the format says; or as they are, integers that go with `given` scales.
-    fn encode<T: Element>(&mut self, b: MatRef<'_, T>, given: Option<&[f32]>) {
-        let (k, n, nr) = (self.rows, self.cols, self.kernel.nr);
-        let storage = self.kernel.storage;
-        let magnitude = |rows: Range<usize>, j| rows.map(|p| b.at(p, j).widen().abs()).fold(0.0, f32::max);
-        self.column_sums = vec![0; if self.format == WeightFormat::Int8 { n } else { 0 }];
-        let ones = [1.0; MAX_PANEL];
-        for panel in (0..n).step_by(nr) {
-            let cols = panel..(panel + nr).min(n);
-            let mut scales: Vec<f32> = match (self.format, given) {
-                (_, Some(given)) => given[cols.clone()].to_vec(),
-                (WeightFormat::Int8, None) => {
-                    cols.clone().map(|j| scale_of(magnitude(0..k, j), 127)).collect()
-                }
-                _ => vec![1.0; cols.len()],
-            };
-            for block in (0..k).step_by(self.depth) {
-                let depth = block..(block + self.depth).min(k);
-                let mut at = self.offset(depth.clone(), panel);
-                for first in depth.clone().step_by(self.group) {
-                    let rows = first..(first + self.group).min(depth.end);
-                    if let WeightFormat::Int4 { .. } = self.format {
-                        scales = cols.clone().map(|j| scale_of(magnitude(rows.clone(), j), 7)).collect();
-                    }
-                    let group = b.sub(rows.clone(), cols.clone());
-                    let units = if given.is_some() { &ones[..cols.len()] } else { &*scales };
-                    let len = encode_group(storage, group, (&scales, units), &mut self.words[at..], nr);
-                    if self.format == WeightFormat::Int8 {
-                        let words = &self.words[at + nr..at + len];
-                        add_columns(words, nr, group.rows(), &mut self.column_sums[cols.clone()]);
-                    }
-                    at += len;
-                }
-            }
-        }
-    }
-}
-
-/// The columns of the widest panel.
-const MAX_PANEL: usize = 64;
-
-/// Adds the integers of rows of words, `nr` wide and `depth` deep, to the sums of their columns.
-fn add_columns(words: &[u32], nr: usize, depth: usize, sums: &mut [i32]) {
-    for row in words.chunks_exact(nr) {
-        for (sum, word) in sums.iter_mut().zip(row) {
-            *sum += word.to_le_bytes().into_iter().map(i32::from).sum::<i32>();
-        }
-    }
-    // Each integer was stored with 128 added; what fills the last word was not.
-    sums.iter_mut().for_each(|sum| *sum -= 128 * depth as i32);
-}
-
-/// Writes one group of a panel, rows `nr` words wide, and says how many words it took. An element is divided by its column's unit.
-fn encode_group<T: Element>(
-    storage: Storage,
-    b: MatRef<'_, T>,
-    (scales, units): (&[f32], &[f32]),
-    words: &mut [u32],
-    nr: usize,
-) -> usize {
-    let (per_word, bits) = (storage.per_word(), 32 / storage.per_word());
-    let scaled = usize::from(storage.largest() > 0);
-    let (head, body) = words.split_at_mut(scaled * nr);
-    for (word, j) in head.iter_mut().zip(0..) {
-        *word = scales.get(j).copied().unwrap_or(1.0).to_bits();
-    }
-    let rows = b.rows().div_ceil(per_word);
-    // The elements of a row of words, whatever their strides.
-    let mut staging = ScratchBuf::take(per_word * b.cols());
-    for (q, row) in body.chunks_exact_mut(nr).take(rows).enumerate() {
-        row.fill(0);
-        let part = b.sub(q * per_word..((q + 1) * per_word).min(b.rows()), 0..b.cols());
-        let staged = &mut staging[..part.rows() * b.cols()];
-        // SAFETY: the source is the view `part`.
-        unsafe { pack_panel(Source::of(&part), part.rows(), b.cols(), staged, b.cols()) };
-        for (p, elements) in staged.chunks_exact(b.cols()).enumerate() {
-            encode_row(storage, elements, units, bits * p, row);
-        }
-    }
-    (scaled + rows) * nr
-}
-
-/// Puts a row of elements into its bits, `shift` up, of a row of words.
-fn encode_row(storage: Storage, elements: &[f32], units: &[f32], shift: usize, row: &mut [u32]) {
-    let columns = row.iter_mut().zip(elements);
-    if storage == Storage::Bf16 {
-        // Without the choice in the loop it becomes vectors.
-        columns.for_each(|(word, x)| *word |= bf16_bits(*x) << shift);
-    } else {
-        columns.zip(units).for_each(|((word, x), unit)| *word |= encode(storage, *x, *unit) << shift);
-    }
-}
-
-/// Packs f32 words, block of K after block of K, in the kernel's shell.
-struct PackF32<'a, T>(&'a mut PackedWeights, MatRef<'a, T>);
-
-impl<T: Element> KernelVisitor for PackF32<'_, T> {
-    type Output = ();
-
-    #[inline(always)]
-    fn visit<K: Microkernel<Lhs = f32, Out = f32>>(self, _: K) {
-        let PackF32(packed, b) = self;
-        let lanes = <K::Simd as Simd>::F32_LANES;
-        let (k, n, width) = (b.rows(), b.cols(), packed.padded_cols());
-        let mut rest = packed.words.as_f32_mut();
-        for pc in (0..k).step_by(packed.depth) {
-            let depth = packed.depth.min(k - pc);
-            let part = b.sub(pc..pc + depth, 0..n);
-            let (block, after) = rest.split_at_mut(width * depth);
-            rest = after;
-            // SAFETY: the source is the view `part`.
-            unsafe { pack_panels(Source::of(&part), depth, n, block, (K::NR, lanes)) };
-        }
-    }
 }
 
 impl PackedWeights {
@@ -459,41 +346,5 @@ impl PackedWeights {
             let words = self.tile_panel(depth, panel);
             right_element(words, self.kernel.storage.parts(), p - block, j - panel)
         })
-    }
-}
-
-/// Packs whole tiles of bf16 parts, block of K after block of K, in the shell of the vectors.
-struct PackTiles<'a, T>(&'a mut PackedWeights, MatRef<'a, T>);
-
-impl<T: Element> WithSimd for PackTiles<'_, T> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) {
-        match self.0.kernel.storage.parts() {
-            1 => self.run::<1>(),
-            2 => self.run::<2>(),
-            _ => self.run::<3>(),
-        }
-    }
-}
-
-impl<T: Element> PackTiles<'_, T> {
-    #[inline(always)]
-    fn run<const P: usize>(self) {
-        let PackTiles(packed, b) = self;
-        let (k, n, storage) = (b.rows(), b.cols(), packed.kernel.storage);
-        for pc in (0..k).step_by(packed.depth) {
-            let depth = pc..(pc + packed.depth).min(k);
-            for panel in (0..n).step_by(BLOCK) {
-                let cols = panel..(panel + BLOCK).min(n);
-                let part = b.sub(depth.clone(), cols.clone());
-                let (at, words) =
-                    (packed.offset(depth.clone(), panel), packed.column_words(depth.len()) * BLOCK);
-                let mut magnitudes = [Magnitudes::NONE; BLOCK];
-                pack_right::<T, P>(part, &mut packed.words[at..at + words], &mut magnitudes);
-                packed.odd.keep(part, (pc, panel), storage, &magnitudes[..cols.len()]);
-            }
-        }
     }
 }

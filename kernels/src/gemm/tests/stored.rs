@@ -185,3 +185,23 @@ fn sizes_that_overflow_are_errors_before_anything_is_read_or_allocated() {
         }
     }
 }
+
+/// Threads share the packing of what is large enough, also where there are fewer panels than threads.
+#[test]
+fn threads_pack_what_one_does() {
+    for_each_isa(|ctx| {
+        for (k, n, order) in [(530, 777, 0), (777, 530, 1), (60_000, 5, 0), (270_000, 1, 1)] {
+            let b = Matrix::new(k, n, order, |len| uniform(len, 1));
+            let alone = PackedWeights::pack(ctx, b.view()).unwrap();
+            assert_eq!(alone.unpack(), elements(b.view()), "{k}x{n}");
+            for threads in [2, 3, 8] {
+                let ctx = ctx.threads(NonZeroUsize::new(threads).unwrap());
+                assert_eq!(
+                    PackedWeights::pack(&ctx, b.view()).unwrap().unpack(),
+                    alone.unpack(),
+                    "{k}x{n}, {threads}"
+                );
+            }
+        }
+    });
+}
