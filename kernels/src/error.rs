@@ -87,7 +87,7 @@ pub enum IsaError {
         available: String,
     },
     /// No instruction set has that name.
-    #[error("unknown ISA {name:?}; known: scalar, avx2, avx512, amx, neon")]
+    #[error("unknown ISA {name:?}; known: scalar, avx2, avx2vnni, avx512, avx512vnni, amx, neon")]
     Unknown {
         /// The name that was given.
         name: String,

@@ -26,8 +26,13 @@ pub enum IsaName {
     Neon,
     /// x86-64-v3: AVX2 and FMA, eight f32 lanes.
     Avx2,
+    /// AVX2 and dot products of bytes in vectors of 256 bits (AVX-VNNI), for products of int8. All else is what
+    /// [`IsaName::Avx2`] runs.
+    Avx2Vnni,
     /// x86-64-v4: AVX-512 F, BW, CD, DQ, VL, sixteen f32 lanes.
     Avx512,
+    /// AVX-512 and dot products of bytes (AVX512-VNNI), for products of int8. All else is what [`IsaName::Avx512`] runs.
+    Avx512Vnni,
     /// AVX-512 and the tile unit with bf16 and int8, for matrix products and attention below f32's precision. What runs
     /// on vectors is what [`IsaName::Avx512`] runs.
     Amx,
@@ -35,8 +40,15 @@ pub enum IsaName {
 
 impl IsaName {
     /// Every name, from the narrowest to the widest.
-    pub const ALL: [IsaName; 5] =
-        [IsaName::Scalar, IsaName::Neon, IsaName::Avx2, IsaName::Avx512, IsaName::Amx];
+    pub const ALL: [IsaName; 7] = [
+        IsaName::Scalar,
+        IsaName::Neon,
+        IsaName::Avx2,
+        IsaName::Avx2Vnni,
+        IsaName::Avx512,
+        IsaName::Avx512Vnni,
+        IsaName::Amx,
+    ];
 
     /// The word that logs, JSON and `KAVANAM_ISA` use.
     pub const fn as_str(self) -> &'static str {
@@ -44,7 +56,9 @@ impl IsaName {
             IsaName::Scalar => "scalar",
             IsaName::Neon => "neon",
             IsaName::Avx2 => "avx2",
+            IsaName::Avx2Vnni => "avx2vnni",
             IsaName::Avx512 => "avx512",
+            IsaName::Avx512Vnni => "avx512vnni",
             IsaName::Amx => "amx",
         }
     }
@@ -73,7 +87,11 @@ enum Token {
     #[cfg(target_arch = "x86_64")]
     Avx2(pulp::x86::V3),
     #[cfg(target_arch = "x86_64")]
+    Avx2Vnni(pulp::x86::V3),
+    #[cfg(target_arch = "x86_64")]
     Avx512(pulp::x86::V4),
+    #[cfg(target_arch = "x86_64")]
+    Avx512Vnni(pulp::x86::V4),
     #[cfg(target_arch = "x86_64")]
     Amx(pulp::x86::V4),
     /// The tile unit in software, beside the vectors that there are: see `testing::amx`.
@@ -115,7 +133,11 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             IsaName::Avx2 => pulp::x86::V3::try_new().map(|t| Isa(Token::Avx2(t))),
             #[cfg(target_arch = "x86_64")]
+            IsaName::Avx2Vnni => Isa::avx2_vnni(),
+            #[cfg(target_arch = "x86_64")]
             IsaName::Avx512 => pulp::x86::V4::try_new().map(|t| Isa(Token::Avx512(t))),
+            #[cfg(target_arch = "x86_64")]
+            IsaName::Avx512Vnni => Isa::avx512_vnni(),
             #[cfg(target_arch = "x86_64")]
             IsaName::Amx => Isa::amx(),
             #[cfg(target_arch = "aarch64")]
@@ -127,6 +149,18 @@ impl Isa {
             requested: name,
             available: Isa::available().iter().map(|isa| isa.name().as_str()).collect::<Vec<_>>().join(", "),
         })
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn avx2_vnni() -> Option<Isa> {
+        let vectors = pulp::x86::V3::try_new().filter(|_| is_x86_feature_detected!("avxvnni"));
+        vectors.map(|t| Isa(Token::Avx2Vnni(t)))
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn avx512_vnni() -> Option<Isa> {
+        let vectors = pulp::x86::V4::try_new().filter(|_| is_x86_feature_detected!("avx512vnni"));
+        vectors.map(|t| Isa(Token::Avx512Vnni(t)))
     }
 
     #[cfg(target_arch = "x86_64")]
@@ -165,11 +199,21 @@ impl Isa {
         }
     }
 
-    /// The set of its vectors: its own name, but for [`IsaName::Amx`].
+    /// The set whose products of bytes run on its vectors: that of its vectors, unless it has dot products.
+    pub(crate) fn bytes(self) -> IsaName {
+        match self.name() {
+            name @ (IsaName::Avx2Vnni | IsaName::Avx512Vnni) => name,
+            _ => self.vectors(),
+        }
+    }
+
+    /// The set of its vectors: its own name, unless that has instructions beside them.
     pub(crate) fn vectors(self) -> IsaName {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
-            Token::Amx(_) => IsaName::Avx512,
+            Token::Avx2Vnni(_) => IsaName::Avx2,
+            #[cfg(target_arch = "x86_64")]
+            Token::Avx512Vnni(_) | Token::Amx(_) => IsaName::Avx512,
             #[cfg(all(target_arch = "x86_64", target_os = "linux", any(test, feature = "testing")))]
             Token::EmulatedAmx(EmulatedBeside::Avx2(_)) => IsaName::Avx2,
             #[cfg(all(target_arch = "x86_64", target_os = "linux", any(test, feature = "testing")))]
@@ -190,7 +234,9 @@ impl Isa {
         #[cfg(target_arch = "x86_64")]
         {
             all.extend(pulp::x86::V3::try_new().map(|t| Isa(Token::Avx2(t))));
+            all.extend(Isa::avx2_vnni());
             all.extend(pulp::x86::V4::try_new().map(|t| Isa(Token::Avx512(t))));
+            all.extend(Isa::avx512_vnni());
             all.extend(Isa::amx());
         }
         #[cfg(target_arch = "aarch64")]
@@ -205,7 +251,11 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Token::Avx2(_) => IsaName::Avx2,
             #[cfg(target_arch = "x86_64")]
+            Token::Avx2Vnni(_) => IsaName::Avx2Vnni,
+            #[cfg(target_arch = "x86_64")]
             Token::Avx512(_) => IsaName::Avx512,
+            #[cfg(target_arch = "x86_64")]
+            Token::Avx512Vnni(_) => IsaName::Avx512Vnni,
             #[cfg(target_arch = "x86_64")]
             Token::Amx(_) => IsaName::Amx,
             #[cfg(all(target_arch = "x86_64", target_os = "linux", any(test, feature = "testing")))]
@@ -234,9 +284,9 @@ impl Isa {
         match self.0 {
             Token::Scalar(t) => t.vectorize(op),
             #[cfg(target_arch = "x86_64")]
-            Token::Avx2(t) => Simd::vectorize(t, op),
+            Token::Avx2(t) | Token::Avx2Vnni(t) => Simd::vectorize(t, op),
             #[cfg(target_arch = "x86_64")]
-            Token::Avx512(t) | Token::Amx(t) => Simd::vectorize(t, op),
+            Token::Avx512(t) | Token::Avx512Vnni(t) | Token::Amx(t) => Simd::vectorize(t, op),
             #[cfg(all(target_arch = "x86_64", target_os = "linux", any(test, feature = "testing")))]
             Token::EmulatedAmx(EmulatedBeside::Avx2(t)) => Simd::vectorize(t, op),
             #[cfg(all(target_arch = "x86_64", target_os = "linux", any(test, feature = "testing")))]

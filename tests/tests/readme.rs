@@ -18,7 +18,9 @@ fn needs(isa: IsaName) -> &'static str {
         IsaName::Scalar => "any CPU",
         IsaName::Neon => "64-bit Arm",
         IsaName::Avx2 => "x86-64-v3",
+        IsaName::Avx2Vnni => "x86-64-v3, AVX-VNNI",
         IsaName::Avx512 => "x86-64-v4",
+        IsaName::Avx512Vnni => "x86-64-v4, AVX512-VNNI",
         IsaName::Amx => "x86-64-v4, AMX",
     }
 }

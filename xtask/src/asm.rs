@@ -6,8 +6,8 @@ use std::path::PathBuf;
 
 use crate::steps;
 
-/// A symbol of a microkernel contains this (mangling v0 keeps the names of generic arguments).
-const MICROKERNEL: &str = "outer_product";
+/// A symbol of a microkernel contains one of these (mangling v0 keeps the names of generic arguments).
+const MICROKERNELS: [&str; 2] = ["outer_product", "dots"];
 /// The epilogue of a tile at an edge: its loop runs over the tile's vectors, and its multiply-adds are an activation's.
 const EPILOGUE: &str = "EdgeTile";
 /// A loop with at least this many packed multiply-adds is the k-loop of a full-sized tile.
@@ -32,9 +32,7 @@ pub(crate) fn run() -> Result<(), String> {
     let (mut loops, mut faults) = (0, Vec::new());
     for function in functions(&text).into_iter().filter(|f| is_microkernel(f.symbol)) {
         for body in innermost_loops(&function.lines) {
-            let multiply_adds =
-                body.iter().filter(|line| line.contains("vfmadd") && line.contains("ps\t")).count();
-            if multiply_adds < MULTIPLY_ADDS {
+            if body.iter().filter(|line| is_multiply_add(line)).count() < MULTIPLY_ADDS {
                 continue;
             }
             loops += 1;
@@ -51,7 +49,12 @@ pub(crate) fn run() -> Result<(), String> {
 }
 
 fn is_microkernel(symbol: &str) -> bool {
-    symbol.contains(MICROKERNEL) && !symbol.contains(EPILOGUE)
+    MICROKERNELS.iter().any(|name| symbol.contains(name)) && !symbol.contains(EPILOGUE)
+}
+
+/// Of packed f32, or of four bytes.
+fn is_multiply_add(line: &str) -> bool {
+    line.contains("vfmadd") && line.contains("ps\t") || line.contains("vpdpbusd")
 }
 
 fn newest_assembly(folder: &std::path::Path) -> Result<PathBuf, String> {

@@ -21,8 +21,8 @@ const fn tuned(isa: IsaName) -> Blocking {
     match isa {
         IsaName::Scalar => Blocking { mc: 96, kc: 512, nc: 1024 },
         IsaName::Neon => Blocking { mc: 96, kc: 512, nc: 2040 },
-        IsaName::Avx2 => Blocking { mc: 96, kc: 512, nc: 2048 },
-        IsaName::Avx512 => Blocking { mc: 192, kc: 384, nc: 2016 },
+        IsaName::Avx2 | IsaName::Avx2Vnni => Blocking { mc: 96, kc: 512, nc: 2048 },
+        IsaName::Avx512 | IsaName::Avx512Vnni => Blocking { mc: 192, kc: 384, nc: 2016 },
         IsaName::Amx => Blocking { mc: 256, kc: 512, nc: 1056 },
     }
 }

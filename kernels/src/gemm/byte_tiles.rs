@@ -15,9 +15,9 @@ use std::ops::Range;
 use pulp::{Simd, WithSimd};
 
 use super::int8::Part;
-use super::int8_rows::{Order, quantise_row};
+use super::int8_rows::quantise_row;
 use super::microkernel::amx::{BLOCK, ByteBlock, SIDE, TILE_WORDS, TileUnit};
-use super::microkernel::{RowScale, Sink};
+use super::microkernel::{Order, RowScale, Sink};
 use super::tiles::{Sums, store};
 use crate::isa::Tiles;
 use crate::scratch::ScratchBuf;
@@ -56,7 +56,7 @@ impl WithSimd for TilePart<'_> {
             let left = left.words_mut();
             left.fill(0);
             for (i, scale) in block.clone().zip(&mut scales) {
-                *scale = quantise_row::<true>(product.a, i, b.depth(), &mut staging, row.words_mut());
+                *scale = quantise_row(product.a, i, b.depth(), Order::Bytes, (&mut staging, row.words_mut()));
                 if !depths.is_empty() {
                     let at = (i - first) / SIDE * tile_rows + (i - first) % SIDE * SIDE;
                     scatter(row.words_mut(), &depths, &mut left[at..]);

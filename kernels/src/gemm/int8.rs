@@ -9,11 +9,12 @@
 //! }
 //! ```
 //! # Deviations
-//! - Rows are quantised while they are packed into the pairs that the kernel reads, 48 at a time, by each task for
+//! - Rows are quantised while they are packed into the pairs or bytes that the kernel reads, 48 at a time, by each task for
 //!   itself.
 //! - A tile's sums stay in registers over all of K: they are integers, so blocks of K need no order and C is not read
 //!   back. Only the weights are laid out in blocks.
-//! - Where the CPU has a tile unit, it multiplies bytes (`byte_tiles`); the sums are exact, so no bit depends on it.
+//! - Where the CPU has a tile unit, it multiplies bytes (`byte_tiles`), else vectors with dot products of bytes do if there are any
+//!   (`microkernel::dots`); the sums are exact, so no bit depends on it.
 //! - Rounding to an integer is the addition of 1.5·2²³, whose sum has the integer in its low bits.
 
 use std::ops::Range;
@@ -21,10 +22,10 @@ use std::ops::Range;
 use super::byte_tiles::TilePart;
 use super::driver::Grid;
 use super::epilogue::{Accum, Epilogue};
-use super::int8_rows::{Int8Rows, Integers, Order, quantise_row};
+use super::int8_rows::{Int8Rows, Integers, quantise_row};
 use super::microkernel::{
-    KernelInfo, Out, PairProducts, PairStrip, PairVisitor, Pairs, RowScale, Sink, WordBlock, int8_kernel_of,
-    kernel_of, with_pairs,
+    ByteKernel, ByteProducts, ByteStrip, ByteVisitor, KernelInfo, Out, RowScale, Sink, WordBlock,
+    int8_kernel_of, kernel_of, with_byte_kernel,
 };
 use super::packed::PackedWeights;
 use super::quantise::WeightFormat;
@@ -116,7 +117,7 @@ fn run(ctx: &Context, a: Int8Rows<'_>, b: &PackedWeights, target: Target<'_>) {
         let part = Part { product: &product, rows, cols };
         match ctx.isa().tiles() {
             Some(tiles) => ctx.isa().dispatch(TilePart { part, tiles }),
-            None => with_pairs(ctx.isa(), part),
+            None => with_byte_kernel(ctx.isa(), part),
         }
     });
 }
@@ -165,26 +166,25 @@ pub(super) struct Part<'a> {
     pub(super) cols: Range<usize>,
 }
 
-impl PairVisitor for Part<'_> {
+impl ByteVisitor for Part<'_> {
     #[inline(always)]
-    fn visit<S: PairProducts, const MR: usize, const VECS: usize>(self, kernel: Pairs<S, MR, VECS>) {
+    fn visit<P: ByteProducts, const MR: usize, const VECS: usize>(self, kernel: ByteKernel<P, MR, VECS>) {
         let Part { product, rows, cols } = self;
         let b = product.b;
-        let nr = Pairs::<S, MR, VECS>::NR;
-        debug_assert_eq!((Pairs::<S, MR, VECS>::MR, nr), (product.kernel.mr, product.kernel.nr));
+        let nr = ByteKernel::<P, MR, VECS>::NR;
+        debug_assert_eq!((ByteKernel::<P, MR, VECS>::MR, nr), (product.kernel.mr, product.kernel.nr));
         let depths = b.depths();
-        let row_words: usize =
-            depths.iter().map(|depth| Order::Pairs.words() * depth.len().div_ceil(4)).sum();
-        let mut pairs = Words::default();
-        pairs.resize(ROWS.min(rows.len()) * row_words);
+        let row_words: usize = depths.iter().map(|depth| P::LEFT.words() * depth.len().div_ceil(4)).sum();
+        let mut left = Words::default();
+        left.resize(ROWS.min(rows.len()) * row_words);
         let mut scales = [RowScale::default(); ROWS];
         let mut staging = ScratchBuf::take(b.rows());
         let mut blocks = Vec::with_capacity(depths.len());
         for first in rows.clone().step_by(ROWS) {
             let block = first..(first + ROWS).min(rows.end);
             for (i, scale) in block.clone().zip(&mut scales) {
-                let to = &mut pairs[(i - first) * row_words..][..row_words];
-                *scale = quantise_row::<false>(product.a, i, b.depth(), &mut staging, to);
+                let to = &mut left[(i - first) * row_words..][..row_words];
+                *scale = quantise_row(product.a, i, b.depth(), P::LEFT, (&mut staging, to));
             }
             for j in cols.clone().step_by(nr) {
                 let panel = j..(j + nr).min(cols.end);
@@ -197,7 +197,7 @@ impl PairVisitor for Part<'_> {
                         WordBlock { ptr, words: depth.len().div_ceil(4) }
                     },
                 ));
-                let lhs = &pairs[..block.len() * row_words];
+                let lhs = &left[..block.len() * row_words];
                 let strip = product.strip(block.clone(), panel, (&scales[..block.len()], lhs, &blocks), nr);
                 // SAFETY: the blocks are those of this panel, the weights have NR scales before the first; this
                 // task alone writes these rows and columns of C, and the shapes of the epilogue were checked.
@@ -215,10 +215,11 @@ impl Product<'_> {
         cols: Range<usize>,
         (scales_of_rows, lhs, blocks): (&'a [RowScale], &'a [u32], &'a [WordBlock]),
         nr: usize,
-    ) -> PairStrip<'a> {
+    ) -> ByteStrip<'a> {
         let sink = self.sink(rows, cols.clone());
         let scales = blocks.first().map_or(ONES.as_ptr(), |block| block.ptr.wrapping_sub(nr).cast());
-        PairStrip { rows: scales_of_rows, cols: cols.len(), lhs, blocks, scales, sink }
+        let column_sums = self.b.column_sums(&cols);
+        ByteStrip { rows: scales_of_rows, cols: cols.len(), lhs, blocks, scales, column_sums, sink }
     }
 
     /// Where the sums of these rows and columns go, and what is done to them.
@@ -238,3 +239,54 @@ impl Product<'_> {
 
 /// The scales of a panel without rows, for the widest panel.
 static ONES: [f32; 64] = [1.0; 64];
+
+#[cfg(all(test, target_arch = "x86_64"))]
+mod tests {
+    use super::super::int8_rows::Integers;
+    use super::super::microkernel::with_plain_dots;
+    use super::*;
+    use crate::context::Blocking;
+    use crate::testing::{assert_same_bits, for_each_isa, uniform};
+    use crate::view::MatRef;
+
+    /// The order of bytes and what it leaves for the end, where the CPU itself multiplies pairs.
+    #[test]
+    fn dot_products_of_bytes_have_the_bits_of_pairs() {
+        let bytes = |len: usize, seed: u64| -> Vec<u8> {
+            uniform(len, seed).iter().map(|x| ((x + 1.0) * 128.0) as u8).collect()
+        };
+        for (m, n, k) in [(1, 1, 1), (5, 17, 30), (8, 48, 4), (53, 50, 67), (3, 4, 0)] {
+            let (a, b, zero_points) = (bytes(m * k, 1), bytes(k * n, 2), bytes(m, 3));
+            let b: Vec<i8> = b.iter().map(|x| *x as i8).collect();
+            let signed: Vec<i8> = a.iter().map(|x| *x as i8).collect();
+            let (scales, of_cols) = (vec![0.25; m], uniform(n, 4));
+            let values = MatRef::new(&a, m, k).unwrap();
+            let unsigned = Integers::Unsigned { values, zero_points: &zero_points };
+            for values in [unsigned, Integers::Signed(MatRef::new(&signed, m, k).unwrap())] {
+                let a = Int8Rows::Given { values, scales: &scales };
+                for_each_isa(|ctx| {
+                    let ctx = &ctx.blocking(Blocking { mc: 8, kc: 13, nc: 16 });
+                    let b = MatRef::new(&b, k, n).unwrap();
+                    let b = &PackedWeights::from_int8(ctx, b, &of_cols).unwrap();
+                    let [mut expected, mut found] = [0, 1].map(|x| vec![x as f32; m * n]);
+                    let c = MatMut::new(&mut expected, m, n).unwrap();
+                    gemm_int8(ctx, a, b, c, Accum::Overwrite, &Epilogue::new()).unwrap();
+                    let out = Out { ptr: found.as_mut_ptr(), row_stride: n, col_stride: 1 };
+                    let target = Target::Scaled { out, accum: Accum::Overwrite, epilogue: Epilogue::new() };
+                    let product = &Product { a, b, target, kernel: int8_kernel_of(ctx.isa()) };
+                    with_plain_dots(ctx.isa(), Part { product, rows: 0..m, cols: 0..n });
+                    assert_same_bits(&found, &expected);
+
+                    let [mut expected, mut found] = [0, 1].map(|x| vec![x; m * n]);
+                    let c = MatMut::new(&mut expected, m, n).unwrap();
+                    gemm_int8_sums(ctx, values, b, c, Accum::Overwrite).unwrap();
+                    let out = Out { ptr: found.as_mut_ptr(), row_stride: n, col_stride: 1 };
+                    let target = Target::Integers { out, accum: Accum::Overwrite };
+                    let product = &Product { a, b, target, kernel: int8_kernel_of(ctx.isa()) };
+                    with_plain_dots(ctx.isa(), Part { product, rows: 0..m, cols: 0..n });
+                    assert_eq!(found, expected);
+                });
+            }
+        }
+    }
+}

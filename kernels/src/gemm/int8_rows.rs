@@ -4,7 +4,7 @@
 //! it. An unsigned integer `u` with zero point `z` stands for `u − z`: 9 bits, which pairs of 16 bits hold as they are. Bytes do not: they hold
 //! `u − 128`, and `(128 − z)·Σ_p r[p][j]` is added to the sum, for which packed weights keep the sums of their columns.
 
-use super::microkernel::RowScale;
+use super::microkernel::{Order, RowScale};
 use super::quantise::scale_of;
 use crate::error::{ShapeError, expect_dim};
 use crate::view::MatRef;
@@ -97,35 +97,15 @@ impl Int8Rows<'_> {
     }
 }
 
-/// How the integers of a row are laid out for a kernel.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Order {
-    /// Of each four elements the even ones, then the odd ones: pairs of 16 bits.
-    Pairs,
-    /// Four elements in a word, as they are.
-    Bytes,
-}
-
-impl Order {
-    /// Words of each four elements.
-    pub(super) const fn words(self) -> usize {
-        match self {
-            Order::Pairs => 2,
-            Order::Bytes => 1,
-        }
-    }
-}
-
 /// Row `i` in an order, block of K by block.
 #[inline(always)]
-pub(super) fn quantise_row<const BYTES: bool>(
+pub(super) fn quantise_row(
     a: Int8Rows<'_>,
     i: usize,
     depth: usize,
-    staging: &mut [f32],
-    words: &mut [u32],
+    order: Order,
+    (staging, words): (&mut [f32], &mut [u32]),
 ) -> RowScale {
-    let order = if BYTES { Order::Bytes } else { Order::Pairs };
     let mut shift = 0;
     let (row, scale, inverse): (&[f32], f32, f32) = match a {
         Int8Rows::Given { values: Integers::Signed(values), scales } => {
@@ -133,7 +113,7 @@ pub(super) fn quantise_row<const BYTES: bool>(
             (staging, scales[i], 1.0)
         }
         Int8Rows::Given { values: Integers::Unsigned { values, zero_points }, scales } => {
-            let held = if BYTES { 128 } else { zero_points[i] };
+            let held = if order == Order::Bytes { 128 } else { zero_points[i] };
             shift = u32::from(held).wrapping_sub(u32::from(zero_points[i]));
             let difference = |x: u8| f32::from(i16::from(x) - i16::from(held));
             staging.iter_mut().zip(0..).for_each(|(x, p)| *x = difference(values.at(i, p)));
@@ -156,7 +136,7 @@ pub(super) fn quantise_row<const BYTES: bool>(
     let (mut sum, mut to) = (0u32, words);
     for block in row.chunks(depth) {
         let (here, rest) = to.split_at_mut(order.words() * block.len().div_ceil(4));
-        sum = sum.wrapping_add(integers_of::<BYTES>(block, inverse, here));
+        sum = sum.wrapping_add(integers_of(block, inverse, order, here));
         to = rest;
     }
     RowScale { scale, excess: sum.wrapping_mul(128), shift }
@@ -164,7 +144,7 @@ pub(super) fn quantise_row<const BYTES: bool>(
 
 /// Writes one block's integers and returns their sum, modulo 2³².
 #[inline(always)]
-fn integers_of<const BYTES: bool>(row: &[f32], inverse: f32, to: &mut [u32]) -> u32 {
+fn integers_of(row: &[f32], inverse: f32, order: Order, to: &mut [u32]) -> u32 {
     /// 1.5·2²³: the last place of its neighbours is 1.
     const ROUND: f32 = 12_582_912.0;
     let (fours, rest) = row.as_chunks::<4>();
@@ -183,7 +163,7 @@ fn integers_of<const BYTES: bool>(row: &[f32], inverse: f32, to: &mut [u32]) -> 
             q
         },
     );
-    if BYTES {
+    if order == Order::Bytes {
         for (q, to) in quantised.zip(to) {
             *to = (q[0] & 0xff) | (q[1] & 0xff) << 8 | (q[2] & 0xff) << 16 | q[3] << 24;
         }

@@ -10,6 +10,9 @@
 //! - Any number of rows with 1 to NR columns, few rows with any number of panels, any depth (0 included) work.
 
 pub(crate) mod amx;
+mod bytes;
+#[cfg(target_arch = "x86_64")]
+mod dots;
 mod finish;
 mod outer_product;
 mod pairs;
@@ -20,9 +23,13 @@ use std::marker::PhantomData;
 
 use pulp::{Simd, WithSimd};
 
+pub(crate) use bytes::{
+    ByteKernel, ByteProducts, ByteStrip, ByteVisitor, Order, RowScale, Sink, WordBlock, with_byte_kernel,
+};
+#[cfg(all(test, target_arch = "x86_64"))]
+pub(crate) use dots::plain::with_plain_dots;
 pub(crate) use finish::Tile;
 use outer_product::OuterProduct;
-pub(crate) use pairs::{PairProducts, PairStrip, PairVisitor, Pairs, RowScale, Sink, WordBlock, with_pairs};
 pub use stored::Storage;
 pub(crate) use stored::{Bf16, F32, Int4, Int8, Stored};
 
@@ -60,6 +67,9 @@ const SCALAR: (IsaName, [usize; 3]) = (IsaName::Scalar, [4, 4, 1]);
 const NEON: (IsaName, [usize; 3]) = (IsaName::Neon, [8, 12, 4]);
 const AVX2: (IsaName, [usize; 3]) = (IsaName::Avx2, [6, 16, 8]);
 const AVX512: (IsaName, [usize; 3]) = (IsaName::Avx512, [8, 48, 16]);
+/// Those with dot products of bytes have the tiles of their vectors, so that packed weights serve both.
+const AVX2_VNNI: (IsaName, [usize; 3]) = (IsaName::Avx2Vnni, AVX2.1);
+const AVX512_VNNI: (IsaName, [usize; 3]) = (IsaName::Avx512Vnni, AVX512.1);
 
 /// A kernel with f32 sums and a f32 left operand.
 const fn f32_sums(
@@ -83,7 +93,7 @@ const fn i32_sums(name: &'static str, tile: (IsaName, [usize; 3])) -> KernelInfo
 }
 
 /// Every kernel of this crate, whether or not this CPU can run it.
-pub(crate) const KERNELS: [KernelInfo; 24] = [
+pub(crate) const KERNELS: [KernelInfo; 26] = [
     f32_sums("f32_4x4_scalar", Storage::F32, SCALAR),
     f32_sums("f32_8x12_neon", Storage::F32, NEON),
     f32_sums("f32_6x16_avx2", Storage::F32, AVX2),
@@ -103,7 +113,9 @@ pub(crate) const KERNELS: [KernelInfo; 24] = [
     i32_sums("int8_4x4_scalar", SCALAR),
     i32_sums("int8_8x12_neon", NEON),
     i32_sums("int8_6x16_avx2", AVX2),
+    i32_sums("int8_6x16_avx2vnni", AVX2_VNNI),
     i32_sums("int8_8x48_avx512", AVX512),
+    i32_sums("int8_8x48_avx512vnni", AVX512_VNNI),
     tile_sums("bf16_32x32_amx", Storage::Bf16, Precision::Medium),
     tile_sums("bf16x2_32x32_amx", Storage::Split2, Precision::High),
     tile_sums("bf16x3_32x32_amx", Storage::Split3, Precision::Highest),
@@ -112,7 +124,7 @@ pub(crate) const KERNELS: [KernelInfo; 24] = [
 
 /// The kernel of that instruction set for int8 on both sides.
 pub(crate) fn int8_kernel_of(isa: Isa) -> &'static KernelInfo {
-    let name = if isa.tiles().is_some() { IsaName::Amx } else { isa.vectors() };
+    let name = if isa.tiles().is_some() { IsaName::Amx } else { isa.bytes() };
     let found = KERNELS.iter().find(|kernel| kernel.isa == name && kernel.left == Storage::Int8);
     found.expect("the table has one for each instruction set")
 }
@@ -139,13 +151,13 @@ pub(crate) fn kernel_for(ctx: &Context, depth: usize, format: WeightFormat) -> &
 /// The kernel on vectors of that instruction set for a left operand in f32 and a right operand that is stored so.
 pub(crate) fn kernel_of(isa: Isa, storage: Storage) -> &'static KernelInfo {
     // A table, because a search is a tenth of the time of a 16 × 16 × 16 product.
-    static ON_VECTORS: [[&KernelInfo; 4]; 4] = on_vectors();
+    static ON_VECTORS: [[&KernelInfo; IsaName::ALL.len()]; 4] = on_vectors();
     ON_VECTORS[storage as usize][isa.vectors() as usize]
 }
 
-/// For each storage and each set of vectors, in the order of their names, the row of the table.
-const fn on_vectors() -> [[&'static KernelInfo; 4]; 4] {
-    let mut found = [[&KERNELS[0]; 4]; 4];
+/// For each storage and each set, in the order of their names, the row of the table; the first one where the set has none of its own.
+const fn on_vectors() -> [[&'static KernelInfo; IsaName::ALL.len()]; 4] {
+    let mut found = [[&KERNELS[0]; IsaName::ALL.len()]; 4];
     let mut i = 0;
     while i < KERNELS.len() {
         let kernel = &KERNELS[i];
@@ -341,11 +353,11 @@ mod tests {
         }
     }
 
-    struct PairShape<'a>(&'a mut [usize; 3]);
-    impl PairVisitor for PairShape<'_> {
+    struct ByteShape<'a>(&'a mut [usize; 3]);
+    impl ByteVisitor for ByteShape<'_> {
         #[inline(always)]
-        fn visit<S: PairProducts, const MR: usize, const VECS: usize>(self, _: Pairs<S, MR, VECS>) {
-            *self.0 = [MR, Pairs::<S, MR, VECS>::NR, S::F32_LANES];
+        fn visit<P: ByteProducts, const MR: usize, const VECS: usize>(self, _: ByteKernel<P, MR, VECS>) {
+            *self.0 = [MR, ByteKernel::<P, MR, VECS>::NR, P::Simd::F32_LANES];
         }
     }
 
@@ -358,9 +370,9 @@ mod tests {
             let (info, weights) = (int8_kernel_of(isa), kernel_of(isa, Storage::Int8));
             assert_eq!((info.mr, info.nr, info.lanes), (weights.mr, weights.nr, weights.lanes));
             let mut shape = [0; 3];
-            with_pairs(isa, PairShape(&mut shape));
+            with_byte_kernel(isa, ByteShape(&mut shape));
             assert_eq!(shape, [info.mr, info.nr, info.lanes]);
-            assert_eq!(info.name, format!("int8_{}x{}_{}", info.mr, info.nr, isa.vectors()));
+            assert_eq!(info.name, format!("int8_{}x{}_{}", info.mr, info.nr, isa.bytes()));
         }
     }
 }

@@ -1,0 +1,298 @@
+//! The kernel of int8 × int8 products: sums in i32, exact, and a result in f32.
+//!
+//! # Naive form
+//! ```text
+//! for i in 0..MR { for j in 0..NR { for p in 0..depth { sum[i][j] += lhs[i][p] * (word[p][j] - 128) } } }
+//! out[i][j] = lhs_scale[i] * rhs_scale[j] * sum[i][j]
+//! ```
+//! # Deviations
+//! - The weights are those of the f32 kernel for int8: words of 4 elements along k, each with 128 added. The 128 are
+//!   not subtracted from each: `128·Σ_p lhs[i][p]` is subtracted from the sum. All of it is arithmetic modulo 2³², so
+//!   only the final sum must fit an i32.
+//! - How a word is multiplied is the instruction set's own: bytes where it has dot products of them (`dots`), else pairs of
+//!   16 bits (`pairs`). Both are exact, so the bits are the same.
+//! - A left operand of unsigned integers with a zero point fits 16 bits as it is. Bytes hold it less 128, and the rest, which
+//!   is the same for all of a row, is multiplied by the sum of each column's weights.
+
+use pulp::{Simd, WithSimd};
+
+#[cfg(target_arch = "x86_64")]
+use super::dots;
+use super::finish::EdgeTile;
+use super::{Finish, Out};
+use crate::isa::{Isa, IsaName};
+
+/// How the integers of a row of the left operand are laid out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Order {
+    /// Of each four elements the even ones, then the odd ones: pairs of 16 bits.
+    Pairs,
+    /// Four elements in a word, as they are.
+    Bytes,
+}
+
+impl Order {
+    /// Words of each four elements.
+    pub(crate) const fn words(self) -> usize {
+        match self {
+            Order::Pairs => 2,
+            Order::Bytes => 1,
+        }
+    }
+}
+
+/// How an instruction set multiplies words of four integers.
+pub(crate) trait ByteProducts: Copy {
+    /// The vectors of the sums.
+    type Simd: Simd;
+    /// How it reads the left operand.
+    const LEFT: Order;
+
+    /// The proof of the vectors.
+    fn simd(self) -> Self::Simd;
+
+    /// Adds the products of one block of K to the sums of H rows and VECS vectors of columns, modulo 2³².
+    ///
+    /// # Safety
+    /// The block reaches `words` rows of VECS readable vectors. So do H rows of the left operand, `row_words` apart and in the
+    /// order LEFT, as many words as belong to the block.
+    unsafe fn add_block<const H: usize, const VECS: usize>(
+        self,
+        sums: &mut [[Vector<Self>; VECS]; H],
+        left: (*const u32, usize),
+        block: WordBlock,
+    );
+}
+
+/// A vector of sums.
+pub(crate) type Vector<P> = <<P as ByteProducts>::Simd as Simd>::u32s;
+
+/// Lane `j` of a vector.
+#[inline(always)]
+pub(super) fn lane<S: Simd>(vector: &S::u32s, j: usize) -> u32 {
+    debug_assert!(j < S::F32_LANES);
+    // SAFETY: a vector of u32 is its lanes, and `j` is one of them.
+    unsafe { *std::ptr::from_ref(vector).cast::<u32>().add(j) }
+}
+
+/// Lane `j` of a vector, to be written.
+#[inline(always)]
+pub(super) fn lane_mut<S: Simd>(vector: &mut S::u32s, j: usize) -> &mut u32 {
+    debug_assert!(j < S::F32_LANES);
+    // SAFETY: a vector of u32 is its lanes, and `j` is one of them.
+    unsafe { &mut *std::ptr::from_mut(vector).cast::<u32>().add(j) }
+}
+
+/// What a row of the left operand was multiplied by, and what its sums have too much.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct RowScale {
+    pub(crate) scale: f32,
+    /// `128·Σ_p lhs[p]`.
+    pub(crate) excess: u32,
+    /// What each element of the row has too little; only where bytes hold the row.
+    pub(crate) shift: u32,
+}
+
+/// Where the sums of a strip go.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Sink<'a> {
+    /// Scaled, and through the epilogue.
+    Scaled { out: Out<f32>, finish: Finish<'a> },
+    /// As they are; added to what is there, modulo 2³², if `add` is set.
+    Integers { out: Out<i32>, add: bool },
+}
+
+impl Out<i32> {
+    /// Stores a sum, or adds it to what is there.
+    ///
+    /// # Safety
+    /// The first element is writable, and readable if `add` is set.
+    #[inline(always)]
+    pub(crate) unsafe fn put(self, sum: i32, add: bool) {
+        // SAFETY: the contract.
+        unsafe { *self.ptr = if add { (*self.ptr).wrapping_add(sum) } else { sum } };
+    }
+}
+
+/// A block of K in one panel of rhs: rows of words, NR wide.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct WordBlock {
+    pub(crate) ptr: *const u32,
+    pub(crate) words: usize,
+}
+
+/// One panel of C, all of K.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ByteStrip<'a> {
+    pub(crate) rows: &'a [RowScale],
+    pub(crate) cols: usize,
+    /// Row-major; for each row of words in the blocks' order its elements, as [`ByteProducts::LEFT`] says.
+    pub(crate) lhs: &'a [u32],
+    pub(crate) blocks: &'a [WordBlock],
+    /// NR scales of the columns.
+    pub(crate) scales: *const f32,
+    /// The sums of the columns' integers.
+    pub(crate) column_sums: &'a [i32],
+    pub(crate) sink: Sink<'a>,
+}
+
+/// The kernel with tiles of MR rows and VECS vectors.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ByteKernel<P, const MR: usize, const VECS: usize>(pub(super) P);
+
+/// Something to be done with the kernel of an ISA, inside the ISA's shell.
+pub(crate) trait ByteVisitor {
+    /// Does it. Must be `#[inline(always)]`, or it is compiled outside of the shell.
+    fn visit<P: ByteProducts, const MR: usize, const VECS: usize>(self, kernel: ByteKernel<P, MR, VECS>);
+}
+
+/// Runs `visitor` with the kernel of `isa`; its tiles are those of the f32 kernel for int8 weights.
+pub(crate) fn with_byte_kernel<V: ByteVisitor>(isa: Isa, visitor: V) {
+    const PROOF: &str = "an Isa is the proof that the CPU has it";
+    match isa.bytes() {
+        #[cfg(target_arch = "x86_64")]
+        IsaName::Avx2Vnni | IsaName::Avx512Vnni => dots::enter(isa, visitor),
+        #[cfg(target_arch = "x86_64")]
+        IsaName::Avx2 => Shell::<_, _, 6, 2>::enter(pulp::x86::V3::try_new().expect(PROOF), visitor),
+        #[cfg(target_arch = "x86_64")]
+        IsaName::Avx512 => Shell::<_, _, 8, 3>::enter(pulp::x86::V4::try_new().expect(PROOF), visitor),
+        #[cfg(target_arch = "aarch64")]
+        IsaName::Neon => Shell::<_, _, 8, 3>::enter(pulp::aarch64::Neon::try_new().expect(PROOF), visitor),
+        _ => Shell::<_, _, 4, 4>::enter(pulp::Scalar::new(), visitor),
+    }
+}
+
+/// The shell that pulp has for its sets.
+struct Shell<S, V, const MR: usize, const VECS: usize>(S, V);
+
+impl<S: ByteProducts<Simd = S> + Simd, V: ByteVisitor, const MR: usize, const VECS: usize>
+    Shell<S, V, MR, VECS>
+{
+    fn enter(simd: S, visitor: V) {
+        simd.vectorize(Shell::<S, V, MR, VECS>(simd, visitor));
+    }
+}
+
+impl<S: ByteProducts<Simd = S> + Simd, V: ByteVisitor, const MR: usize, const VECS: usize> WithSimd
+    for Shell<S, V, MR, VECS>
+{
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<U: Simd>(self, _: U) {
+        self.1.visit(ByteKernel::<S, MR, VECS>(self.0));
+    }
+}
+
+impl<P: ByteProducts, const MR: usize, const VECS: usize> ByteKernel<P, MR, VECS> {
+    pub(crate) const MR: usize = MR;
+    pub(crate) const NR: usize = VECS * P::Simd::F32_LANES;
+
+    /// Computes one strip.
+    ///
+    /// # Safety
+    /// - each block reaches `words` rows of NR readable words, `scales` NR f32;
+    /// - the sink reaches `rows × cols` elements that no one else uses meanwhile, readable if it adds to them;
+    /// - bias, gate and residual, if any, have `cols` elements and `rows × cols`.
+    #[inline(always)]
+    pub(crate) unsafe fn run(self, strip: &ByteStrip<'_>) {
+        debug_assert!((1..=Self::NR).contains(&strip.cols));
+        let words: usize = strip.blocks.iter().map(|block| block.words).sum();
+        assert!(strip.lhs.len() == strip.rows.len() * P::LEFT.words() * words);
+        let full = strip.rows.len() / MR * MR;
+        // SAFETY (all below): the contract; rows `first .. first + H` are rows of the strip.
+        for first in (0..full).step_by(MR) {
+            // SAFETY: see above.
+            unsafe { self.tile::<MR>(first, strip) };
+        }
+        // SAFETY: see above.
+        unsafe {
+            match strip.rows.len() - full {
+                0 => {}
+                1 => self.tile::<1>(full, strip),
+                2 => self.tile::<2>(full, strip),
+                3 => self.tile::<3>(full, strip),
+                4 => self.tile::<4>(full, strip),
+                5 => self.tile::<5>(full, strip),
+                6 => self.tile::<6>(full, strip),
+                _ => self.tile::<7>(full, strip),
+            }
+        }
+    }
+
+    /// The tile of H rows that starts at row `first`.
+    ///
+    /// # Safety
+    /// As [`ByteKernel::run`]; the rows are rows of the strip.
+    #[inline(always)]
+    unsafe fn tile<const H: usize>(self, first: usize, strip: &ByteStrip<'_>) {
+        if const { H > MR } {
+            unreachable!("a tile is at most {MR} rows high");
+        }
+        let simd = self.0.simd();
+        let row_words = strip.lhs.len() / strip.rows.len();
+        let mut lhs = strip.lhs[first * row_words..(first + H) * row_words].as_ptr();
+        let mut sums = [[simd.splat_u32s(0); VECS]; H];
+        for block in strip.blocks {
+            // SAFETY: the contract on the block; `run` checked that every row of lhs has as many words.
+            unsafe { self.0.add_block(&mut sums, (lhs, row_words), *block) };
+            lhs = lhs.wrapping_add(P::LEFT.words() * block.words);
+        }
+        let rows = &strip.rows[first..first + H];
+        if P::LEFT == Order::Bytes {
+            add_shifts::<P::Simd, VECS>(&mut sums, rows, strip.column_sums);
+        }
+        let (out, finish) = match &strip.sink {
+            Sink::Scaled { out, finish } => (*out, finish),
+            Sink::Integers { out, add } => {
+                for (i, (sums, row)) in sums.iter().zip(rows).enumerate() {
+                    for j in 0..strip.cols {
+                        let lanes = P::Simd::F32_LANES;
+                        let sum = lane::<P::Simd>(&sums[j / lanes], j % lanes).wrapping_sub(row.excess);
+                        // SAFETY: the contract on the sink.
+                        unsafe { out.from(first + i, j).put(sum as i32, *add) };
+                    }
+                }
+                return;
+            }
+        };
+        let mut tile = [[simd.splat_f32s(0.0); VECS]; H];
+        for ((tile, sums), row) in tile.iter_mut().zip(&sums).zip(rows) {
+            for (w, tile) in tile.iter_mut().enumerate() {
+                // SAFETY: the contract on the scales.
+                let scale = unsafe { strip.scales.cast::<<P::Simd as Simd>::f32s>().add(w).read_unaligned() };
+                let sum = less::<P::Simd>(sums[w], row.excess);
+                *tile = simd.mul_f32s(sum, simd.mul_f32s(scale, simd.splat_f32s(row.scale)));
+            }
+        }
+        let (tile, cols) = (tile.as_flattened(), strip.cols);
+        simd.vectorize(EdgeTile { simd, tile, width: VECS, first, cols, finish, out });
+    }
+}
+
+/// Adds what bytes could not hold of unsigned rows, modulo 2³².
+#[inline(always)]
+fn add_shifts<S: Simd, const VECS: usize>(
+    sums: &mut [[S::u32s; VECS]],
+    rows: &[RowScale],
+    column_sums: &[i32],
+) {
+    for (sums, row) in sums.iter_mut().zip(rows).filter(|(_, row)| row.shift != 0) {
+        for (j, column) in column_sums.iter().enumerate() {
+            let sum = lane_mut::<S>(&mut sums[j / S::F32_LANES], j % S::F32_LANES);
+            *sum = sum.wrapping_add(row.shift.wrapping_mul(*column as u32));
+        }
+    }
+}
+
+/// `sum − excess`, modulo 2³² and then as a signed integer, rounded to f32.
+#[inline(always)]
+fn less<S: Simd>(sum: S::u32s, excess: u32) -> S::f32s {
+    let mut out = pulp::bytemuck::Zeroable::zeroed();
+    for j in 0..S::F32_LANES {
+        let signed = lane::<S>(&sum, j).wrapping_sub(excess) as i32;
+        // SAFETY: a vector of f32 is its lanes, and `j` is one of them.
+        unsafe { *std::ptr::from_mut::<S::f32s>(&mut out).cast::<f32>().add(j) = signed as f32 };
+    }
+    out
+}
