@@ -33,7 +33,7 @@ Examples:
   kavanam completions bash > ~/.local/share/bash-completion/completions/kavanam
 
 Environment:
-  KAVANAM_ISA   the instruction set to use instead of the best one: scalar, avx2, avx2vnni, avx512, avx512vnni, amx, neon";
+  KAVANAM_ISA   the instruction set to use instead of the best one: scalar, avx2, avx2vnni, avx512, avx512vnni, avx512bf16, amx, neon";
 
 /// Compares parallel attention with sequential RNN baselines on this CPU, reproducibly.
 #[derive(Debug, Parser)]
@@ -77,7 +77,7 @@ pub(crate) struct ContextArgs {
     /// Number of threads [default: one for each core]
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<NonZeroUsize>,
-    /// Instruction set: scalar, avx2, avx2vnni, avx512, avx512vnni, amx or neon [default: the best that this CPU has]
+    /// Instruction set: scalar, avx2, avx2vnni, avx512, avx512vnni, avx512bf16, amx or neon [default: the best that this CPU has]
     #[arg(long, value_name = "ISA", value_parser = parse_isa)]
     pub(crate) isa: Option<Isa>,
     /// Precision of matrix products: strict, highest, high or medium
@@ -140,7 +140,7 @@ pub(crate) struct BenchArgs {
     /// Precision of matrix products that ours is asked for: strict, highest, high or medium
     #[arg(long, value_name = "WORD", default_value = "strict")]
     pub(crate) precision: Precision,
-    /// Instruction sets for ours: scalar, avx2, avx2vnni, avx512, avx512vnni, amx or neon [default: the best that this CPU has]
+    /// Instruction sets for ours: scalar, avx2, avx2vnni, avx512, avx512vnni, avx512bf16, amx or neon [default: the best that this CPU has]
     #[arg(long, value_name = "ISA,…", value_delimiter = ',', value_parser = parse_isa)]
     pub(crate) isa: Vec<Isa>,
     /// Who takes part, the first being the one that the others are compared with: ours, matrixmultiply, gemm,

@@ -87,7 +87,7 @@ pub enum IsaError {
         available: String,
     },
     /// No instruction set has that name.
-    #[error("unknown ISA {name:?}; known: scalar, avx2, avx2vnni, avx512, avx512vnni, amx, neon")]
+    #[error("unknown ISA {name:?}; known: scalar, avx2, avx2vnni, avx512, avx512vnni, avx512bf16, amx, neon")]
     Unknown {
         /// The name that was given.
         name: String,

@@ -33,6 +33,9 @@ pub enum IsaName {
     Avx512,
     /// AVX-512 and dot products of bytes (AVX512-VNNI), for products of int8. All else is what [`IsaName::Avx512`] runs.
     Avx512Vnni,
+    /// AVX-512 and dot products of bytes and of bf16 (AVX512-VNNI, AVX512-BF16), for products of int8 and those with operands in bf16
+    /// that [`Precision::Medium`](crate::Precision::Medium) permits. All else is what [`IsaName::Avx512`] runs.
+    Avx512Bf16,
     /// AVX-512 and the tile unit with bf16 and int8, for matrix products and attention below f32's precision. What runs
     /// on vectors is what [`IsaName::Avx512`] runs.
     Amx,
@@ -40,13 +43,14 @@ pub enum IsaName {
 
 impl IsaName {
     /// Every name, from the narrowest to the widest.
-    pub const ALL: [IsaName; 7] = [
+    pub const ALL: [IsaName; 8] = [
         IsaName::Scalar,
         IsaName::Neon,
         IsaName::Avx2,
         IsaName::Avx2Vnni,
         IsaName::Avx512,
         IsaName::Avx512Vnni,
+        IsaName::Avx512Bf16,
         IsaName::Amx,
     ];
 
@@ -59,6 +63,7 @@ impl IsaName {
             IsaName::Avx2Vnni => "avx2vnni",
             IsaName::Avx512 => "avx512",
             IsaName::Avx512Vnni => "avx512vnni",
+            IsaName::Avx512Bf16 => "avx512bf16",
             IsaName::Amx => "amx",
         }
     }
@@ -93,10 +98,15 @@ enum Token {
     #[cfg(target_arch = "x86_64")]
     Avx512Vnni(pulp::x86::V4),
     #[cfg(target_arch = "x86_64")]
+    Avx512Bf16(pulp::x86::V4),
+    #[cfg(target_arch = "x86_64")]
     Amx(pulp::x86::V4),
     /// The tile unit in software, beside the vectors that there are: see `testing::amx`.
     #[cfg(all(target_arch = "x86_64", target_os = "linux", any(test, feature = "testing")))]
     EmulatedAmx(EmulatedBeside),
+    /// Dot products of bf16 in plain arithmetic.
+    #[cfg(all(target_arch = "x86_64", test))]
+    EmulatedBf16(pulp::x86::V3),
     #[cfg(target_arch = "aarch64")]
     Neon(pulp::aarch64::Neon),
 }
@@ -112,6 +122,25 @@ enum EmulatedBeside {
 /// The proof that tile instructions run in this process.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Tiles(());
+
+/// The proof that dot products of pairs of bf16 run, and the vectors on which they do.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Bf16Dots {
+    /// AVX512-BF16.
+    #[cfg(target_arch = "x86_64")]
+    Wide(pulp::x86::V4, Found),
+    /// In plain arithmetic.
+    #[cfg(all(target_arch = "x86_64", test))]
+    Emulated(pulp::x86::V3),
+    /// No other CPU has them.
+    #[cfg(not(target_arch = "x86_64"))]
+    Never(std::convert::Infallible),
+}
+
+/// What only this module can make.
+#[cfg(target_arch = "x86_64")]
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Found(());
 
 /// An instruction set that this CPU has. There is no way to make one that it has not.
 #[derive(Debug, Clone, Copy)]
@@ -139,6 +168,8 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             IsaName::Avx512Vnni => Isa::avx512_vnni(),
             #[cfg(target_arch = "x86_64")]
+            IsaName::Avx512Bf16 => Isa::avx512_bf16(),
+            #[cfg(target_arch = "x86_64")]
             IsaName::Amx => Isa::amx(),
             #[cfg(target_arch = "aarch64")]
             IsaName::Neon => pulp::aarch64::Neon::try_new().map(|t| Isa(Token::Neon(t))),
@@ -161,6 +192,21 @@ impl Isa {
     fn avx512_vnni() -> Option<Isa> {
         let vectors = pulp::x86::V4::try_new().filter(|_| is_x86_feature_detected!("avx512vnni"));
         vectors.map(|t| Isa(Token::Avx512Vnni(t)))
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn avx512_bf16() -> Option<Isa> {
+        let found = is_x86_feature_detected!("avx512vnni") && is_x86_feature_detected!("avx512bf16");
+        pulp::x86::V4::try_new().filter(|_| found).map(|t| Isa(Token::Avx512Bf16(t)))
+    }
+
+    /// The set `avx512bf16`: of this CPU, or else in plain arithmetic beside AVX2.
+    #[cfg(test)]
+    pub(crate) fn avx512_bf16_or_emulated() -> Option<Isa> {
+        #[cfg(target_arch = "x86_64")]
+        return Isa::avx512_bf16().or_else(|| pulp::x86::V3::try_new().map(|t| Isa(Token::EmulatedBf16(t))));
+        #[cfg(not(target_arch = "x86_64"))]
+        None
     }
 
     #[cfg(target_arch = "x86_64")]
@@ -199,10 +245,24 @@ impl Isa {
         }
     }
 
+    /// The proof that dot products of bf16 run, where they do and no tiles take their place.
+    pub(crate) fn bf16_dots(self) -> Option<Bf16Dots> {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Token::Avx512Bf16(t) => Some(Bf16Dots::Wide(t, Found(()))),
+            #[cfg(all(target_arch = "x86_64", test))]
+            Token::EmulatedBf16(t) => Some(Bf16Dots::Emulated(t)),
+            _ => None,
+        }
+    }
+
     /// The set whose products of bytes run on its vectors: that of its vectors, unless it has dot products.
     pub(crate) fn bytes(self) -> IsaName {
-        match self.name() {
-            name @ (IsaName::Avx2Vnni | IsaName::Avx512Vnni) => name,
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Token::Avx2Vnni(_) => IsaName::Avx2Vnni,
+            #[cfg(target_arch = "x86_64")]
+            Token::Avx512Vnni(_) | Token::Avx512Bf16(_) => IsaName::Avx512Vnni,
             _ => self.vectors(),
         }
     }
@@ -213,7 +273,9 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Token::Avx2Vnni(_) => IsaName::Avx2,
             #[cfg(target_arch = "x86_64")]
-            Token::Avx512Vnni(_) | Token::Amx(_) => IsaName::Avx512,
+            Token::Avx512Vnni(_) | Token::Avx512Bf16(_) | Token::Amx(_) => IsaName::Avx512,
+            #[cfg(all(target_arch = "x86_64", test))]
+            Token::EmulatedBf16(_) => IsaName::Avx2,
             #[cfg(all(target_arch = "x86_64", target_os = "linux", any(test, feature = "testing")))]
             Token::EmulatedAmx(EmulatedBeside::Avx2(_)) => IsaName::Avx2,
             #[cfg(all(target_arch = "x86_64", target_os = "linux", any(test, feature = "testing")))]
@@ -237,6 +299,7 @@ impl Isa {
             all.extend(Isa::avx2_vnni());
             all.extend(pulp::x86::V4::try_new().map(|t| Isa(Token::Avx512(t))));
             all.extend(Isa::avx512_vnni());
+            all.extend(Isa::avx512_bf16());
             all.extend(Isa::amx());
         }
         #[cfg(target_arch = "aarch64")]
@@ -256,6 +319,10 @@ impl Isa {
             Token::Avx512(_) => IsaName::Avx512,
             #[cfg(target_arch = "x86_64")]
             Token::Avx512Vnni(_) => IsaName::Avx512Vnni,
+            #[cfg(target_arch = "x86_64")]
+            Token::Avx512Bf16(_) => IsaName::Avx512Bf16,
+            #[cfg(all(target_arch = "x86_64", test))]
+            Token::EmulatedBf16(_) => IsaName::Avx512Bf16,
             #[cfg(target_arch = "x86_64")]
             Token::Amx(_) => IsaName::Amx,
             #[cfg(all(target_arch = "x86_64", target_os = "linux", any(test, feature = "testing")))]
@@ -286,11 +353,15 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Token::Avx2(t) | Token::Avx2Vnni(t) => Simd::vectorize(t, op),
             #[cfg(target_arch = "x86_64")]
-            Token::Avx512(t) | Token::Avx512Vnni(t) | Token::Amx(t) => Simd::vectorize(t, op),
+            Token::Avx512(t) | Token::Avx512Vnni(t) | Token::Avx512Bf16(t) | Token::Amx(t) => {
+                Simd::vectorize(t, op)
+            }
             #[cfg(all(target_arch = "x86_64", target_os = "linux", any(test, feature = "testing")))]
             Token::EmulatedAmx(EmulatedBeside::Avx2(t)) => Simd::vectorize(t, op),
             #[cfg(all(target_arch = "x86_64", target_os = "linux", any(test, feature = "testing")))]
             Token::EmulatedAmx(EmulatedBeside::Avx512(t)) => Simd::vectorize(t, op),
+            #[cfg(all(target_arch = "x86_64", test))]
+            Token::EmulatedBf16(t) => Simd::vectorize(t, op),
             #[cfg(target_arch = "aarch64")]
             Token::Neon(t) => Simd::vectorize(t, op),
         }

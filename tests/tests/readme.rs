@@ -21,6 +21,7 @@ fn needs(isa: IsaName) -> &'static str {
         IsaName::Avx2Vnni => "x86-64-v3, AVX-VNNI",
         IsaName::Avx512 => "x86-64-v4",
         IsaName::Avx512Vnni => "x86-64-v4, AVX512-VNNI",
+        IsaName::Avx512Bf16 => "x86-64-v4, AVX512-VNNI and BF16",
         IsaName::Amx => "x86-64-v4, AMX",
     }
 }

@@ -52,9 +52,11 @@ fn is_microkernel(symbol: &str) -> bool {
     MICROKERNELS.iter().any(|name| symbol.contains(name)) && !symbol.contains(EPILOGUE)
 }
 
-/// Of packed f32, or of four bytes.
+/// Of packed f32, of four bytes, or of two bf16.
 fn is_multiply_add(line: &str) -> bool {
-    line.contains("vfmadd") && line.contains("ps\t") || line.contains("vpdpbusd")
+    line.contains("vfmadd") && line.contains("ps\t")
+        || line.contains("vpdpbusd")
+        || line.contains("vdpbf16ps")
 }
 
 fn newest_assembly(folder: &std::path::Path) -> Result<PathBuf, String> {

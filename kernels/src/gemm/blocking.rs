@@ -23,6 +23,8 @@ const fn tuned(isa: IsaName) -> Blocking {
         IsaName::Neon => Blocking { mc: 96, kc: 512, nc: 2040 },
         IsaName::Avx2 | IsaName::Avx2Vnni => Blocking { mc: 96, kc: 512, nc: 2048 },
         IsaName::Avx512 | IsaName::Avx512Vnni => Blocking { mc: 192, kc: 384, nc: 2016 },
+        // Elements of two bytes: twice the depth.
+        IsaName::Avx512Bf16 => Blocking { mc: 192, kc: 768, nc: 2016 },
         IsaName::Amx => Blocking { mc: 256, kc: 512, nc: 1056 },
     }
 }

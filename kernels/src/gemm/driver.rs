@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use super::macrokernel::{Part, Problem, RightOperand};
-use super::microkernel::{KernelInfo, with_kernel};
+use super::microkernel::{KernelInfo, with_bf16_kernel, with_kernel};
 use super::tiles::TilePart;
 use crate::context::Context;
 use crate::isa::{Isa, IsaName};
@@ -23,6 +23,7 @@ fn threads_for(ctx: &Context, kernel: &KernelInfo, [m, n, k]: [usize; 3]) -> usi
     let rate = match (kernel.isa, kernel.storage.parts()) {
         (IsaName::Amx, 1) => 16,
         (IsaName::Amx, _) => 4,
+        (IsaName::Avx512Bf16, _) => 2,
         _ => 1,
     };
     let work = m.max(rate * MEMORY_BOUND_ROWS).saturating_mul(n).saturating_mul(k.max(1));
@@ -45,9 +46,11 @@ pub(super) fn run(ctx: &Context, problem: &Problem<'_>) {
 /// Out of line, so that the kernels are compiled once and not once for each way to run a task.
 #[inline(never)]
 pub(super) fn run_part(isa: Isa, part: Part<'_>) {
-    match isa.tiles() {
-        Some(tiles) if part.problem.kernel.isa == IsaName::Amx => isa.dispatch(TilePart { part, tiles }),
-        _ => with_kernel(isa, part.problem.kernel.storage, part),
+    let kernel = part.problem.kernel;
+    match (kernel.isa, isa.tiles(), isa.bf16_dots()) {
+        (IsaName::Amx, Some(tiles), _) => isa.dispatch(TilePart { part, tiles }),
+        (IsaName::Avx512Bf16, _, Some(dots)) => with_bf16_kernel(dots, part),
+        _ => with_kernel(isa, kernel.storage, part),
     }
 }
 

@@ -12,13 +12,15 @@
 //! A [`Precision`](crate::Precision) is a floor of accuracy. Kernels on vectors have an A in f32 and serve all of them. Where the CPU has
 //! tiles and k is at least 32, `Highest` obeys the same bound with six products of bf16 parts, `High` adds `2⁻¹⁵·(1 + 2⁻⁸)·(|A|·|B|)` (about 2⁻¹⁷ on
 //! random data) and `Medium` `2·2⁻⁸·(1 + 2⁻⁷)·(|A|·|B|)`, the rounding of both operands; all three take products below 2⁻¹²⁶
-//! for zero, and elements below that too (`gemm::tests::tiles`). [`gemm_int8`], which rounds A to integers, is asked for by name.
+//! for zero, and elements below that too (`gemm::tests::tiles`). Where it has dot products of bf16 but no tiles, `Medium` uses those for every k, with
+//! the same bound (`gemm::bf16_pairs`); the two others are f32 there. [`gemm_int8`], which rounds A to integers, is asked for by name.
 //!
 //! # Source
 //! Goto and van de Geijn, *Anatomy of High-Performance Matrix Multiplication*, 2008; the macrokernel
 //! and microkernel of Van Zee and van de Geijn, *BLIS*, 2015.
 
 mod batched;
+mod bf16_pairs;
 mod blocking;
 mod byte_tiles;
 mod driver;

@@ -16,6 +16,7 @@ use std::ops::Range;
 
 use fill::PackTiles;
 
+use super::bf16_pairs::PackPairs;
 use super::blocking::{block_depth, blocking};
 use super::microkernel::amx::{BLOCK, SIDE};
 use super::microkernel::{KernelInfo, Rhs, Storage, kernel_for};
@@ -147,6 +148,7 @@ impl PackedWeights {
         *self = PackedWeights { words, ..shape };
         match (kernel.isa, kernel.storage) {
             (IsaName::Amx, _) => ctx.isa().dispatch(PackTiles(self, b)),
+            (IsaName::Avx512Bf16, _) => ctx.isa().dispatch(PackPairs(self, b)),
             (_, Storage::F32) => self.pack_words(ctx, b),
             _ => self.encode(b, None),
         }
@@ -318,6 +320,14 @@ impl PackedWeights {
         let at = self.offset(depth, panel.start) + self.kernel.nr + first;
         let reached = (rows - 1) * self.kernel.nr + count.next_multiple_of(SIDE);
         &self.words[at..at + reached]
+    }
+
+    /// The panel of whole words that starts with column `panel`, in the block of K with rows `depth`.
+    #[inline]
+    pub(super) fn panel_mut(&mut self, depth: Range<usize>, panel: usize) -> &mut [u32] {
+        let words = self.column_words(depth.len()) * self.kernel.nr;
+        let at = self.offset(depth, panel);
+        &mut self.words[at..at + words]
     }
 
     /// The panel for tiles that starts with column `panel`, in the block of K with rows `depth`.

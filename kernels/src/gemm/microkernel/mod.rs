@@ -10,6 +10,7 @@
 //! - Any number of rows with 1 to NR columns, few rows with any number of panels, any depth (0 included) work.
 
 pub(crate) mod amx;
+mod bf16_dots;
 mod bytes;
 #[cfg(target_arch = "x86_64")]
 mod dots;
@@ -23,6 +24,7 @@ use std::marker::PhantomData;
 
 use pulp::{Simd, WithSimd};
 
+pub(crate) use bf16_dots::{Bf16Kernel, Bf16Products, Bf16Strip, Bf16Visitor, with_bf16_kernel};
 pub(crate) use bytes::{
     ByteKernel, ByteProducts, ByteStrip, ByteVisitor, Order, RowScale, Sink, WordBlock, with_byte_kernel,
 };
@@ -70,6 +72,7 @@ const AVX512: (IsaName, [usize; 3]) = (IsaName::Avx512, [8, 48, 16]);
 /// Those with dot products of bytes have the tiles of their vectors, so that packed weights serve both.
 const AVX2_VNNI: (IsaName, [usize; 3]) = (IsaName::Avx2Vnni, AVX2.1);
 const AVX512_VNNI: (IsaName, [usize; 3]) = (IsaName::Avx512Vnni, AVX512.1);
+const AVX512_BF16: (IsaName, [usize; 3]) = (IsaName::Avx512Bf16, AVX512.1);
 
 /// A kernel with f32 sums and a f32 left operand.
 const fn f32_sums(
@@ -87,13 +90,19 @@ const fn tile_sums(name: &'static str, storage: Storage, precision: Precision) -
     KernelInfo { name, isa: IsaName::Amx, left: storage, storage, precision, mr, nr, lanes: 16, k_step }
 }
 
+/// A kernel on vectors, with f32 sums of products of bf16 pairs.
+const fn pair_sums(name: &'static str, tile: (IsaName, [usize; 3])) -> KernelInfo {
+    let (left, precision) = (Storage::Bf16, Precision::Medium);
+    KernelInfo { left, precision, k_step: 2, ..f32_sums(name, Storage::Bf16, tile) }
+}
+
 /// A kernel with i32 sums of int8 products. What is rounded is A, and the caller asks for it by name.
 const fn i32_sums(name: &'static str, tile: (IsaName, [usize; 3])) -> KernelInfo {
     KernelInfo { left: Storage::Int8, ..f32_sums(name, Storage::Int8, tile) }
 }
 
 /// Every kernel of this crate, whether or not this CPU can run it.
-pub(crate) const KERNELS: [KernelInfo; 26] = [
+pub(crate) const KERNELS: [KernelInfo; 27] = [
     f32_sums("f32_4x4_scalar", Storage::F32, SCALAR),
     f32_sums("f32_8x12_neon", Storage::F32, NEON),
     f32_sums("f32_6x16_avx2", Storage::F32, AVX2),
@@ -116,6 +125,7 @@ pub(crate) const KERNELS: [KernelInfo; 26] = [
     i32_sums("int8_6x16_avx2vnni", AVX2_VNNI),
     i32_sums("int8_8x48_avx512", AVX512),
     i32_sums("int8_8x48_avx512vnni", AVX512_VNNI),
+    pair_sums("bf16_8x48_avx512bf16", AVX512_BF16),
     tile_sums("bf16_32x32_amx", Storage::Bf16, Precision::Medium),
     tile_sums("bf16x2_32x32_amx", Storage::Split2, Precision::High),
     tile_sums("bf16x3_32x32_amx", Storage::Split3, Precision::Highest),
@@ -144,6 +154,10 @@ pub(crate) fn kernel_for(ctx: &Context, depth: usize, format: WeightFormat) -> &
     if ctx.isa().tiles().is_some() && rounded && depth >= TILES_MIN_DEPTH {
         let found = KERNELS.iter().find(|k| k.isa == IsaName::Amx && k.precision == precision);
         return found.expect("the table has one for each precision");
+    }
+    if ctx.isa().bf16_dots().is_some() && rounded && precision == Precision::Medium {
+        let found = KERNELS.iter().find(|k| k.isa == IsaName::Avx512Bf16);
+        return found.expect("the table has one");
     }
     kernel_of(ctx.isa(), format.storage())
 }

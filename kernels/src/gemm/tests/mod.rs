@@ -1,5 +1,6 @@
 //! The properties of the product, on every ISA of the machine.
 
+mod bf16;
 mod int8;
 mod mixed;
 mod stored;

@@ -1,4 +1,4 @@
-//! Kernels on tiles: the bounds of the three precisions, what parts do not stand for, and equal bits. On a CPU without a tile unit the same
+//! Kernels on tiles, and on dot products of bf16: the bounds of the precisions, what parts do not stand for, and equal bits. On a CPU without a tile unit the same
 //! instructions run in software.
 
 use super::*;
@@ -12,8 +12,18 @@ const PRECISIONS: [(Precision, f64); 3] = [
     (Precision::Highest, 0.0),
 ];
 
-/// Calls `property` for each of them.
+/// Calls `property` for each of them, and for `Medium` on dot products of bf16, whose bound is that of tiles.
 fn for_each_precision(mut property: impl FnMut(&Context, f64)) {
+    for_each_precision_on_tiles(&mut property);
+    if let Some(isa) = Isa::avx512_bf16_or_emulated() {
+        let (precision, left_out) = PRECISIONS[0];
+        let ctx = Context::with_isa(isa).precision(precision);
+        assert_eq!(kernel_name(&ctx), "bf16_8x48_avx512bf16");
+        property(&ctx, left_out);
+    }
+}
+
+fn for_each_precision_on_tiles(mut property: impl FnMut(&Context, f64)) {
     let Some(isa) = amx() else { return };
     for (precision, left_out) in PRECISIONS {
         let ctx = Context::with_isa(isa).precision(precision);
@@ -226,7 +236,7 @@ fn unpacked_parts_are_within_their_bound() {
 fn shallow_products_are_those_of_vectors() {
     let (a, b) = (uniform(5 * 31, 1), uniform(31 * 7, 2));
     let (a, b) = (row_major(&a, 5, 31), row_major(&b, 31, 7));
-    for_each_precision(|ctx, _| {
+    for_each_precision_on_tiles(|ctx, _| {
         assert_same_bits(&overwrite(ctx, a, b), &overwrite(&ctx.precision(Precision::Strict), a, b));
     });
 }
