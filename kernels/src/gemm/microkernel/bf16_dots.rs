@@ -141,7 +141,7 @@ impl<D: Bf16Products, const VECS: usize> Bf16Kernel<D, VECS> {
         assert!(strip.lhs.len() >= strip.rows * strip.words);
         let full = strip.rows / Self::MR * Self::MR;
         for first in (0..full).step_by(Self::MR) {
-            // SAFETY (here and below): the contract; these are rows of the strip.
+            // SAFETY: the contract, here and below; these are rows of the strip.
             unsafe { self.tile::<8>(first, strip) };
         }
         // SAFETY: see above.
