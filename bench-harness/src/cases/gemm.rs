@@ -20,8 +20,8 @@ pub(crate) enum Layout {
     Packed,
     /// As `Packed`, with elements that are stored in fewer bits.
     Stored(WeightFormat),
-    /// As `Packed`, with B in int8; A arrives as f32 and is rounded to int8 within the clock.
-    Int8,
+    /// As `Stored`; A arrives as f32 and is rounded to int8 within the clock.
+    Rounded(WeightFormat),
 }
 
 /// The shape of one product.
@@ -48,9 +48,12 @@ impl Shape {
     fn weight_bytes(&self) -> f64 {
         let Shape { n, k, .. } = *self;
         let bytes = match self.layout {
-            Layout::Stored(WeightFormat::Bf16) => 2 * k * n,
-            Layout::Stored(WeightFormat::Int8) | Layout::Int8 => k * n + 4 * n,
-            Layout::Stored(WeightFormat::Int4 { group }) => k * n / 2 + 4 * n * k.div_ceil(group),
+            Layout::Stored(format) | Layout::Rounded(format) => match format {
+                WeightFormat::F32 => 4 * k * n,
+                WeightFormat::Bf16 => 2 * k * n,
+                WeightFormat::Int8 => k * n + 4 * n,
+                WeightFormat::Int4 { group } => k * n / 2 + 4 * n * k.div_ceil(group),
+            },
             _ => 4 * k * n,
         };
         bytes as f64
@@ -58,7 +61,7 @@ impl Shape {
 
     /// Whether B is stored in fewer bits than f32.
     pub(crate) fn in_fewer_bits(&self) -> bool {
-        matches!(self.layout, Layout::Stored(_) | Layout::Int8)
+        matches!(self.layout, Layout::Stored(_) | Layout::Rounded(_))
     }
 
     /// The bytes that bound the time: the weights that one row needs, where they lie in their reusable form.
@@ -97,8 +100,13 @@ const MODEL_LAYERS: [[usize; 2]; 8] =
     [[512, 512], [2048, 512], [512, 2048], [768, 768], [3072, 768], [768, 3072], [1024, 4096], [32000, 512]];
 /// Rows of products with stored weights, which are for decoding.
 const STORED_ROWS: [usize; 5] = [1, 4, 8, 16, 32];
-/// Rows of products of int8 with int8.
+/// Rows of products of rows in int8 with weights in int8, and in int4.
 const INT8_ROWS: [usize; 7] = [1, 4, 8, 16, 32, 128, 512];
+/// As [`FORMATS`], for rows in int8.
+const ROUNDED: [(&str, WeightFormat, &[usize]); 2] = [
+    ("int8", WeightFormat::Int8, &INT8_ROWS),
+    ("int8_int4w", WeightFormat::Int4 { group: 32 }, &STORED_ROWS),
+];
 /// The group is the smallest that PyTorch has too.
 const FORMATS: [(&str, WeightFormat); 3] = [
     ("bf16w", WeightFormat::Bf16),
@@ -160,9 +168,12 @@ pub(crate) fn cases() -> Vec<Case> {
             }
         }
     }
-    for [n, k] in MODEL_LAYERS {
-        for m in INT8_ROWS {
-            all.push(case("int8", [m, n, k], Layout::Int8, [n, k] == [512, 512] && matches!(m, 1 | 32)));
+    for (group, format, rows) in ROUNDED {
+        for [n, k] in MODEL_LAYERS {
+            for &m in rows {
+                let quick = [n, k] == [512, 512] && matches!(m, 1 | 32);
+                all.push(case(group, [m, n, k], Layout::Rounded(format), quick));
+            }
         }
     }
     for mnk in LONG_SUMS {
@@ -234,9 +245,11 @@ impl Problem {
     fn storing(&self, i: usize, j: usize, magnitude: f64) -> f64 {
         let Shape { k, layout, .. } = self.shape;
         let (group, steps) = match layout {
-            Layout::Stored(WeightFormat::Bf16) => (k, f64::INFINITY),
-            Layout::Stored(WeightFormat::Int8) | Layout::Int8 => (k, 254.0),
-            Layout::Stored(WeightFormat::Int4 { group }) => (group, 14.0),
+            Layout::Stored(format) | Layout::Rounded(format) => match format {
+                WeightFormat::F32 | WeightFormat::Bf16 => (k, f64::INFINITY),
+                WeightFormat::Int8 => (k, 254.0),
+                WeightFormat::Int4 { group } => (group, 14.0),
+            },
             _ => return 0.0,
         };
         let ([a_row, a_col], [b_row, b_col]) = (self.shape.a_strides(), self.shape.b_strides());
@@ -248,7 +261,7 @@ impl Problem {
             let of_a: f64 = rows.map(|p| f64::from(self.a[i * a_row + p * a_col].abs())).sum();
             off += of_a * largest / steps;
         }
-        if layout == Layout::Int8 {
+        if let Layout::Rounded(_) = layout {
             let largest = self.a.iter().fold(0.0, |top: f32, x| top.max(x.abs()));
             off += f64::from(largest) / 127.0 * (0..k).map(of_b).sum::<f64>();
         }

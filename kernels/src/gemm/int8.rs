@@ -22,9 +22,10 @@ use std::ops::Range;
 use super::byte_tiles::TilePart;
 use super::driver::Grid;
 use super::epilogue::{Accum, Epilogue};
+use super::int8_int4::{GroupPart, GroupProduct};
 use super::int8_rows::{Int8Rows, Integers, quantise_row};
 use super::microkernel::{
-    ByteKernel, ByteProducts, ByteStrip, ByteVisitor, KernelInfo, Out, RowScale, Sink, WordBlock,
+    ByteKernel, ByteProducts, ByteStrip, ByteVisitor, KernelInfo, Out, RowScale, Sink, Storage, WordBlock,
     int8_kernel_of, kernel_of, with_byte_kernel,
 };
 use super::packed::PackedWeights;
@@ -35,25 +36,26 @@ use crate::scratch::{ScratchBuf, Words};
 use crate::view::MatMut;
 
 /// Rows that a task quantises at a time: whole tiles of every kernel, and with k = 4096 no more than 400 KiB.
-const ROWS: usize = 48;
+pub(super) const ROWS: usize = 48;
 
-/// `C = activation(scale·Â·B [+ C] + bias)∘gate + residual`, where Â is A rounded to int8 row by row and B holds int8.
+/// `C = activation(scale·Â·B [+ C] + bias)∘gate + residual`, where Â is A rounded to int8 row by row and B holds int8 or int4.
 ///
-/// The sums of products are exact. A row's scale depends on that row alone, so its result has the same bits in any
+/// The sums of products are exact, with int4 those of each group of weights. A row's scale depends on that row alone, so its result has the same bits in any
 /// batch and for any number of threads. A row with an element that is not finite gives NaN.
 ///
 /// # Shapes
-/// A `[m, k]`, B `[k, n]` packed as [`WeightFormat::Int8`], C `[m, n]`, bias `[n]`, gate and residual `[m, n]`.
+/// A `[m, k]`, B `[k, n]` packed as [`WeightFormat::Int8`] or [`WeightFormat::Int4`], C `[m, n]`, bias `[n]`, gate and residual `[m, n]`.
 ///
 /// # Errors
 /// [`ShapeError`] when the shapes do not fit together, when B has another format or was packed for another
-/// instruction set, or when k is beyond [`INT8_MAX_DEPTH`](super::INT8_MAX_DEPTH) (or [`UINT8_MAX_DEPTH`](super::UINT8_MAX_DEPTH)); nothing has been
+/// instruction set, when A is unsigned beside int4, or when k is beyond [`INT8_MAX_DEPTH`](super::INT8_MAX_DEPTH) (or [`UINT8_MAX_DEPTH`](super::UINT8_MAX_DEPTH)); nothing has been
 /// read or written then.
 ///
 /// # Accuracy
 /// `|ĉ − s[i]·t[j]·sum| ≤ γ_4·|s[i]·t[j]·sum|` before the epilogue: the sum becomes an f32 and is scaled. Rounding A
 /// adds at most `max|A[i]|/254·(1 + 2⁻¹³)·Σ_p |B[p][j]|`. Asserted by `gemm::tests::int8::sums_are_exact` and
-/// `gemm::tests::int8::rounding_the_rows_is_within_half_a_step`.
+/// `gemm::tests::int8::rounding_the_rows_is_within_half_a_step`. With int4 in G groups it is `γ_{2G+3}·s[i]·Σ_g |t[g][j]·sum_g|`: each sum
+/// becomes an f32, a chain adds them up, and the row's scale comes last. Asserted by `gemm::tests::int8_int4::the_error_is_that_of_a_chain_of_groups`.
 pub fn gemm_int8(
     ctx: &Context,
     a: Int8Rows<'_>,
@@ -69,7 +71,11 @@ pub fn gemm_int8(
     epilogue.check(m, b.cols())?;
     let (row_stride, col_stride) = (c.row_stride(), c.col_stride());
     let out = Out { ptr: c.as_mut_ptr(), row_stride, col_stride };
-    run(ctx, a, b, Target::Scaled { out, accum, epilogue: *epilogue });
+    if let WeightFormat::Int4 { .. } = b.format() {
+        run_groups(ctx, GroupProduct { a, b, out, accum, epilogue: *epilogue });
+    } else {
+        run(ctx, a, b, Target::Scaled { out, accum, epilogue: *epilogue });
+    }
     Ok(())
 }
 
@@ -94,6 +100,10 @@ pub fn gemm_int8_sums<'a>(
     // The scales are not used.
     let scales = vec![1.0; Int8Rows::Given { values, scales: &[] }.shape().0];
     let a = Int8Rows::Given { values, scales: &scales };
+    if b.format() != WeightFormat::Int8 {
+        let value = format!("{:?}", b.format());
+        return Err(ShapeError::Value { argument: "b.format", value, expected: "Int8" });
+    }
     check(ctx, &a, b)?;
     expect_dim("c", "rows", scales.len(), c.rows())?;
     expect_dim("c", "cols", b.cols(), c.cols())?;
@@ -109,7 +119,7 @@ fn run(ctx: &Context, a: Int8Rows<'_>, b: &PackedWeights, target: Target<'_>) {
     if m == 0 || b.cols() == 0 {
         return;
     }
-    let kernel = int8_kernel_of(ctx.isa());
+    let kernel = int8_kernel_of(ctx.isa(), Storage::Int8);
     let product = Product { a, b, target, kernel };
     let grid = Grid::of(ctx, kernel, [m, b.cols(), k], true);
     ctx.for_each_task(grid.parts(), |task| {
@@ -122,16 +132,37 @@ fn run(ctx: &Context, a: Int8Rows<'_>, b: &PackedWeights, target: Target<'_>) {
     });
 }
 
-/// The name of the kernel that [`gemm_int8`] runs under `ctx`, for example `int8_6x16_avx2`.
-pub fn int8_kernel_name(ctx: &Context) -> &'static str {
-    int8_kernel_of(ctx.isa()).name
+/// The product with int4 weights, with checked shapes.
+fn run_groups(ctx: &Context, product: GroupProduct<'_>) {
+    let ((m, k), n) = (product.a.shape(), product.b.cols());
+    if m == 0 || n == 0 {
+        return;
+    }
+    let grid = Grid::of(ctx, int8_kernel_of(ctx.isa(), Storage::Int4), [m, n, k], true);
+    ctx.for_each_task(grid.parts(), |task| {
+        let (rows, cols) = grid.part(task);
+        with_byte_kernel(ctx.isa(), GroupPart { product, rows, cols });
+    });
+}
+
+/// The name of the kernel that [`gemm_int8`] runs under `ctx` with weights in `format`, for example `int8_6x16_avx2`.
+///
+/// # Panics
+/// When it takes no such weights.
+pub fn int8_kernel_name(ctx: &Context, format: WeightFormat) -> &'static str {
+    int8_kernel_of(ctx.isa(), format.storage()).name
 }
 
 /// The operands against each other and against the context.
 fn check(ctx: &Context, a: &Int8Rows<'_>, b: &PackedWeights) -> Result<(), ShapeError> {
-    if b.format() != WeightFormat::Int8 {
+    if !matches!(b.format(), WeightFormat::Int8 | WeightFormat::Int4 { .. }) {
         let value = format!("{:?}", b.format());
-        return Err(ShapeError::Value { argument: "b.format", value, expected: "Int8" });
+        return Err(ShapeError::Value { argument: "b.format", value, expected: "Int8 or Int4" });
+    }
+    let unsigned = matches!(a, Int8Rows::Given { values: Integers::Unsigned { .. }, .. });
+    if unsigned && b.format() != WeightFormat::Int8 {
+        let (value, expected) = ("unsigned".to_owned(), "signed beside int4 weights");
+        return Err(ShapeError::Value { argument: "a", value, expected });
     }
     let kernel = kernel_of(ctx.isa(), b.format().storage()).name;
     if b.kernel_name() != kernel {
@@ -273,7 +304,7 @@ mod tests {
                     gemm_int8(ctx, a, b, c, Accum::Overwrite, &Epilogue::new()).unwrap();
                     let out = Out { ptr: found.as_mut_ptr(), row_stride: n, col_stride: 1 };
                     let target = Target::Scaled { out, accum: Accum::Overwrite, epilogue: Epilogue::new() };
-                    let product = &Product { a, b, target, kernel: int8_kernel_of(ctx.isa()) };
+                    let product = &Product { a, b, target, kernel: int8_kernel_of(ctx.isa(), Storage::Int8) };
                     with_plain_dots(ctx.isa(), Part { product, rows: 0..m, cols: 0..n });
                     assert_same_bits(&found, &expected);
 
@@ -282,7 +313,7 @@ mod tests {
                     gemm_int8_sums(ctx, values, b, c, Accum::Overwrite).unwrap();
                     let out = Out { ptr: found.as_mut_ptr(), row_stride: n, col_stride: 1 };
                     let target = Target::Integers { out, accum: Accum::Overwrite };
-                    let product = &Product { a, b, target, kernel: int8_kernel_of(ctx.isa()) };
+                    let product = &Product { a, b, target, kernel: int8_kernel_of(ctx.isa(), Storage::Int8) };
                     with_plain_dots(ctx.isa(), Part { product, rows: 0..m, cols: 0..n });
                     assert_eq!(found, expected);
                 });

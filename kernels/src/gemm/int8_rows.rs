@@ -106,6 +106,30 @@ pub(super) fn quantise_row(
     order: Order,
     (staging, words): (&mut [f32], &mut [u32]),
 ) -> RowScale {
+    let mut sum = 0u32;
+    let (scale, shift) = quantise_blocks(
+        a,
+        i,
+        depth,
+        order,
+        (staging, words),
+        #[inline(always)]
+        |of_block| sum = sum.wrapping_add(of_block),
+    );
+    RowScale { scale, excess: sum.wrapping_mul(128), shift }
+}
+
+/// Row `i` in an order, block of K by block: `each` is given the sum of every block, modulo 2³². Returns the row's scale, and what each
+/// element has too little where bytes hold unsigned rows.
+#[inline(always)]
+pub(super) fn quantise_blocks(
+    a: Int8Rows<'_>,
+    i: usize,
+    depth: usize,
+    order: Order,
+    (staging, words): (&mut [f32], &mut [u32]),
+    mut each: impl FnMut(u32),
+) -> (f32, u32) {
     let mut shift = 0;
     let (row, scale, inverse): (&[f32], f32, f32) = match a {
         Int8Rows::Given { values: Integers::Signed(values), scales } => {
@@ -133,44 +157,82 @@ pub(super) fn quantise_row(
             (row, scale, 1.0 / scale)
         }
     };
-    let (mut sum, mut to) = (0u32, words);
+    let mut to = words;
     for block in row.chunks(depth) {
-        let (here, rest) = to.split_at_mut(order.words() * block.len().div_ceil(4));
-        sum = sum.wrapping_add(integers_of(block, inverse, order, here));
+        let (here, rest) = to.split_at_mut(order.words() * block.len().div_ceil(order.elements()));
+        each(integers_of(block, inverse, order, here));
         to = rest;
     }
-    RowScale { scale, excess: sum.wrapping_mul(128), shift }
+    (scale, shift)
 }
 
 /// Writes one block's integers and returns their sum, modulo 2³².
 #[inline(always)]
 fn integers_of(row: &[f32], inverse: f32, order: Order, to: &mut [u32]) -> u32 {
+    match order {
+        Order::Pairs => lay_out(
+            row,
+            inverse,
+            to,
+            #[inline(always)]
+            |q: [u32; 4]| [pair(q[0], q[2]), pair(q[1], q[3])],
+        ),
+        Order::Bytes => lay_out(
+            row,
+            inverse,
+            to,
+            #[inline(always)]
+            |q: [u32; 4]| [bytes(q)],
+        ),
+        Order::NibblePairs => lay_out(
+            row,
+            inverse,
+            to,
+            #[inline(always)]
+            |q: [u32; 8]| [pair(q[0], q[4]), pair(q[1], q[5]), pair(q[2], q[6]), pair(q[3], q[7])],
+        ),
+        Order::NibbleBytes => lay_out(
+            row,
+            inverse,
+            to,
+            #[inline(always)]
+            |q: [u32; 8]| [bytes([q[0], q[2], q[4], q[6]]), bytes([q[1], q[3], q[5], q[7]])],
+        ),
+    }
+}
+
+#[inline(always)]
+fn pair(low: u32, high: u32) -> u32 {
+    (low & 0xffff) | high << 16
+}
+
+#[inline(always)]
+fn bytes(q: [u32; 4]) -> u32 {
+    (q[0] & 0xff) | (q[1] & 0xff) << 8 | (q[2] & 0xff) << 16 | q[3] << 24
+}
+
+/// Writes W words for each E elements, and returns the sum of all integers, modulo 2³². Zeros fill the last ones up.
+#[inline(always)]
+fn lay_out<const E: usize, const W: usize>(
+    row: &[f32],
+    inverse: f32,
+    to: &mut [u32],
+    words_of: impl Fn([u32; E]) -> [u32; W],
+) -> u32 {
     /// 1.5·2²³: the last place of its neighbours is 1.
     const ROUND: f32 = 12_582_912.0;
-    let (fours, rest) = row.as_chunks::<4>();
-    let mut last = [0.0; 4];
+    let (whole, rest) = row.as_chunks::<E>();
+    let mut last = [0.0; E];
     last[..rest.len()].copy_from_slice(rest);
     let tail = (!rest.is_empty()).then_some(&last);
     let mut sum = 0u32;
-    let quantised = fours.iter().chain(tail).map(
-        #[inline(always)]
-        |four| {
-            let q = four.map(
-                #[inline(always)]
-                |x| (x * inverse + ROUND).to_bits().wrapping_sub(ROUND.to_bits()),
-            );
-            sum = q.iter().fold(sum, |sum, q| sum.wrapping_add(*q));
-            q
-        },
-    );
-    if order == Order::Bytes {
-        for (q, to) in quantised.zip(to) {
-            *to = (q[0] & 0xff) | (q[1] & 0xff) << 8 | (q[2] & 0xff) << 16 | q[3] << 24;
-        }
-    } else {
-        for (q, to) in quantised.zip(to.as_chunks_mut::<2>().0) {
-            *to = [(q[0] & 0xffff) | q[2] << 16, (q[1] & 0xffff) | q[3] << 16];
-        }
+    for (elements, to) in whole.iter().chain(tail).zip(to.as_chunks_mut::<W>().0) {
+        let q = elements.map(
+            #[inline(always)]
+            |x| (x * inverse + ROUND).to_bits().wrapping_sub(ROUND.to_bits()),
+        );
+        sum = q.iter().fold(sum, |sum, q| sum.wrapping_add(*q));
+        *to = words_of(q);
     }
     sum
 }

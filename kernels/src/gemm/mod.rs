@@ -26,6 +26,7 @@ mod byte_tiles;
 mod driver;
 mod epilogue;
 mod int8;
+mod int8_int4;
 mod int8_rows;
 mod macrokernel;
 pub(crate) mod microkernel;

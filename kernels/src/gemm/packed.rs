@@ -216,6 +216,11 @@ impl PackedWeights {
         self.depth
     }
 
+    /// The depth of the groups that have a scale each.
+    pub(super) fn group(&self) -> usize {
+        self.group
+    }
+
     /// The blocks of K.
     pub(super) fn depths(&self) -> Vec<Range<usize>> {
         (0..self.rows).step_by(self.depth).map(|p| p..(p + self.depth).min(self.rows)).collect()

@@ -19,8 +19,7 @@ pub(super) fn prepare(problem: &Problem, context: Context) -> Result<Box<dyn Wor
     let b = MatRef::with_strides(&problem.b, k, n, b_row, b_col)?;
     let format = match layout {
         Layout::Packed => Some(WeightFormat::F32),
-        Layout::Stored(format) => Some(format),
-        Layout::Int8 => Some(WeightFormat::Int8),
+        Layout::Stored(format) | Layout::Rounded(format) => Some(format),
         _ => None,
     };
     let packed = format.map(|format| PackedWeights::pack_as(&context, b, format)).transpose()?;
@@ -41,7 +40,7 @@ impl Workload for Product<'_> {
         let c = MatMut::new(&mut self.c, self.shape.m, self.shape.n);
         let epilogue = Epilogue::default();
         let done = c.and_then(|c| match &self.packed {
-            Some(packed) if self.shape.layout == Layout::Int8 => {
+            Some(packed) if matches!(self.shape.layout, Layout::Rounded(_)) => {
                 let a = Int8Rows::Quantise(self.a);
                 gemm_int8(&self.context, a, packed, c, Accum::Overwrite, &epilogue)
             }
@@ -56,8 +55,8 @@ impl Workload for Product<'_> {
     }
 
     fn kernel(&self) -> String {
-        if self.shape.layout == Layout::Int8 {
-            return int8_kernel_name(&self.context).to_owned();
+        if let Layout::Rounded(format) = self.shape.layout {
+            return int8_kernel_name(&self.context, format).to_owned();
         }
         let of_context = || kavanam_kernels::gemm::kernel_name(&self.context);
         self.packed.as_ref().map_or_else(of_context, PackedWeights::kernel_name).to_owned()

@@ -49,13 +49,15 @@ fn gemm_task(problem: &gemm::Problem) -> Task<'_> {
         gemm::Layout::TransposedA => ("transposed_a", [k, m], [k, n]),
         gemm::Layout::TransposedB => ("transposed_b", [m, k], [n, k]),
         gemm::Layout::Packed => ("packed", [m, k], [k, n]),
-        gemm::Layout::Stored(_) => ("stored", [m, k], [k, n]),
-        gemm::Layout::Int8 => ("int8", [m, k], [k, n]),
+        gemm::Layout::Rounded(WeightFormat::Int8) => ("int8", [m, k], [k, n]),
+        // PyTorch has no rows in int8 beside int4: its own form of these weights takes part.
+        gemm::Layout::Stored(_) | gemm::Layout::Rounded(_) => ("stored", [m, k], [k, n]),
     };
     let (weights, group) = match layout {
         gemm::Layout::Stored(WeightFormat::Bf16) => ("bf16", k),
         gemm::Layout::Stored(WeightFormat::Int8) => ("int8", k),
-        gemm::Layout::Stored(WeightFormat::Int4 { group }) => ("int4", group),
+        gemm::Layout::Stored(WeightFormat::Int4 { group })
+        | gemm::Layout::Rounded(WeightFormat::Int4 { group }) => ("int4", group),
         _ => ("f32", k),
     };
     let shape = json!({"m": m, "n": n, "k": k, "weights": weights, "group": group});

@@ -29,24 +29,39 @@ pub(crate) enum Order {
     Pairs,
     /// Four elements in a word, as they are.
     Bytes,
+    /// Of each eight elements the first and the fifth, the second and the sixth …: pairs of 16 bits.
+    NibblePairs,
+    /// Of each eight elements the even ones, then the odd ones: four in a word.
+    NibbleBytes,
 }
 
 impl Order {
-    /// Words of each four elements.
+    /// The elements that a word of weights holds.
+    pub(crate) const fn elements(self) -> usize {
+        match self {
+            Order::Pairs | Order::Bytes => 4,
+            Order::NibblePairs | Order::NibbleBytes => 8,
+        }
+    }
+
+    /// The words of the left operand beside one word of weights.
     pub(crate) const fn words(self) -> usize {
         match self {
-            Order::Pairs => 2,
             Order::Bytes => 1,
+            Order::Pairs | Order::NibbleBytes => 2,
+            Order::NibblePairs => 4,
         }
     }
 }
 
-/// How an instruction set multiplies words of four integers.
+/// How an instruction set multiplies words of four integers of 8 bits, or of eight of 4 bits.
 pub(crate) trait ByteProducts: Copy {
     /// The vectors of the sums.
     type Simd: Simd;
     /// How it reads the left operand.
     const LEFT: Order;
+    /// How it reads it beside integers of 4 bits.
+    const LEFT_OF_NIBBLES: Order;
 
     /// The proof of the vectors.
     fn simd(self) -> Self::Simd;
@@ -57,6 +72,17 @@ pub(crate) trait ByteProducts: Copy {
     /// The block reaches `words` rows of VECS readable vectors. So do H rows of the left operand, `row_words` apart and in the
     /// order LEFT, as many words as belong to the block.
     unsafe fn add_block<const H: usize, const VECS: usize>(
+        self,
+        sums: &mut [[Vector<Self>; VECS]; H],
+        left: (*const u32, usize),
+        block: WordBlock,
+    );
+
+    /// As [`ByteProducts::add_block`], with words of eight integers of 4 bits.
+    ///
+    /// # Safety
+    /// As there, in the order LEFT_OF_NIBBLES.
+    unsafe fn add_nibbles<const H: usize, const VECS: usize>(
         self,
         sums: &mut [[Vector<Self>; VECS]; H],
         left: (*const u32, usize),
@@ -287,7 +313,7 @@ fn add_shifts<S: Simd, const VECS: usize>(
 
 /// `sum − excess`, modulo 2³² and then as a signed integer, rounded to f32.
 #[inline(always)]
-fn less<S: Simd>(sum: S::u32s, excess: u32) -> S::f32s {
+pub(super) fn less<S: Simd>(sum: S::u32s, excess: u32) -> S::f32s {
     let mut out = pulp::bytemuck::Zeroable::zeroed();
     for j in 0..S::F32_LANES {
         let signed = lane::<S>(&sum, j).wrapping_sub(excess) as i32;

@@ -9,6 +9,7 @@
 //!   2³²: it saturates nowhere. A word of packed weights is its unsigned operand as it lies, and a word of the left operand the
 //!   signed one: one load, one broadcast and one instruction for the multiply-adds that pairs need two ANDs or shifts,
 //!   two broadcasts and four instructions for.
+//! - Of a word of eight integers of 4 bits the even ones are four bytes after one AND, the odd ones after a shift too.
 //! - The tiles are those of pairs, so that packed weights serve both. On 512 bits they take 24 sums, 3 vectors of words and a
 //!   broadcast of 32 registers, on 256 bits 12, 2 and one of 16. A sum waits for the one before it 5 cycles on the cores at
 //!   hand in Intel's tables, in which two ports take ten others: full tiles have enough.
@@ -88,6 +89,7 @@ pub(super) struct Dots<D>(pub(super) D);
 impl<D: ByteDots> ByteProducts for Dots<D> {
     type Simd = D::Simd;
     const LEFT: Order = Order::Bytes;
+    const LEFT_OF_NIBBLES: Order = Order::NibbleBytes;
 
     #[inline(always)]
     fn simd(self) -> D::Simd {
@@ -115,6 +117,38 @@ impl<D: ByteDots> ByteProducts for Dots<D> {
                 let bytes = simd.splat_u32s(unsafe { *left.wrapping_add(i * row_words + q) });
                 for (sum, row) in sums.iter_mut().zip(row) {
                     *sum = self.0.add_dots(*sum, row, bytes);
+                }
+            }
+        }
+        *sums = local;
+    }
+
+    #[inline(always)]
+    unsafe fn add_nibbles<const H: usize, const VECS: usize>(
+        self,
+        sums: &mut [[Vector<Self>; VECS]; H],
+        (left, row_words): (*const u32, usize),
+        block: WordBlock,
+    ) {
+        let simd = self.simd();
+        let lowest = simd.splat_u32s(0x0f0f_0f0f);
+        let mut local = *sums;
+        for q in 0..block.words {
+            let words = block.ptr.wrapping_add(q * VECS * D::Simd::F32_LANES).cast::<Vector<Self>>();
+            for odd in 0..2 {
+                let mut row = [simd.splat_u32s(0); VECS];
+                for (w, row) in row.iter_mut().enumerate() {
+                    // SAFETY: the contract on the block.
+                    let words = unsafe { words.add(w).read_unaligned() };
+                    let shifted = simd.wrapping_dyn_shr_u32s(words, simd.splat_u32s(4 * odd as u32));
+                    *row = simd.and_u32s(shifted, lowest);
+                }
+                for (i, sums) in local.iter_mut().enumerate() {
+                    // SAFETY: the contract on the left operand.
+                    let bytes = simd.splat_u32s(unsafe { *left.wrapping_add(i * row_words + 2 * q + odd) });
+                    for (sum, row) in sums.iter_mut().zip(row) {
+                        *sum = self.0.add_dots(*sum, row, bytes);
+                    }
                 }
             }
         }

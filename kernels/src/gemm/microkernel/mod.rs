@@ -15,6 +15,7 @@ mod bytes;
 #[cfg(target_arch = "x86_64")]
 mod dots;
 mod finish;
+mod nibbles;
 mod outer_product;
 mod pairs;
 pub(crate) mod prefetch;
@@ -31,6 +32,7 @@ pub(crate) use bytes::{
 #[cfg(all(test, target_arch = "x86_64"))]
 pub(crate) use dots::plain::with_plain_dots;
 pub(crate) use finish::Tile;
+pub(crate) use nibbles::GroupStrip;
 use outer_product::OuterProduct;
 pub use stored::Storage;
 pub(crate) use stored::{Bf16, F32, Int4, Int8, Stored};
@@ -97,12 +99,12 @@ const fn pair_sums(name: &'static str, tile: (IsaName, [usize; 3])) -> KernelInf
 }
 
 /// A kernel with i32 sums of int8 products. What is rounded is A, and the caller asks for it by name.
-const fn i32_sums(name: &'static str, tile: (IsaName, [usize; 3])) -> KernelInfo {
-    KernelInfo { left: Storage::Int8, ..f32_sums(name, Storage::Int8, tile) }
+const fn i32_sums(name: &'static str, storage: Storage, tile: (IsaName, [usize; 3])) -> KernelInfo {
+    KernelInfo { left: Storage::Int8, ..f32_sums(name, storage, tile) }
 }
 
 /// Every kernel of this crate, whether or not this CPU can run it.
-pub(crate) const KERNELS: [KernelInfo; 27] = [
+pub(crate) const KERNELS: [KernelInfo; 33] = [
     f32_sums("f32_4x4_scalar", Storage::F32, SCALAR),
     f32_sums("f32_8x12_neon", Storage::F32, NEON),
     f32_sums("f32_6x16_avx2", Storage::F32, AVX2),
@@ -119,23 +121,32 @@ pub(crate) const KERNELS: [KernelInfo; 27] = [
     f32_sums("int4w_8x12_neon", Storage::Int4, NEON),
     f32_sums("int4w_6x16_avx2", Storage::Int4, AVX2),
     f32_sums("int4w_8x48_avx512", Storage::Int4, AVX512),
-    i32_sums("int8_4x4_scalar", SCALAR),
-    i32_sums("int8_8x12_neon", NEON),
-    i32_sums("int8_6x16_avx2", AVX2),
-    i32_sums("int8_6x16_avx2vnni", AVX2_VNNI),
-    i32_sums("int8_8x48_avx512", AVX512),
-    i32_sums("int8_8x48_avx512vnni", AVX512_VNNI),
+    i32_sums("int8_4x4_scalar", Storage::Int8, SCALAR),
+    i32_sums("int8_8x12_neon", Storage::Int8, NEON),
+    i32_sums("int8_6x16_avx2", Storage::Int8, AVX2),
+    i32_sums("int8_6x16_avx2vnni", Storage::Int8, AVX2_VNNI),
+    i32_sums("int8_8x48_avx512", Storage::Int8, AVX512),
+    i32_sums("int8_8x48_avx512vnni", Storage::Int8, AVX512_VNNI),
+    i32_sums("int8_int4w_4x4_scalar", Storage::Int4, SCALAR),
+    i32_sums("int8_int4w_8x12_neon", Storage::Int4, NEON),
+    i32_sums("int8_int4w_6x16_avx2", Storage::Int4, AVX2),
+    i32_sums("int8_int4w_6x16_avx2vnni", Storage::Int4, AVX2_VNNI),
+    i32_sums("int8_int4w_8x48_avx512", Storage::Int4, AVX512),
+    i32_sums("int8_int4w_8x48_avx512vnni", Storage::Int4, AVX512_VNNI),
     pair_sums("bf16_8x48_avx512bf16", AVX512_BF16),
     tile_sums("bf16_32x32_amx", Storage::Bf16, Precision::Medium),
     tile_sums("bf16x2_32x32_amx", Storage::Split2, Precision::High),
     tile_sums("bf16x3_32x32_amx", Storage::Split3, Precision::Highest),
-    i32_sums("int8_32x48_amx", (IsaName::Amx, [amx::BLOCK, AVX512.1[1], 16])),
+    i32_sums("int8_32x48_amx", Storage::Int8, (IsaName::Amx, [amx::BLOCK, AVX512.1[1], 16])),
 ];
 
-/// The kernel of that instruction set for int8 on both sides.
-pub(crate) fn int8_kernel_of(isa: Isa) -> &'static KernelInfo {
-    let name = if isa.tiles().is_some() { IsaName::Amx } else { isa.bytes() };
-    let found = KERNELS.iter().find(|kernel| kernel.isa == name && kernel.left == Storage::Int8);
+/// The kernel of that instruction set for rows in int8 and weights in int8 or int4.
+pub(crate) fn int8_kernel_of(isa: Isa, weights: Storage) -> &'static KernelInfo {
+    let on_tiles = isa.tiles().is_some() && weights == Storage::Int8;
+    let name = if on_tiles { IsaName::Amx } else { isa.bytes() };
+    let found = KERNELS
+        .iter()
+        .find(|kernel| (kernel.isa, kernel.left, kernel.storage) == (name, Storage::Int8, weights));
     found.expect("the table has one for each instruction set")
 }
 
@@ -381,7 +392,7 @@ mod tests {
             if isa.tiles().is_some() {
                 continue;
             }
-            let (info, weights) = (int8_kernel_of(isa), kernel_of(isa, Storage::Int8));
+            let (info, weights) = (int8_kernel_of(isa, Storage::Int8), kernel_of(isa, Storage::Int8));
             assert_eq!((info.mr, info.nr, info.lanes), (weights.mr, weights.nr, weights.lanes));
             let mut shape = [0; 3];
             with_byte_kernel(isa, ByteShape(&mut shape));

@@ -10,6 +10,7 @@
 //!   twice the rate of f32, because more ports take them. The products of two bytes are exact in it.
 //! - The even bytes of a whole block come first, then the odd ones, from words that lie in L1 by then. Both in one turn of
 //!   the loop left no register for two of the sums, which waited for their way through memory, 16 cycles a turn.
+//! - A word of eight integers of 4 bits is cut into four times two, 4 bits apart, in the same way.
 //! - The left operand lies as pairs of 16 bits in the same order, so that one broadcast of 32 bits feeds a vector.
 //!
 //! Rejected: the instruction for bytes (`vpmaddubsw`) is faster still and saturates: sums are wrong without a warning.
@@ -65,6 +66,7 @@ impl PairProducts for pulp::x86::V4 {
 impl<S: PairProducts> ByteProducts for S {
     type Simd = S;
     const LEFT: Order = Order::Pairs;
+    const LEFT_OF_NIBBLES: Order = Order::NibblePairs;
 
     #[inline(always)]
     fn simd(self) -> S {
@@ -78,28 +80,55 @@ impl<S: PairProducts> ByteProducts for S {
         (lhs, row_words): (*const u32, usize),
         block: WordBlock,
     ) {
-        let (simd, nr) = (self, VECS * S::F32_LANES);
-        let even_bytes = simd.splat_u32s(0x00ff_00ff);
-        let mut local = *sums;
-        for odd in 0..2 {
-            for q in 0..block.words {
-                let rhs = block.ptr.wrapping_add(q * nr).cast::<S::u32s>();
-                let mut row = [simd.splat_u32s(0); VECS];
-                for (w, row) in row.iter_mut().enumerate() {
-                    // SAFETY: the contract on the block.
-                    let words = unsafe { rhs.add(w).read_unaligned() };
-                    let shift = simd.splat_u32s(8 * odd as u32);
-                    *row = simd.and_u32s(simd.wrapping_dyn_shr_u32s(words, shift), even_bytes);
-                }
-                for (i, sums) in local.iter_mut().enumerate() {
-                    // SAFETY: the contract on lhs.
-                    let pair = simd.splat_u32s(unsafe { *lhs.wrapping_add(i * row_words + 2 * q + odd) });
-                    for (sum, row) in sums.iter_mut().zip(row) {
-                        *sum = simd.add_pair_products(*sum, pair, row);
-                    }
+        // SAFETY: the contract.
+        unsafe { add_pairs::<S, H, VECS, 8>(self, sums, (lhs, row_words), block) }
+    }
+
+    #[inline(always)]
+    unsafe fn add_nibbles<const H: usize, const VECS: usize>(
+        self,
+        sums: &mut [[S::u32s; VECS]; H],
+        (lhs, row_words): (*const u32, usize),
+        block: WordBlock,
+    ) {
+        // SAFETY: the contract.
+        unsafe { add_pairs::<S, H, VECS, 4>(self, sums, (lhs, row_words), block) }
+    }
+}
+
+/// Adds the products of one block of words of integers of BITS bits: those in the lowest bits of both halves of a word, in all words, then the next.
+///
+/// # Safety
+/// As [`ByteProducts::add_block`]; the left operand has `16 / BITS` pairs beside each word.
+#[inline(always)]
+unsafe fn add_pairs<S: PairProducts, const H: usize, const VECS: usize, const BITS: usize>(
+    simd: S,
+    sums: &mut [[S::u32s; VECS]; H],
+    (lhs, row_words): (*const u32, usize),
+    block: WordBlock,
+) {
+    let nr = VECS * S::F32_LANES;
+    let pairs = const { 16 / BITS };
+    let lowest = simd.splat_u32s(const { ((1 << BITS) - 1) * 0x0001_0001 });
+    let mut local = *sums;
+    for at in 0..pairs {
+        let shift = simd.splat_u32s((BITS * at) as u32);
+        for q in 0..block.words {
+            let rhs = block.ptr.wrapping_add(q * nr).cast::<S::u32s>();
+            let mut row = [simd.splat_u32s(0); VECS];
+            for (w, row) in row.iter_mut().enumerate() {
+                // SAFETY: the contract on the block.
+                let words = unsafe { rhs.add(w).read_unaligned() };
+                *row = simd.and_u32s(simd.wrapping_dyn_shr_u32s(words, shift), lowest);
+            }
+            for (i, sums) in local.iter_mut().enumerate() {
+                // SAFETY: the contract on lhs.
+                let pair = simd.splat_u32s(unsafe { *lhs.wrapping_add(i * row_words + pairs * q + at) });
+                for (sum, row) in sums.iter_mut().zip(row) {
+                    *sum = simd.add_pair_products(*sum, pair, row);
                 }
             }
         }
-        *sums = local;
     }
+    *sums = local;
 }

@@ -243,7 +243,7 @@ fn operands_that_do_not_fit_are_errors_and_touch_nothing() {
     };
     let two = Int8Rows::Quantise(row_major(&[1.0, 2.0], 1, 2));
     assert_eq!(refused(&ctx, two, &pack(3, WeightFormat::Int8)), "b: rows is 3, expected 2");
-    assert_eq!(refused(&ctx, two, &pack(2, WeightFormat::Bf16)), "b.format is Bf16, expected Int8");
+    assert_eq!(refused(&ctx, two, &pack(2, WeightFormat::Bf16)), "b.format is Bf16, expected Int8 or Int4");
     let long = Int8Rows::Quantise(row_major(&b, 1, b.len()));
     let error = refused(&ctx, long, &pack(b.len(), WeightFormat::Int8));
     assert!(error.starts_with("a.cols is 131072, expected at most 131071"), "{error}");

@@ -2,6 +2,7 @@
 
 mod bf16;
 mod int8;
+mod int8_int4;
 mod mixed;
 mod stored;
 mod tiles;
