@@ -9,7 +9,8 @@
 //!   share. One multiply-add of pairs (`vpmaddwd`) and one addition then make 16 multiply-adds of 8 columns: up to
 //!   twice the rate of f32, because more ports take them. The products of two bytes are exact in it.
 //! - The even bytes of a whole block come first, then the odd ones, from words that lie in L1 by then. Both in one turn of
-//!   the loop left no register for two of the sums, which waited for their way through memory, 16 cycles a turn.
+//!   the loop left no register for two of the sums, which waited for their way through memory, 16 cycles a turn. One or two
+//!   rows have registers to spare, and take all of a word while it lies in one.
 //! - A word of eight integers of 4 bits is cut into four times two, 4 bits apart, in the same way.
 //! - The left operand lies as pairs of 16 bits in the same order, so that one broadcast of 32 bits feeds a vector.
 //!
@@ -18,6 +19,9 @@
 use pulp::Simd;
 
 use super::bytes::{ByteProducts, Order, WordBlock, lane, lane_mut};
+
+/// Rows whose sums leave registers for the words.
+const FEW_ROWS: usize = 2;
 
 /// Instruction sets with vectors of 32-bit lanes, each two 16-bit integers.
 pub(crate) trait PairProducts: Simd {
@@ -96,7 +100,8 @@ impl<S: PairProducts> ByteProducts for S {
     }
 }
 
-/// Adds the products of one block of words of integers of BITS bits: those in the lowest bits of both halves of a word, in all words, then the next.
+/// Adds the products of one block of words of integers of BITS bits, two of each word at a time: those in the lowest bits of both halves, then the
+/// next.
 ///
 /// # Safety
 /// As [`ByteProducts::add_block`]; the left operand has `16 / BITS` pairs beside each word.
@@ -107,28 +112,76 @@ unsafe fn add_pairs<S: PairProducts, const H: usize, const VECS: usize, const BI
     (lhs, row_words): (*const u32, usize),
     block: WordBlock,
 ) {
-    let nr = VECS * S::F32_LANES;
     let pairs = const { 16 / BITS };
     let lowest = simd.splat_u32s(const { ((1 << BITS) - 1) * 0x0001_0001 });
     let mut local = *sums;
-    for at in 0..pairs {
-        let shift = simd.splat_u32s((BITS * at) as u32);
+    if const { H <= FEW_ROWS } {
         for q in 0..block.words {
-            let rhs = block.ptr.wrapping_add(q * nr).cast::<S::u32s>();
-            let mut row = [simd.splat_u32s(0); VECS];
-            for (w, row) in row.iter_mut().enumerate() {
-                // SAFETY: the contract on the block.
-                let words = unsafe { rhs.add(w).read_unaligned() };
-                *row = simd.and_u32s(simd.wrapping_dyn_shr_u32s(words, shift), lowest);
-            }
-            for (i, sums) in local.iter_mut().enumerate() {
+            // SAFETY: the contract on the block.
+            let words = unsafe { row_of::<S, VECS>(block.ptr, q) };
+            for at in 0..pairs {
+                let row = words.map(
+                    #[inline(always)]
+                    |words| {
+                        simd.and_u32s(
+                            simd.wrapping_dyn_shr_u32s(words, simd.splat_u32s((BITS * at) as u32)),
+                            lowest,
+                        )
+                    },
+                );
                 // SAFETY: the contract on lhs.
-                let pair = simd.splat_u32s(unsafe { *lhs.wrapping_add(i * row_words + pairs * q + at) });
-                for (sum, row) in sums.iter_mut().zip(row) {
-                    *sum = simd.add_pair_products(*sum, pair, row);
-                }
+                unsafe {
+                    add_row(simd, &mut local, (lhs.wrapping_add(pairs * q + at), row_words), row);
+                };
+            }
+        }
+    } else {
+        for at in 0..pairs {
+            let shift = simd.splat_u32s((BITS * at) as u32);
+            for q in 0..block.words {
+                // SAFETY: the contract on the block.
+                let words = unsafe { row_of::<S, VECS>(block.ptr, q) };
+                let row = words.map(
+                    #[inline(always)]
+                    |words| simd.and_u32s(simd.wrapping_dyn_shr_u32s(words, shift), lowest),
+                );
+                // SAFETY: the contract on lhs.
+                unsafe {
+                    add_row(simd, &mut local, (lhs.wrapping_add(pairs * q + at), row_words), row);
+                };
             }
         }
     }
     *sums = local;
+}
+
+/// Row `q` of words.
+///
+/// # Safety
+/// It is readable.
+#[inline(always)]
+unsafe fn row_of<S: Simd, const VECS: usize>(block: *const u32, q: usize) -> [S::u32s; VECS] {
+    let row = block.wrapping_add(q * VECS * S::F32_LANES).cast::<[S::u32s; VECS]>();
+    // SAFETY: the contract; an array of vectors is its lanes.
+    unsafe { row.read_unaligned() }
+}
+
+/// Adds the products of a pair of each row of the left operand with a row of pairs.
+///
+/// # Safety
+/// H pairs are readable from `lhs`, `row_words` apart.
+#[inline(always)]
+unsafe fn add_row<S: PairProducts, const H: usize, const VECS: usize>(
+    simd: S,
+    sums: &mut [[S::u32s; VECS]; H],
+    (lhs, row_words): (*const u32, usize),
+    row: [S::u32s; VECS],
+) {
+    for (i, sums) in sums.iter_mut().enumerate() {
+        // SAFETY: the contract.
+        let pair = simd.splat_u32s(unsafe { *lhs.wrapping_add(i * row_words) });
+        for (sum, row) in sums.iter_mut().zip(row) {
+            *sum = simd.add_pair_products(*sum, pair, row);
+        }
+    }
 }
