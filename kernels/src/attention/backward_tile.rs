@@ -65,10 +65,10 @@ impl Block<'_> {
 }
 
 /// Some rows of a head against a block of keys.
-pub(super) struct Tile<'t, 'a> {
-    pub(super) problem: &'t Backward<'a>,
-    pub(super) head: &'t mut Head<'a>,
-    pub(super) block: &'t mut Block<'a>,
+pub(super) struct Tile<'t, 'h, 'b> {
+    pub(super) problem: &'t Backward<'t>,
+    pub(super) head: &'t mut Head<'h>,
+    pub(super) block: &'t mut Block<'b>,
     pub(super) rows: Range<usize>,
     /// What the rows see of the block; not empty.
     pub(super) seen: Range<usize>,
@@ -79,7 +79,7 @@ pub(super) struct Tile<'t, 'a> {
     pub(super) scores: Scores<'t>,
 }
 
-impl Tile<'_, '_> {
+impl Tile<'_, '_, '_> {
     /// All gradients that the tile gives.
     #[inline(always)]
     pub(super) fn run<S: Simd>(&mut self, simd: S, bias: bool) {

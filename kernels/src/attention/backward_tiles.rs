@@ -177,8 +177,15 @@ impl Backward<'_> {
     fn region_on_tiles<S: Simd, const P: usize>(&self, simd: S, region: &Region, state: &mut State<'_>) {
         let Region { batch, parts, .. } = *region;
         let sight = self.spec.mask.sight(batch, self.shape.seq_k);
-        let seen = self.open(simd, region, ROWS, state.delta);
+        let seen = self.open(region, ROWS);
         let delta = std::mem::take(&mut state.delta);
+        let rows = &region.rows;
+        if !seen.is_empty() {
+            for (head, delta) in region.heads.clone().zip(delta.chunks_exact_mut(rows.len())) {
+                let d_out = self.d_out.head(region.batch, head).sub(rows.clone(), 0..self.shape.v_dim);
+                self.deltas(simd, (region.batch, head), (rows, d_out), delta);
+            }
+        }
         for keys in self.key_blocks(seen) {
             let block = self.block::<S, P>(simd, state, (region, sight), keys);
             for head in region.heads.clone() {

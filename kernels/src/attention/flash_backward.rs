@@ -24,15 +24,22 @@ use pulp::{Simd, WithSimd};
 
 use super::backward_tile::{Block, Head, Tile};
 use super::backward_weights::{HeadWeights, Scores};
+use super::mask::Sight;
 use super::on_tiles::{self, OnTiles};
-use super::problem::{KEY_BLOCK, ROW_TILE, Shape, Shared, cut, deal, pieces_of};
+use super::problem::{KEY_BLOCK, Shape, Shared, cut, deal, pieces_of};
 use super::regions::{Cut, Region, row_tiles};
 use super::{AttentionSpec, Saved, stage};
 use crate::context::Context;
 use crate::gemm::microkernel::prefetch;
 use crate::lanes;
 use crate::scratch::ScratchBuf;
-use crate::view::{HeadsMut, HeadsRef, MatMut};
+use crate::view::{HeadsMut, HeadsRef, MatMut, MatRef};
+
+/// Query rows of a tile.
+const TILE: usize = 96;
+
+/// Elements of Q, dO and dQ together that the rows of a head hold while keys stream past.
+const HELD: usize = 384 * 1024;
 
 /// A checked problem.
 #[derive(Clone, Copy)]
@@ -105,44 +112,65 @@ impl Backward<'_> {
     fn run<S: Simd>(&self, simd: S, cut_into: Cut, units: Range<usize>) {
         let Shape { seq_q, dim, v_dim, .. } = self.shape;
         let stride = KEY_BLOCK.next_multiple_of(S::F32_LANES);
-        let rows = seq_q.min(ROW_TILE);
-        let lens = [dim * stride, v_dim * stride, KEY_BLOCK * dim, rows * dim, rows * v_dim, rows * stride];
-        let [keys, values, k_rows, q_rows, d_out_rows, scores] = lens;
-        let delta = self.rows_of_region(cut_into);
-        let lens = [keys, values, k_rows, q_rows, d_out_rows, scores, scores, delta];
+        let (held, tile) = (self.held_rows().min(seq_q), TILE.min(seq_q));
+        let of_rows = [held * dim, held * v_dim, held * dim, held];
+        let of_keys = [dim * stride, v_dim * stride, KEY_BLOCK * dim, KEY_BLOCK * dim, KEY_BLOCK * v_dim];
+        let of_tile = [tile * stride, tile * stride];
+        let lens = [of_rows.iter().sum(), of_keys.iter().sum(), of_tile.iter().sum()];
         let mut scratch = ScratchBuf::take(lens.iter().sum());
-        let [keys, values, k_rows, q_rows, d_out_rows, p, d_s, delta] = cut(&mut scratch, lens);
-        let mut state = State { keys, values, k_rows, q_rows, d_out_rows, p, d_s, delta };
+        let [rows, keys, scores] = cut(&mut scratch, lens);
+        let [q, d_out, d_q, delta] = cut(rows, of_rows);
+        let [kt, vt, k, d_k, d_v] = cut(keys, of_keys);
+        let [p, d_s] = cut(scores, of_tile);
+        let mut state = (RowScratch { q, d_out, d_q, delta }, KeyScratch { kt, vt, k, d_k, d_v, p, d_s });
         for region in self.regions(cut_into, units) {
-            self.region(simd, region, &mut state);
+            self.region(simd, &region, &mut state);
         }
+    }
+
+    /// Rows of a head that are held together: whole tiles.
+    fn held_rows(&self) -> usize {
+        let Shape { dim, v_dim, .. } = self.shape;
+        (HELD / (2 * dim + v_dim).max(1) / TILE * TILE).max(TILE)
     }
 }
 
-/// Scratch of one task: Kᵀ and Vᵀ of a block [dim, stride], gapless copies of K of the block and of Q and dO of
-/// a tile where they are needed, P and dS of a tile [ROW_TILE, stride], and D of all rows of a region.
-struct State<'a> {
-    keys: &'a mut [f32],
-    values: &'a mut [f32],
-    k_rows: &'a mut [f32],
-    q_rows: &'a mut [f32],
-    d_out_rows: &'a mut [f32],
-    p: &'a mut [f32],
-    d_s: &'a mut [f32],
+/// Of the rows that are held: scale·Q, dO, dQ and D.
+struct RowScratch<'a> {
+    q: &'a mut [f32],
+    d_out: &'a mut [f32],
+    d_q: &'a mut [f32],
     delta: &'a mut [f32],
 }
 
+/// Of a block of keys: Kᵀ and Vᵀ [dim, stride], scale·K, dK and dV; P and dS of a tile [TILE, stride].
+struct KeyScratch<'a> {
+    kt: &'a mut [f32],
+    vt: &'a mut [f32],
+    k: &'a mut [f32],
+    d_k: &'a mut [f32],
+    d_v: &'a mut [f32],
+    p: &'a mut [f32],
+    d_s: &'a mut [f32],
+}
+
+/// Some rows of one head, which are held while keys stream past.
+struct Held<'a> {
+    rows: Range<usize>,
+    /// scale·Q.
+    q: MatRef<'a>,
+    d_out: MatRef<'a>,
+    head: Head<'a>,
+    sight: Sight,
+    /// Nothing has been added to dK and dV before.
+    fresh: bool,
+}
+
 impl Backward<'_> {
-    /// Writes what no block of keys touches, and makes D; the keys that are seen, from the start of a block on. `tile` is the
-    /// number of rows that are written together.
+    /// Writes what no block of keys touches; the keys that are seen, from the start of a block on. `tile` is the number of rows
+    /// that are written together.
     #[inline(always)]
-    pub(super) fn open<S: Simd>(
-        &self,
-        simd: S,
-        region: &Region,
-        tile: usize,
-        delta: &mut [f32],
-    ) -> Range<usize> {
+    pub(super) fn open(&self, region: &Region, tile: usize) -> Range<usize> {
         let Region { rows, keys, parts, .. } = region;
         let sight = self.spec.mask.sight(region.batch, self.shape.seq_k);
         let seen = if rows.is_empty() { keys.end..keys.end } else { sight.rows(rows, keys) };
@@ -157,67 +185,155 @@ impl Backward<'_> {
         if parts.q {
             self.clear_blind_rows(region, tile);
         }
-        if seen.is_empty() {
-            return keys.end..keys.end;
-        }
-        self.deltas(simd, region, delta);
-        before..seen.end
+        if seen.is_empty() { keys.end..keys.end } else { before..seen.end }
     }
 
+    /// As many rows of a head as are held at a time against all keys. Where there are more, dK and dV begin with zeros.
     #[inline(always)]
-    fn region<S: Simd>(&self, simd: S, region: Region, state: &mut State<'_>) {
-        let Region { batch, kv, ref rows, parts, .. } = region;
-        let sight = self.spec.mask.sight(batch, self.shape.seq_k);
-        let seen = self.open(simd, &region, ROW_TILE, state.delta);
-        for keys in self.key_blocks(seen) {
-            let stride = keys.len().next_multiple_of(S::F32_LANES);
-            let k = self.saved.k.head(batch, kv).sub(keys.clone(), 0..self.shape.dim);
-            let v = self.saved.v.head(batch, kv).sub(keys.clone(), 0..self.shape.v_dim);
-            stage::transpose(k, state.keys, stride);
-            stage::transpose(v, state.values, stride);
-            let scale = self.spec.scale;
-            let k = if parts.q { stage::scaled(simd, scale, k, 0..k.rows(), state.k_rows) } else { k };
-            let (kt, vt) = (&*state.keys, &*state.values);
-            // SAFETY: a unit that owns dK and dV owns these keys of this key head alone, and blocks are disjoint.
-            let (d_k, d_v) = unsafe {
-                (
-                    parts.kv.then(|| self.d_k.rows_unsync(batch, kv, keys.clone())),
-                    parts.kv.then(|| self.d_v.rows_unsync(batch, kv, keys.clone())),
-                )
-            };
-            let mut block = Block { keys, stride, kt, vt, k, d_k, d_v, sight, fresh: true };
-            for head in region.heads.clone() {
-                let mut head = self.head(&region, head, state.delta);
-                let list = self.spec.mask.list(head.fixed.index);
-                for rows in row_tiles(list, block.keys.start, rows.clone(), ROW_TILE) {
-                    let seen = sight.rows(&rows, &block.keys);
-                    if seen.is_empty() {
-                        continue;
-                    }
-                    let q = stage::scaled(simd, scale, head.q, rows.clone(), state.q_rows);
-                    let d_out = head.d_out.sub(rows.clone(), 0..self.shape.v_dim);
-                    let d_out = stage::gather(simd, d_out, state.d_out_rows);
-                    let scores = Scores { p: state.p, d_s: state.d_s };
-                    let (head, block) = (&mut head, &mut block);
-                    Tile { problem: self, head, block, rows, seen, q, d_out, scores }.run(simd, parts.bias);
-                }
+    fn region<S: Simd>(&self, simd: S, region: &Region, state: &mut (RowScratch<'_>, KeyScratch<'_>)) {
+        let keys = self.open(region, TILE);
+        if keys.is_empty() {
+            return;
+        }
+        let Region { batch, kv, ref heads, ref rows, parts, .. } = *region;
+        let held = self.held_rows();
+        let fresh = heads.len() == 1 && rows.len() <= held;
+        if !fresh && parts.kv {
+            self.clear_keys(region, keys.clone());
+        }
+        for head in heads.clone() {
+            for first in rows.clone().step_by(held) {
+                let rows = first..(first + held).min(rows.end);
+                let heads = head..head + 1;
+                self.rows(simd, &Region { batch, kv, heads, rows, keys: keys.clone(), parts }, fresh, state);
             }
-            block.clear_if_fresh();
         }
     }
 
-    /// D of the region's rows, head after head: once, where every block of keys would have to read O again.
+    /// Some rows of one head against the keys of a region.
     #[inline(always)]
-    fn deltas<S: Simd>(&self, simd: S, region: &Region, delta: &mut [f32]) {
-        let rows = region.rows.clone();
-        for (head, delta) in region.heads.clone().zip(delta.chunks_exact_mut(rows.len())) {
-            let (out, d_out) = (self.saved.out.head(region.batch, head), self.d_out.head(region.batch, head));
-            for (i, delta) in rows.clone().zip(delta) {
-                if i + stage::AHEAD < rows.end {
-                    [out, d_out].iter().for_each(|view| prefetch::row(view.row(i + stage::AHEAD)));
-                }
-                *delta = lanes::dot(simd, d_out.row(i), out.row(i));
+    fn rows<S: Simd>(
+        &self,
+        simd: S,
+        region: &Region,
+        fresh: bool,
+        (scratch, key_scratch): &mut (RowScratch<'_>, KeyScratch<'_>),
+    ) {
+        let Shape { dim, v_dim, seq_k, .. } = self.shape;
+        let Region { rows, keys, .. } = region;
+        let head = region.heads.start;
+        let sight = self.spec.mask.sight(region.batch, seq_k);
+        let d_out = self.d_out.head(region.batch, head).sub(rows.clone(), 0..v_dim);
+        let d_out = stage::gather(simd, d_out, scratch.d_out);
+        let delta = &mut scratch.delta[..rows.len()];
+        self.deltas(simd, (region.batch, head), (rows, d_out), delta);
+        let mut head = self.head(region, head, delta);
+        let q = stage::scaled(simd, self.spec.scale, head.q, rows.clone(), scratch.q);
+        let listed = self.spec.mask.blocks.is_some();
+        let several = self.key_blocks(keys.clone()).nth(1).is_some();
+        let mut apart = None;
+        if let Some(d_q) = head.d_q.take_if(|d_q| several && stage::spreads(d_q.as_ref())) {
+            let held = &mut scratch.d_q[..rows.len() * dim];
+            if listed {
+                held.fill(0.0);
             }
+            head.d_q = Some(MatMut::new(held, rows.len(), dim).expect("cut to rows × dim"));
+            apart = Some(d_q);
+        }
+        let mut held = Held { rows: rows.clone(), q, d_out, head, sight, fresh };
+        for keys in self.key_blocks(keys.clone()) {
+            if !sight.rows(rows, &keys).is_empty() {
+                self.keys(simd, region, &mut held, keys, key_scratch);
+            } else if fresh && region.parts.kv {
+                self.clear_keys(region, keys);
+            }
+        }
+        let (Some(mut d_q), Some(held)) = (apart, &held.head.d_q) else { return };
+        for tile in rows.clone().step_by(TILE).map(|first| first..(first + TILE).min(rows.end)) {
+            if listed || !sight.rows(&tile, keys).is_empty() {
+                let tile = tile.start - rows.start..tile.end - rows.start;
+                stage::copy(held.as_ref().sub(tile.clone(), 0..dim), d_q.reborrow().sub(tile, 0..dim));
+            }
+        }
+    }
+
+    /// Rows that are held against a block of keys.
+    #[inline(always)]
+    fn keys<S: Simd>(
+        &self,
+        simd: S,
+        region: &Region,
+        held: &mut Held<'_>,
+        keys: Range<usize>,
+        scratch: &mut KeyScratch<'_>,
+    ) {
+        let Shape { dim, v_dim, .. } = self.shape;
+        let Region { batch, kv, parts, .. } = *region;
+        let stride = keys.len().next_multiple_of(S::F32_LANES);
+        let k = self.saved.k.head(batch, kv).sub(keys.clone(), 0..dim);
+        let v = self.saved.v.head(batch, kv).sub(keys.clone(), 0..v_dim);
+        stage::transpose(k, scratch.kt, stride);
+        stage::transpose(v, scratch.vt, stride);
+        let k = if parts.q { stage::scaled(simd, self.spec.scale, k, 0..k.rows(), scratch.k) } else { k };
+        let several = held.rows.len() > TILE;
+        let [mut apart_k, mut apart_v] = [None, None];
+        // SAFETY (both): a unit that owns dK and dV owns these keys of this key head alone, and blocks are disjoint.
+        let grads = [
+            (self.d_k, &mut *scratch.d_k, &mut apart_k, dim),
+            (self.d_v, &mut *scratch.d_v, &mut apart_v, v_dim),
+        ]
+        .map(|(grad, scratch, apart, dim)| {
+            // SAFETY: see above.
+            let grad = parts.kv.then(|| unsafe { grad.rows_unsync(batch, kv, keys.clone()) })?;
+            if !(several && stage::spreads(grad.as_ref())) {
+                return Some(grad);
+            }
+            let mut held_grad =
+                MatMut::new(&mut scratch[..keys.len() * dim], keys.len(), dim).expect("cut to keys × dim");
+            if !held.fresh {
+                stage::copy(grad.as_ref(), held_grad.reborrow());
+            }
+            *apart = Some(grad);
+            Some(held_grad)
+        });
+        let [d_k, d_v] = grads;
+        let (kt, vt, sight) = (&*scratch.kt, &*scratch.vt, held.sight);
+        let mut block = Block { keys, stride, kt, vt, k, d_k, d_v, sight, fresh: held.fresh };
+        let list = self.spec.mask.list(held.head.fixed.index);
+        for rows in row_tiles(list, block.keys.start, held.rows.clone(), TILE) {
+            let seen = sight.rows(&rows, &block.keys);
+            if seen.is_empty() {
+                continue;
+            }
+            let local = rows.start - held.rows.start..rows.end - held.rows.start;
+            let (q, d_out) = (held.q.sub(local.clone(), 0..dim), held.d_out.sub(local, 0..v_dim));
+            let scores = Scores { p: scratch.p, d_s: scratch.d_s };
+            let (head, block) = (&mut held.head, &mut block);
+            Tile { problem: self, head, block, rows, seen, q, d_out, scores }.run(simd, parts.bias);
+        }
+        block.clear_if_fresh();
+        for (apart, held) in [(apart_k, &block.d_k), (apart_v, &block.d_v)] {
+            if let (Some(apart), Some(held)) = (apart, held) {
+                stage::copy(held.as_ref(), apart);
+            }
+        }
+    }
+
+    /// D of some rows of a head, of which `d_out` holds these rows of dO: once, where every block of keys would have to read O again.
+    #[inline(always)]
+    pub(super) fn deltas<S: Simd>(
+        &self,
+        simd: S,
+        (batch, head): (usize, usize),
+        (rows, d_out): (&Range<usize>, MatRef<'_>),
+        delta: &mut [f32],
+    ) {
+        let out = self.saved.out.head(batch, head).sub(rows.clone(), 0..self.shape.v_dim);
+        for (i, delta) in delta.iter_mut().enumerate() {
+            if i + stage::AHEAD < rows.len() {
+                [out, d_out].iter().for_each(|view| prefetch::row(view.row(i + stage::AHEAD)));
+            }
+            *delta = lanes::dot(simd, d_out.row(i), out.row(i));
         }
     }
 

@@ -6,10 +6,13 @@ use pulp::Simd;
 
 use crate::gemm::microkernel::prefetch;
 use crate::lanes;
-use crate::view::MatRef;
+use crate::view::{MatMut, MatRef};
 
 /// Keys that are transposed at a time: half a cache line of each row of the result.
 const KEYS: usize = 8;
+
+/// Keys and elements that are turned together.
+const SQUARE: usize = 4;
 
 /// Rows that are asked for before they are read. Interleaved heads lie kilobytes apart, so the hardware sees no stream: each
 /// row would be waited for.
@@ -17,8 +20,8 @@ pub(super) const AHEAD: usize = 16;
 
 /// Writes the transpose of `src` [keys, dim] to `dst` [dim, stride]: `dst[d·stride + j] = src[j][d]`.
 ///
-/// Two elements of two keys at a time, as halves of 64-bit words: half the loads and stores of moving single
-/// elements, without a shuffle instruction, which the vectors of this crate do not have.
+/// Four elements of four keys at a time, as arrays: the compiler turns such a square by shuffles, which the vectors of this crate do not
+/// have.
 ///
 /// Columns from the number of keys on hold anything afterwards.
 ///
@@ -34,23 +37,23 @@ pub(super) fn transpose(src: MatRef<'_>, dst: &mut [f32], stride: usize) {
         // Where keys run out the last one stands in: its columns lie below `stride` and nobody reads them.
         let rows: [&[f32]; KEYS] = std::array::from_fn(|i| src.row((first + i).min(keys - 1)));
         (first + AHEAD..(first + AHEAD + KEYS).min(keys)).for_each(|j| prefetch::row(src.row(j)));
-        for d in (0..dim / 2 * 2).step_by(2) {
-            for i in (0..KEYS).step_by(2) {
-                // SAFETY: `d + 1` is below `dim`, the length of each row; rows `d` and `d + 1` of `dst` and their
-                // columns `first + i` and the next, below `stride`, are elements of `dst`.
+        for d in (0..dim / SQUARE * SQUARE).step_by(SQUARE) {
+            for i in (0..KEYS).step_by(SQUARE) {
+                // SAFETY: elements `d` to `d + 3` are below `dim`, the length of each row; rows `d` to `d + 3` of `dst` and
+                // their columns `first + i` to `first + i + 3`, below `stride`, are elements of `dst`.
                 unsafe {
-                    let [a, b] = [rows[i], rows[i + 1]]
-                        .map(|row| u64::from_le(row.as_ptr().add(d).cast::<u64>().read_unaligned()));
-                    let to = dst.as_mut_ptr().add(d * stride + first + i);
-                    let low = (a & 0xFFFF_FFFF) | (b << 32);
-                    let high = (a >> 32) | (b & !0xFFFF_FFFF);
-                    to.cast::<u64>().write_unaligned(low.to_le());
-                    to.add(stride).cast::<u64>().write_unaligned(high.to_le());
+                    let square: [[f32; SQUARE]; SQUARE] = std::array::from_fn(|r| {
+                        rows[i + r].as_ptr().add(d).cast::<[f32; SQUARE]>().read()
+                    });
+                    for q in 0..SQUARE {
+                        let to = dst.as_mut_ptr().add((d + q) * stride + first + i);
+                        to.cast::<[f32; SQUARE]>().write(square.map(|row| row[q]));
+                    }
                 }
             }
         }
-        if !dim.is_multiple_of(2) {
-            dst[(dim - 1) * stride + first..][..KEYS].copy_from_slice(&rows.map(|row| row[dim - 1]));
+        for d in dim / SQUARE * SQUARE..dim {
+            dst[d * stride + first..][..KEYS].copy_from_slice(&rows.map(|row| row[d]));
         }
         first += KEYS;
     }
@@ -68,11 +71,26 @@ const SPREAD: usize = 2048;
 /// `src` itself when its rows lie close together, else a gapless copy of it in `dst`.
 #[inline(always)]
 pub(super) fn gather<'a, S: Simd>(simd: S, src: MatRef<'a>, dst: &'a mut [f32]) -> MatRef<'a> {
-    let (rows, cols) = (src.rows(), src.cols());
-    if src.row_stride() == cols || rows * src.row_stride() <= SPREAD || cols == 0 {
-        return src;
+    if spreads(src) { scaled(simd, 1.0, src, 0..src.rows(), dst) } else { src }
+}
+
+/// Whether the rows of a view lie so far apart that they evict each other.
+#[inline(always)]
+pub(super) fn spreads(view: MatRef<'_>) -> bool {
+    let (rows, cols) = (view.rows(), view.cols());
+    view.row_stride() != cols && rows * view.row_stride() > SPREAD && cols > 0
+}
+
+/// Copies `src` to `dst`, which has the same shape.
+#[inline(always)]
+pub(super) fn copy(src: MatRef<'_>, mut dst: MatMut<'_>) {
+    for i in 0..src.rows() {
+        if i + AHEAD < src.rows() {
+            prefetch::row(src.row(i + AHEAD));
+            prefetch::row(dst.as_ref().row(i + AHEAD));
+        }
+        dst.row_mut(i).copy_from_slice(src.row(i));
     }
-    scaled(simd, 1.0, src, 0..rows, dst)
 }
 
 /// `scale·src` of some rows, gapless in `dst`.
