@@ -130,6 +130,19 @@ impl BlockList {
         expect_dim("mask.blocks", "blocks of keys", seq_k.div_ceil(self.block), keys)
     }
 
+    /// The list has rows and keys for `positions` positions, or more.
+    pub(super) fn check_reaches(&self, positions: usize) -> Result<(), ShapeError> {
+        let [rows, keys] = [&self.keys_of, &self.rows_of].map(|csr| csr.starts.len() - 1);
+        if rows.min(keys) < positions.div_ceil(self.block) {
+            return Err(ShapeError::Value {
+                argument: "mask.blocks",
+                value: rows.min(keys).to_string(),
+                expected: "blocks of rows and of keys for all positions",
+            });
+        }
+        Ok(())
+    }
+
     /// The keys that one block of rows sees, in pieces of at most `most`: listed blocks that are neighbours make
     /// one piece.
     #[inline]

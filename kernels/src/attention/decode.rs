@@ -16,10 +16,14 @@
 //! The two products are those of the full pass at the context's precision: [`super::decode_vectors`] or [`super::decode_tiles`]. A cache of int8, which has
 //! no full pass to be equal to, is read by vectors.
 
+use std::ops::Range;
+
+use super::AttentionSpec;
 use super::cache::{Cache, CacheLayout};
 use super::decode_tasks::{Step, Tasks};
+use super::mask::Mask;
 use super::on_tiles::OnTiles;
-use super::problem::{KEY_BLOCK, Shape, Shared, deal};
+use super::problem::{KEY_BLOCK, Shape, Shared, deal, piece};
 use super::stored::GROUP_WORDS;
 use crate::context::Context;
 use crate::error::{ShapeError, expect_dim};
@@ -44,34 +48,30 @@ pub struct Part<'a> {
     pub lengths: &'a [usize],
 }
 
-/// What decoding computes.
-#[derive(Debug, Clone, Copy)]
-pub struct DecodeSpec<'a> {
-    /// Multiplies q·k; 1/√dim in the paper.
-    pub scale: f32,
-    /// A slope for each query head: a score loses `slope·distance`, from the query's position to the key's ([`super::Alibi`]).
-    pub slopes: Option<&'a [f32]>,
-}
-
-/// `out = softmax(scale·Q·Kᵀ − slope·distance)·V` over cached keys, and the log-sum-exp. The queries stand at the last positions of
-/// their sequence: of `n`, query `i` sees all keys but the last `n − 1 − i`.
+/// Causal attention of queries that stand at the last positions of their sequence, over cached keys, and the log-sum-exp. Of `n` keys
+/// query `i` stands at position `n − seq_q + i` and sees none after its own.
 ///
-/// The bits are those of [`super::forward`] with a causal mask, the same keys and the same slopes.
+/// The mask is that of the full pass over all positions, of which these queries are the last rows: a window, block lists and slopes with
+/// `offset` 0, where lists may be made for more positions than there are. A bias has the rows of these queries alone, and its columns end
+/// with each sequence's last key, since a bias of positions depends on how far back a key lies: [heads or 1, seq_q, longest sequence].
+/// Keys that no query of a head sees are not read, at the grain of the full pass's blocks.
+///
+/// The bits are those of [`super::forward`] with this mask and a causal one over the same keys.
 ///
 /// # Shapes
 /// q [batch, seq_q, heads, dim], out [batch, seq_q, heads, v_dim], lse [batch, heads, seq_q]; heads is a multiple of
 /// the caches' kv_heads.
 ///
 /// # Errors
-/// [`ShapeError`] when shapes do not fit or a part names what its cache does not have; nothing has been written
-/// then.
+/// [`ShapeError`] when shapes do not fit, a part names what its cache does not have, or the mask has an offset, lengths or dropout;
+/// nothing has been written then.
 ///
-/// Accuracy: that of [`super::forward`], by equality (`attention::tests::decode`).
+/// Accuracy: that of [`super::forward`], by equality (`attention::tests::decode`, `attention::tests::decode_masks`).
 pub fn decode(
     ctx: &Context,
     q: HeadsRef<'_>,
     parts: &[Part<'_>],
-    spec: &DecodeSpec<'_>,
+    spec: &AttentionSpec<'_>,
     out: HeadsMut<'_>,
     lse: &mut [f32],
 ) -> Result<(), ShapeError> {
@@ -97,13 +97,39 @@ pub fn decode(
     let shape = Shape { batch, heads, kv_heads, seq_q, seq_k: keys, dim, v_dim };
     shape.expect_out("out", out.layout())?;
     expect_dim("lse", "elements", shape.rows()?, lse.len())?;
-    if let Some(slopes) = spec.slopes {
-        expect_dim("spec.slopes", "entries", heads, slopes.len())?;
-    }
+    check_mask(&spec.mask, &shape)?;
     let group = shape.group();
     Decode { q, parts, spec: *spec, kv_heads, dim, v_dim, group, keys, out: &out, lse: Shared::new(lse) }
         .run(ctx);
     Ok(())
+}
+
+/// The mask has a meaning for queries at the last positions, and fits these shapes.
+fn check_mask(mask: &Mask<'_>, shape: &Shape) -> Result<(), ShapeError> {
+    let offsets = [
+        ("spec.mask.causal.offset", mask.causal.map_or(0, |causal| causal.offset)),
+        ("spec.mask.window.offset", mask.window.map_or(0, |window| window.offset)),
+        ("spec.mask.alibi.offset", mask.alibi.map_or(0, |alibi| alibi.offset)),
+    ];
+    if let Some((argument, offset)) = offsets.into_iter().find(|(_, offset)| *offset != 0) {
+        let expected = "0: queries stand at the last positions";
+        return Err(ShapeError::Value { argument, value: offset.to_string(), expected });
+    }
+    let misplaced = [
+        ("spec.mask.key_lengths", mask.key_lengths.is_some(), "none: parts have lengths"),
+        ("spec.mask.dropout", mask.dropout.is_some(), "none in decoding"),
+    ];
+    if let Some((argument, _, expected)) = misplaced.into_iter().find(|(_, given, _)| *given) {
+        return Err(ShapeError::Value { argument, value: "given".into(), expected });
+    }
+    let Shape { batch, heads, seq_q, seq_k, .. } = *shape;
+    for list in mask.blocks.into_iter().flatten() {
+        list.check_reaches(seq_k)?;
+    }
+    if let Some(lists) = mask.blocks.filter(|lists| lists.len() != 1) {
+        expect_dim("mask.blocks", "lists", heads, lists.len())?;
+    }
+    Mask { blocks: None, ..*mask }.check(batch, heads, seq_q, seq_k)
 }
 
 impl Part<'_> {
@@ -126,12 +152,13 @@ impl Part<'_> {
     }
 }
 
-/// A checked problem. A unit is one key head of one sequence with the rows (query head, query) that read it.
+/// A checked problem. A unit is one key head of one sequence with the rows (query head, query) that read it; under block lists, one row,
+/// because rows need not see the same blocks.
 #[derive(Clone, Copy)]
 pub(super) struct Decode<'a> {
     pub(super) q: HeadsRef<'a>,
     pub(super) parts: &'a [Part<'a>],
-    pub(super) spec: DecodeSpec<'a>,
+    pub(super) spec: AttentionSpec<'a>,
     pub(super) kv_heads: usize,
     pub(super) dim: usize,
     pub(super) v_dim: usize,
@@ -144,9 +171,13 @@ pub(super) struct Decode<'a> {
 
 impl Decode<'_> {
     fn run(&self, ctx: &Context) {
-        let units = self.q.layout().batch * self.kv_heads;
         let rows = self.rows();
-        let places = self.places(ctx.isa().f32_lanes());
+        let units =
+            self.q.layout().batch * if self.listed() { self.heads_and_queries() } else { self.kv_heads };
+        if rows * units == 0 {
+            return;
+        }
+        let places = self.places(ctx.isa().f32_lanes(), units);
         let mut scratch = ScratchBuf::take(units * places.len);
         let memory = Shared::new(&mut scratch);
         let int8 = self.parts.iter().any(|part| part.cache.is_int8());
@@ -162,15 +193,15 @@ impl Decode<'_> {
                 tasks,
             });
         };
+        let keys = places.stride;
         if ctx.thread_count() == 1 || units >= 2 * ctx.thread_count() {
-            run(Step::All, 1, rows.saturating_mul((self.dim + self.v_dim).saturating_mul(self.keys)));
+            run(Step::All, 1, rows.saturating_mul((self.dim + self.v_dim).saturating_mul(keys)));
             return;
         }
-        let keys = self.keys.min(KEYS_PER_TASK);
-        run(Step::Scores, self.keys.div_ceil(KEYS_PER_TASK), rows.saturating_mul(keys * self.dim));
-        run(Step::Weights, 1, rows.saturating_mul(16 * self.keys));
+        run(Step::Scores, keys.div_ceil(KEYS_PER_TASK), rows * keys.min(KEYS_PER_TASK) * self.dim);
+        run(Step::Weights, 1, rows.saturating_mul(16 * keys));
         let cols = self.cols_per_task();
-        run(Step::Output, self.v_dim.div_ceil(cols), rows.saturating_mul(self.keys * cols));
+        run(Step::Output, self.v_dim.div_ceil(cols), rows.saturating_mul(keys * cols));
     }
 
     /// [`COLS_PER_TASK`], or a group of columns of integers, which is larger.
@@ -179,10 +210,72 @@ impl Decode<'_> {
         if self.parts.iter().any(|part| part.cache.is_int8()) { 4 * GROUP_WORDS } else { COLS_PER_TASK }
     }
 
-    /// Rows of a unit; row `r` is query `r mod seq_q` of the group's head `r / seq_q`.
+    #[inline(always)]
+    fn listed(&self) -> bool {
+        self.spec.mask.blocks.is_some()
+    }
+
+    fn heads_and_queries(&self) -> usize {
+        self.q.layout().heads * self.q.layout().seq
+    }
+
+    /// Rows of a unit.
     #[inline(always)]
     pub(super) fn rows(&self) -> usize {
-        self.group * self.q.layout().seq
+        if self.listed() { 1 } else { self.group * self.q.layout().seq }
+    }
+
+    /// Sequence and key head of a unit.
+    #[inline(always)]
+    pub(super) fn place(&self, unit: usize) -> (usize, usize) {
+        if self.listed() {
+            let within = unit % self.heads_and_queries();
+            (unit / self.heads_and_queries(), within / self.q.layout().seq / self.group)
+        } else {
+            (unit / self.kv_heads, unit % self.kv_heads)
+        }
+    }
+
+    /// Query head and query of row `r` of a unit.
+    #[inline(always)]
+    pub(super) fn row(&self, unit: usize, r: usize) -> (usize, usize) {
+        let queries = self.q.layout().seq;
+        if self.listed() {
+            let within = unit % self.heads_and_queries();
+            (within / queries, within % queries)
+        } else {
+            (unit % self.kv_heads * self.group + r / queries, r % queries)
+        }
+    }
+
+    /// The keys that row `r` of a unit sees, but for block lists: up to its own position.
+    #[inline(always)]
+    pub(super) fn visible(&self, unit: usize, r: usize) -> Range<usize> {
+        let (b, _) = self.place(unit);
+        let later = self.q.layout().seq - 1 - self.row(unit, r).1;
+        let end = self.total(b).saturating_sub(later);
+        let left = self.spec.mask.window.map_or(usize::MAX, |window| window.left);
+        end.saturating_sub(1).saturating_sub(left)..end
+    }
+
+    /// The blocks of keys that a unit goes through: those of the full pass that one of its rows may see.
+    #[inline(always)]
+    pub(super) fn blocks(&self, unit: usize) -> impl Iterator<Item = Block> + '_ {
+        let (b, _) = self.place(unit);
+        let seen = self.visible(unit, 0).start..self.total(b);
+        let first = seen.start / KEY_BLOCK;
+        let (head, _) = self.row(unit, 0);
+        let list = self.spec.mask.list(head);
+        let listed = list.map(|list| {
+            let visible = self.visible(unit, 0);
+            let row = visible.end.saturating_sub(1) / list.block();
+            let pieces = list.pieces(row, KEY_BLOCK).map(move |keys| keys.start..keys.end.min(visible.end));
+            pieces.filter(move |keys| !keys.is_empty() && keys.end > visible.start)
+        });
+        let all = (first..seen.end.div_ceil(KEY_BLOCK)).map(move |block| piece(block, KEY_BLOCK, seen.end));
+        let all = list.is_none().then_some(all);
+        let keys = listed.into_iter().flatten().chain(all.into_iter().flatten());
+        keys.enumerate().map(|(index, keys)| Block { index, keys })
     }
 
     /// Keys of sequence `b`.
@@ -191,13 +284,27 @@ impl Decode<'_> {
         self.parts.iter().map(|part| part.lengths[b]).sum()
     }
 
-    fn places(&self, lanes: usize) -> Places {
-        let (rows, blocks) = (self.rows(), self.keys.div_ceil(KEY_BLOCK));
+    fn places(&self, lanes: usize, units: usize) -> Places {
+        let rows = self.rows();
+        let blocks = (0..units).map(|unit| self.blocks(unit).count()).max().unwrap_or(0);
         let stride = blocks * KEY_BLOCK;
         let alpha = rows * stride;
         let l = (alpha + blocks * rows).next_multiple_of(16);
         let m = l + rows * lanes;
         Places { stride, alpha, l, m, inverse: m + rows, len: (m + 2 * rows).next_multiple_of(16) }
+    }
+}
+
+/// The block of keys whose scores stand from column [`Block::place`] on.
+pub(super) struct Block {
+    pub(super) index: usize,
+    pub(super) keys: Range<usize>,
+}
+
+impl Block {
+    #[inline(always)]
+    pub(super) fn place(&self) -> usize {
+        self.index * KEY_BLOCK
     }
 }
 

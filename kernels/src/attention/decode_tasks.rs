@@ -4,13 +4,14 @@ use std::ops::Range;
 
 use pulp::{Simd, WithSimd};
 
-use super::decode::{Decode, KEYS_PER_TASK, Places};
+use super::AttentionSpec;
+use super::decode::{Block, Decode, KEYS_PER_TASK, Part, Places};
 use super::decode_tiles::Unit;
 use super::decode_vectors::Vectors;
 use super::mask::Line;
 use super::on_tiles::OnTiles;
 use super::online::{self, Carried, Row};
-use super::problem::{KEY_BLOCK, Shared, piece};
+use super::problem::{Shared, piece};
 use super::tile::GROUP;
 use crate::lanes;
 use crate::scratch::ScratchBuf;
@@ -30,8 +31,8 @@ pub(super) enum Step {
 
 /// By what means the two products are made.
 pub(super) trait Products {
-    /// `scale·q·k_j` of all rows of a unit, for the keys among `keys`.
-    fn scores<S: Simd>(&self, simd: S, tasks: &Tasks<'_>, unit: usize, keys: &Range<usize>);
+    /// `scale·q·k_j` of all rows of a unit, for the blocks of keys whose scores stand in `columns`.
+    fn scores<S: Simd>(&self, simd: S, tasks: &Tasks<'_>, unit: usize, columns: &Range<usize>);
 
     /// Columns `cols` of the output of a unit, whose weights are complete.
     fn output<S: Simd>(&self, simd: S, tasks: &Tasks<'_>, unit: usize, cols: Range<usize>);
@@ -64,12 +65,12 @@ impl WithSimd for Tasks<'_> {
 impl Tasks<'_> {
     #[inline(always)]
     fn run<S: Simd>(&self, simd: S, products: &impl Products) {
-        let Decode { keys, v_dim, .. } = self.problem;
+        let (columns, v_dim) = (self.places.stride, self.problem.v_dim);
         for task in self.tasks.clone() {
             let (unit, index) = (task / self.pieces, task % self.pieces);
             match self.step {
                 Step::Scores => {
-                    products.scores(simd, self, unit, &piece(index, KEYS_PER_TASK, keys));
+                    products.scores(simd, self, unit, &piece(index, KEYS_PER_TASK, columns));
                 }
                 Step::Weights => self.weights(simd, unit),
                 Step::Output => {
@@ -77,7 +78,7 @@ impl Tasks<'_> {
                     products.output(simd, self, unit, cols);
                 }
                 Step::All => {
-                    products.scores(simd, self, unit, &(0..keys));
+                    products.scores(simd, self, unit, &(0..columns));
                     self.weights(simd, unit);
                     products.output(simd, self, unit, 0..v_dim);
                 }
@@ -85,32 +86,42 @@ impl Tasks<'_> {
         }
     }
 
-    /// Sequence and key head of a unit.
+    /// The blocks of a unit whose scores stand in `columns`.
     #[inline(always)]
-    pub(super) fn place(&self, unit: usize) -> (usize, usize) {
-        (unit / self.problem.kv_heads, unit % self.problem.kv_heads)
+    pub(super) fn blocks_in(&self, unit: usize, columns: &Range<usize>) -> impl Iterator<Item = Block> {
+        let columns = columns.clone();
+        self.problem.blocks(unit).filter(move |block| columns.contains(&block.place()))
     }
 
-    /// One past the last key that row `r` of a unit sees.
+    /// What each part holds of some keys of sequence `b`: the part, its first position among them, and the keys.
     #[inline(always)]
-    pub(super) fn visible_end(&self, unit: usize, r: usize) -> usize {
-        let queries = self.problem.q.layout().seq;
-        let later = queries - 1 - r % queries;
-        self.problem.total(self.place(unit).0).saturating_sub(later)
+    pub(super) fn held(
+        &self,
+        b: usize,
+        keys: &Range<usize>,
+    ) -> impl Iterator<Item = (&Part<'_>, usize, Range<usize>)> {
+        let keys = keys.clone();
+        let mut start = 0;
+        self.problem.parts.iter().filter_map(move |part| {
+            let all = start..start + part.lengths[b];
+            start = all.end;
+            let mine = keys.start.max(all.start)..keys.end.min(all.end);
+            (mine.start < mine.end).then(|| (part, mine.start - all.start, mine))
+        })
     }
 
     /// scale·q of all rows of a unit, [rows, dim].
     #[inline(always)]
     pub(super) fn scaled_queries<S: Simd>(&self, simd: S, unit: usize) -> ScratchBuf {
         let Decode { q, spec, dim, .. } = self.problem;
-        let (b, kv) = self.place(unit);
+        let (b, _) = self.problem.place(unit);
         let mut scaled = ScratchBuf::take(self.problem.rows() * dim);
         for (r, to) in scaled.chunks_exact_mut(dim.max(1)).enumerate() {
-            let head = kv * self.problem.group + r / q.layout().seq;
+            let (head, i) = self.problem.row(unit, r);
             let scale = simd.splat_f32s(spec.scale);
             lanes::map(
                 simd,
-                q.head(b, head).row(r % q.layout().seq),
+                q.head(b, head).row(i),
                 to,
                 #[inline(always)]
                 |x| simd.mul_f32s(x, scale),
@@ -122,10 +133,10 @@ impl Tasks<'_> {
     /// P of a unit, each row's α for each block, 1/l, and lse.
     #[inline(always)]
     fn weights<S: Simd>(&self, simd: S, unit: usize) {
-        let Decode { q, group, lse, spec, .. } = self.problem;
+        let Decode { q, lse, .. } = self.problem;
         let Places { stride, alpha, l, m, inverse, len } = self.places;
-        let (b, kv) = self.place(unit);
-        let (rows, total) = (self.problem.rows(), self.problem.total(b));
+        let (b, _) = self.problem.place(unit);
+        let rows = self.problem.rows();
         // SAFETY: a unit's weights are one task, and its scores are complete, so nobody else uses its scratch.
         let memory = unsafe { self.memory.part(unit * len, len) };
         let (scores, rest) = memory.split_at_mut(alpha);
@@ -134,15 +145,15 @@ impl Tasks<'_> {
         let (ms, inverses) = rest.split_at_mut(inverse - m);
         ls.fill(0.0);
         ms.fill(f32::NEG_INFINITY);
-        for (index, first_key) in (0..total).step_by(KEY_BLOCK).enumerate() {
-            let keys = first_key..(first_key + KEY_BLOCK).min(total);
-            let vectors = first_key / S::F32_LANES..keys.end.div_ceil(S::F32_LANES);
+        for block in self.problem.blocks(unit) {
+            let place = block.place() / S::F32_LANES;
+            let vectors = place..place + block.keys.len().div_ceil(S::F32_LANES);
             for first in (0..rows).step_by(GROUP) {
                 let n = GROUP.min(rows - first);
                 let carried = Carried {
                     m: &mut ms[first..][..n],
                     l: &mut ls[first * S::F32_LANES..][..n * S::F32_LANES],
-                    alpha: &mut alphas[index * rows + first..][..n],
+                    alpha: &mut alphas[block.index * rows + first..][..n],
                 };
                 let scores = &mut scores[first * stride..][..n * stride];
                 online::absorb(
@@ -150,31 +161,40 @@ impl Tasks<'_> {
                     scores,
                     (stride / S::F32_LANES, &vectors),
                     #[inline(always)]
-                    |r| {
-                        let seen = self.visible_end(unit, first + r);
-                        let alibi = spec.slopes.map(
-                            #[inline(always)]
-                            |slopes| {
-                                let slope = slopes[kv * group + (first + r) / q.layout().seq];
-                                Line { slope, ahead: seen as f32 - 1.0 - first_key as f32 }
-                            },
-                        );
-                        let end = seen.clamp(first_key, keys.end);
-                        let plain = end == vectors.end * S::F32_LANES && alibi.is_none();
-                        (!plain).then(|| Row { bias: None, alibi, visible: 0..end - first_key })
-                    },
+                    |r| self.masked(unit, first + r, &block.keys, vectors.len() * S::F32_LANES),
                     carried,
                 );
             }
         }
         for r in 0..rows {
             let l = S::as_simd_f32s(&ls[r * S::F32_LANES..][..S::F32_LANES]).0[0];
-            let (head, i) = (kv * group + r / q.layout().seq, r % q.layout().seq);
+            let (head, i) = self.problem.row(unit, r);
             let (inverse, sum) = online::finish(simd, ms[r], l);
             inverses[r] = inverse;
             // SAFETY: (b, head, i) is an element of lse [batch, heads, seq_q], which this unit alone writes.
             unsafe { lse.part((b * q.layout().heads + head) * q.layout().seq + i, 1)[0] = sum };
         }
+    }
+
+    /// What is added to the scores of row `r` and a block of keys, and hidden; `None` when all of `width` columns stay as they are.
+    #[inline(always)]
+    fn masked(&self, unit: usize, r: usize, keys: &Range<usize>, width: usize) -> Option<Row<'_>> {
+        let Decode { spec: AttentionSpec { mask, .. }, keys: longest, q, .. } = &self.problem;
+        let (head, i) = self.problem.row(unit, r);
+        let (b, _) = self.problem.place(unit);
+        let visible = self.problem.visible(unit, r);
+        let alibi = mask.alibi.map(|alibi| Line {
+            slope: alibi.slopes[head],
+            ahead: visible.end as f32 - 1.0 - keys.start as f32,
+        });
+        let bias = mask.bias.as_ref().map(|bias| {
+            let before = longest - self.problem.total(b);
+            &bias.row(head, i, q.layout().seq, *longest)[before + keys.start..before + keys.end]
+        });
+        let start = visible.start.clamp(keys.start, keys.end) - keys.start;
+        let end = visible.end.clamp(keys.start, keys.end) - keys.start;
+        let plain = (start, end) == (0, width) && alibi.is_none() && bias.is_none();
+        (!plain).then_some(Row { bias, alibi, visible: start..end.max(start) })
     }
 
     /// Divides the sums of a unit's rows, `width` apart, by l, and writes columns `cols` of the output.
@@ -186,11 +206,11 @@ impl Tasks<'_> {
         (acc, width): (&[f32], usize),
         cols: Range<usize>,
     ) {
-        let Decode { q, group, out, .. } = self.problem;
+        let Decode { out, .. } = self.problem;
         let Places { inverse, len, .. } = self.places;
-        let (b, kv) = self.place(unit);
+        let (b, _) = self.problem.place(unit);
         for (r, acc) in acc.chunks_exact(width.max(1)).enumerate() {
-            let (head, i) = (kv * group + r / q.layout().seq, r % q.layout().seq);
+            let (head, i) = self.problem.row(unit, r);
             // SAFETY: this task alone writes these columns of this row; 1/l is complete and only read.
             let (out, inverse) =
                 unsafe { (out.rows_unsync(b, head, i..i + 1), *self.memory.at(unit * len + inverse + r)) };

@@ -17,7 +17,7 @@ use std::ops::Range;
 use pulp::Simd;
 
 use super::cache::{PANEL, Rows};
-use super::decode::{Decode, Part, Places};
+use super::decode::{Block, Places};
 use super::decode_tasks::{Products, Tasks};
 use super::on_tiles::{self, Operands, is_odd, left_words, product, right_words};
 use super::problem::KEY_BLOCK;
@@ -47,13 +47,12 @@ struct Queries {
 
 impl<const P: usize> Products for Unit<P> {
     #[inline(always)]
-    fn scores<S: Simd>(&self, simd: S, tasks: &Tasks<'_>, unit: usize, keys: &Range<usize>) {
+    fn scores<S: Simd>(&self, simd: S, tasks: &Tasks<'_>, unit: usize, columns: &Range<usize>) {
         if const { S::F32_LANES < 8 } {
             unreachable!("tiles stand beside vectors of eight lanes and more");
         }
-        let Decode { parts, dim, .. } = tasks.problem;
-        let (b, kv) = tasks.place(unit);
-        let rows = tasks.problem.rows();
+        let (b, kv) = tasks.problem.place(unit);
+        let (rows, dim) = (tasks.problem.rows(), tasks.problem.dim);
         let mut queries = Queries {
             scaled: tasks.scaled_queries(simd, unit),
             tiles: ScratchBuf::take(left_words(rows, dim, P)),
@@ -62,30 +61,30 @@ impl<const P: usize> Products for Unit<P> {
         let q = MatRef::new(&queries.scaled, rows, dim).expect("[rows, dim]");
         on_tiles::pack_left::<S, P>(simd, q, queries.tiles.words_mut(), &mut queries.magnitudes);
         let mut widened = ScratchBuf::take(dim * BLOCK);
-        let mut start = 0;
-        for part in parts {
-            let end = start + part.lengths[b];
-            let seen = keys.start.max(start)..keys.end.min(end);
-            let mut at = seen.start;
-            while at < seen.end {
-                let (panel, first) = ((at - start) / PANEL, (at - start) % PANEL);
-                let (half, first) = (first / BLOCK, first % BLOCK);
-                let cols = first..BLOCK.min(first + seen.end - at);
-                let k = match part.cache.panel(part.sequences[b], kv, panel) {
-                    Rows::F32(k) => MatRef::with_strides(&k[half * BLOCK..], dim, BLOCK, PANEL, 1),
-                    Rows::Stored(_, words, _) => {
-                        for (words, to) in words.chunks_exact(PANEL / 2).zip(widened.chunks_exact_mut(BLOCK))
-                        {
-                            stored::widen(&words[half * BLOCK / 2..][..BLOCK / 2], to);
+        for block in tasks.blocks_in(unit, columns) {
+            for (part, position, keys) in tasks.held(b, &block.keys) {
+                let mut at = keys.start;
+                while at < keys.end {
+                    let position = position + at - keys.start;
+                    let (panel, first) = (position / PANEL, position % PANEL);
+                    let (half, first) = (first / BLOCK, first % BLOCK);
+                    let cols = first..BLOCK.min(first + keys.end - at);
+                    let k = match part.cache.panel(part.sequences[b], kv, panel) {
+                        Rows::F32(k) => MatRef::with_strides(&k[half * BLOCK..], dim, BLOCK, PANEL, 1),
+                        Rows::Stored(_, words, _) => {
+                            let rows = words.chunks_exact(PANEL / 2).zip(widened.chunks_exact_mut(BLOCK));
+                            for (words, to) in rows {
+                                stored::widen(&words[half * BLOCK / 2..][..BLOCK / 2], to);
+                            }
+                            MatRef::new(&widened, dim, BLOCK)
                         }
-                        MatRef::new(&widened, dim, BLOCK)
-                    }
-                };
-                let k = k.expect("half of a panel is [dim, 32]");
-                self.panel(simd, tasks, (&mut queries, k), cols.clone(), unit * tasks.places.len + at);
-                at += cols.len();
+                    };
+                    let k = k.expect("half of a panel is [dim, 32]");
+                    let place = unit * tasks.places.len + block.place() + at - block.keys.start;
+                    self.panel(simd, tasks, (&mut queries, k), cols.clone(), place);
+                    at += cols.len();
+                }
             }
-            start = end;
         }
     }
 
@@ -97,23 +96,21 @@ impl<const P: usize> Products for Unit<P> {
         if cols.is_empty() {
             return;
         }
-        let (b, _) = tasks.place(unit);
-        let (rows, total) = (tasks.problem.rows(), tasks.problem.total(b));
+        let rows = tasks.problem.rows();
         let width = cols.len().next_multiple_of(BLOCK);
         let mut acc = ScratchBuf::zeroed(rows * width);
-        let mut copied = ScratchBuf::take(KEY_BLOCK.min(total) * cols.len());
+        let mut copied = ScratchBuf::take(KEY_BLOCK.min(tasks.problem.keys) * cols.len());
         let mut sums = ScratchBuf::take(BLOCK * width);
         let mut right = ScratchBuf::take(right_words(KEY_BLOCK, cols.len(), P));
         let mut left = ScratchBuf::take(left_words(BLOCK, KEY_BLOCK, P));
-        for first in (0..total).step_by(KEY_BLOCK) {
-            let keys = first..(first + KEY_BLOCK).min(total);
-            let v = tasks.values(unit, &keys, &cols, &mut copied);
+        for block in tasks.problem.blocks(unit) {
+            let v = tasks.values(unit, &block.keys, &cols, &mut copied);
             let mut odd = [false; KEY_BLOCK];
             on_tiles::pack_right::<S, P>(simd, v, right.words_mut(), &mut odd);
             let odd = odd.contains(&true).then_some(&odd);
             for top in (0..rows).step_by(BLOCK) {
                 let rows = top..(top + BLOCK).min(rows);
-                let block = OutputBlock { unit, keys: keys.clone(), v, odd, rows };
+                let block = OutputBlock { unit, block: &block, v, odd, rows };
                 let words = (left.words_mut(), &*right.words_mut());
                 self.weighted_sum(simd, tasks, &block, words, (&mut sums, &mut acc[top * width..]));
             }
@@ -125,7 +122,7 @@ impl<const P: usize> Products for Unit<P> {
 /// Some rows of a unit and a block of keys.
 struct OutputBlock<'a> {
     unit: usize,
-    keys: Range<usize>,
+    block: &'a Block,
     v: MatRef<'a>,
     /// Which values are odd, if any is.
     odd: Option<&'a [bool; KEY_BLOCK]>,
@@ -177,12 +174,12 @@ impl<const P: usize> Unit<P> {
         (left, right): (&mut [u32], &[u32]),
         (sums, acc): (&mut [f32], &mut [f32]),
     ) {
-        let OutputBlock { unit, keys, v, rows, .. } = block;
+        let OutputBlock { unit, block: Block { index, keys }, v, rows, .. } = block;
         let Places { stride, alpha, len, .. } = tasks.places;
         let width = v.cols().next_multiple_of(BLOCK);
         // SAFETY: P and α of this unit are complete and only read now.
         let memory = unsafe { tasks.memory.part(unit * len, len) };
-        let p = &memory[rows.start * stride + keys.start..];
+        let p = &memory[rows.start * stride + index * KEY_BLOCK..];
         let p = MatRef::with_strides(p, rows.len(), keys.len(), stride, 1).expect("P holds these keys");
         on_tiles::pack_left::<S, P>(simd, p, left, &mut [Magnitudes::NONE; BLOCK]);
         let steps = on_tiles::steps(keys.len());
@@ -191,7 +188,7 @@ impl<const P: usize> Unit<P> {
             let operands = Operands { left, right, steps, rows: rows.len() };
             product::<P>(&self.0, operands, 0..steps, &mut sums[first..], width);
         }
-        let alphas = &memory[alpha + keys.start / KEY_BLOCK * tasks.problem.rows() + rows.start..];
+        let alphas = &memory[alpha + index * tasks.problem.rows() + rows.start..];
         for (r, (acc, sums)) in
             acc.chunks_exact_mut(width).zip(sums.chunks_exact(width)).enumerate().take(rows.len())
         {
@@ -204,7 +201,8 @@ impl<const P: usize> Unit<P> {
                 |sum, acc| simd.mul_add_e_f32s(alpha, acc, sum),
             );
             if let Some(odd) = block.odd {
-                let visible = keys.start..tasks.visible_end(*unit, rows.start + r).min(keys.end);
+                let visible = tasks.problem.visible(*unit, rows.start + r);
+                let visible = visible.start.max(keys.start)..visible.end.min(keys.end);
                 for j in visible.filter(|j| odd[j - keys.start]) {
                     on_tiles::add_scaled(p.at(r, j - keys.start), v.row(j - keys.start), acc);
                 }
@@ -223,38 +221,31 @@ impl Tasks<'_> {
         cols: &Range<usize>,
         copied: &'v mut [f32],
     ) -> MatRef<'v> {
-        let (b, kv) = self.place(unit);
+        let (b, kv) = self.problem.place(unit);
         let v_dim = self.problem.v_dim;
-        let of_part = |part: &'v Part<'v>| part.cache.values(part.sequences[b], kv);
-        let mut start = 0;
-        for part in self.problem.parts {
-            let end = start + part.lengths[b];
-            let mine = keys.start.max(start)..keys.end.min(end);
-            if !mine.is_empty() {
-                match of_part(part) {
-                    Rows::F32(values) if mine == *keys => {
-                        let values = &values[(mine.start - start) * v_dim + cols.start..];
-                        let view = MatRef::with_strides(values, keys.len(), cols.len(), v_dim, 1);
-                        return view.expect("the values of these keys");
+        for (part, position, mine) in self.held(b, keys) {
+            match part.cache.values(part.sequences[b], kv) {
+                Rows::F32(values) if mine == *keys => {
+                    let values = &values[position * v_dim + cols.start..];
+                    let view = MatRef::with_strides(values, keys.len(), cols.len(), v_dim, 1);
+                    return view.expect("the values of these keys");
+                }
+                Rows::F32(values) => {
+                    for (j, position) in mine.zip(position..) {
+                        let to = &mut copied[(j - keys.start) * cols.len()..][..cols.len()];
+                        to.copy_from_slice(&values[position * v_dim..][cols.clone()]);
                     }
-                    Rows::F32(values) => {
-                        for j in mine {
-                            let to = &mut copied[(j - keys.start) * cols.len()..][..cols.len()];
-                            to.copy_from_slice(&values[(j - start) * v_dim..][cols.clone()]);
-                        }
-                    }
-                    Rows::Stored(format, words, _) => {
-                        let stride = format.words(v_dim);
-                        let mut row = ScratchBuf::take(2 * stride);
-                        for j in mine {
-                            stored::widen(&words[(j - start) * stride..][..stride], &mut row);
-                            let to = &mut copied[(j - keys.start) * cols.len()..][..cols.len()];
-                            to.copy_from_slice(&row[cols.clone()]);
-                        }
+                }
+                Rows::Stored(format, words, _) => {
+                    let stride = format.words(v_dim);
+                    let mut row = ScratchBuf::take(2 * stride);
+                    for (j, position) in mine.zip(position..) {
+                        stored::widen(&words[position * stride..][..stride], &mut row);
+                        let to = &mut copied[(j - keys.start) * cols.len()..][..cols.len()];
+                        to.copy_from_slice(&row[cols.clone()]);
                     }
                 }
             }
-            start = end;
         }
         MatRef::new(&copied[..keys.len() * cols.len()], keys.len(), cols.len()).expect("a copy of the values")
     }

@@ -8,9 +8,8 @@ use std::ops::Range;
 use pulp::Simd;
 
 use super::cache::{CacheFormat, PANEL, Rows};
-use super::decode::{Decode, Places};
+use super::decode::Places;
 use super::decode_tasks::{Products, Tasks};
-use super::problem::KEY_BLOCK;
 use super::stored::{self, GROUP_WORDS};
 use super::tile::{Dest, Extent, Left, Onto, Right, product};
 use crate::scratch::ScratchBuf;
@@ -21,78 +20,69 @@ pub(super) struct Vectors;
 
 impl Products for Vectors {
     #[inline(always)]
-    fn scores<S: Simd>(&self, simd: S, tasks: &Tasks<'_>, unit: usize, keys: &Range<usize>) {
-        let Decode { parts, dim, .. } = tasks.problem;
-        let (b, kv) = tasks.place(unit);
-        let rows = tasks.problem.rows();
+    fn scores<S: Simd>(&self, simd: S, tasks: &Tasks<'_>, unit: usize, columns: &Range<usize>) {
+        let (b, kv) = tasks.problem.place(unit);
+        let (rows, dim) = (tasks.problem.rows(), tasks.problem.dim);
         let scaled = tasks.scaled_queries(simd, unit);
-        let mut start = 0;
-        for part in parts {
-            let end = start + part.lengths[b];
-            let seen = keys.start.max(start)..keys.end.min(end);
-            let mut at = seen.start;
-            while at < seen.end {
-                let (panel, first) = ((at - start) / PANEL, (at - start) % PANEL);
-                let cols = (PANEL - first).min(seen.end - at);
-                let k = match part.cache.panel(part.sequences[b], kv, panel) {
-                    Rows::F32(k) => k,
-                    Rows::Stored(format, words, scales) => {
-                        let place = unit * tasks.places.len + at;
-                        let columns = first..first + cols;
-                        tasks.stored_scores(simd, &scaled, (format, words, scales), columns, place);
-                        at += cols;
-                        continue;
+        for block in tasks.blocks_in(unit, columns) {
+            for (part, position, keys) in tasks.held(b, &block.keys) {
+                let mut at = keys.start;
+                while at < keys.end {
+                    let position = position + at - keys.start;
+                    let (panel, first) = (position / PANEL, position % PANEL);
+                    let cols = (PANEL - first).min(keys.end - at);
+                    let place = unit * tasks.places.len + block.place() + at - block.keys.start;
+                    at += cols;
+                    let k = match part.cache.panel(part.sequences[b], kv, panel) {
+                        Rows::F32(k) => k,
+                        Rows::Stored(format, words, scales) => {
+                            let columns = first..first + cols;
+                            tasks.stored_scores(simd, &scaled, (format, words, scales), columns, place);
+                            continue;
+                        }
+                    };
+                    let extent = Extent { rows, cols, depth: dim };
+                    // SAFETY: `scaled` is [rows, dim], the panel [dim, PANEL] of which these are columns; the unit's
+                    // scores are [rows, stride], of which columns from `place` belong to this task alone.
+                    unsafe {
+                        let q = Left { ptr: scaled.as_ptr(), stride: dim, across: false };
+                        let k = Right { ptr: k.as_ptr().add(first), stride: PANEL };
+                        let s = Dest { ptr: tasks.memory.at(place), stride: tasks.places.stride };
+                        product(simd, extent, q, k, s, Onto::Zero);
                     }
-                };
-                let extent = Extent { rows, cols, depth: dim };
-                // SAFETY: `scaled` is [rows, dim], the panel [dim, PANEL] of which these are columns; the unit's
-                // scores are [rows, stride], of which columns from `at` belong to this task alone.
-                unsafe {
-                    let q = Left { ptr: scaled.as_ptr(), stride: dim, across: false };
-                    let k = Right { ptr: k.as_ptr().add(first), stride: PANEL };
-                    let s = tasks.memory.at(unit * tasks.places.len + at);
-                    product(simd, extent, q, k, Dest { ptr: s, stride: tasks.places.stride }, Onto::Zero);
                 }
-                at += cols;
             }
-            start = end;
         }
     }
 
     #[inline(always)]
     fn output<S: Simd>(&self, simd: S, tasks: &Tasks<'_>, unit: usize, cols: Range<usize>) {
-        let Decode { parts, v_dim, .. } = tasks.problem;
         let Places { stride, alpha, len, .. } = tasks.places;
-        let (b, kv) = tasks.place(unit);
-        let (rows, total) = (tasks.problem.rows(), tasks.problem.total(b));
+        let (b, kv) = tasks.problem.place(unit);
+        let (rows, v_dim) = (tasks.problem.rows(), tasks.problem.v_dim);
         // Stored values come in whole groups of columns.
         let width = cols.len().next_multiple_of(4 * GROUP_WORDS);
         let mut acc = ScratchBuf::zeroed(rows * width);
-        let mut start = 0;
-        for part in parts {
-            let end = start + part.lengths[b];
-            let values = part.cache.values(part.sequences[b], kv);
-            let mut at = start;
-            while at < end {
-                let (block, first) = (at / KEY_BLOCK, at % KEY_BLOCK);
-                let depth = (KEY_BLOCK - first).min(end - at);
-                let values = match values {
+        for block in tasks.problem.blocks(unit) {
+            for (part, position, keys) in tasks.held(b, &block.keys) {
+                let (first, depth) = (keys.start == block.keys.start, keys.len());
+                let place = block.place() + keys.start - block.keys.start;
+                let values = match part.cache.values(part.sequences[b], kv) {
                     Rows::F32(values) => values,
                     Rows::Stored(format, words, scales) => {
                         // SAFETY: P and α of this unit are complete and only read now.
                         let memory = unsafe { tasks.memory.part(unit * len, len) };
-                        if first == 0 && block > 0 {
-                            let alpha = &memory[alpha + block * rows..][..rows];
+                        if first && block.index > 0 {
+                            let alpha = &memory[alpha + block.index * rows..][..rows];
                             for (acc, alpha) in acc.chunks_exact_mut(width).zip(alpha) {
                                 acc.iter_mut().for_each(|x| *x *= alpha);
                             }
                         }
-                        let p = MatRef::with_strides(&memory[at..], rows, depth, stride, 1);
+                        let p = MatRef::with_strides(&memory[place..], rows, depth, stride, 1);
                         let p = p.expect("P holds these keys");
-                        let keys = at - start..at - start + depth;
+                        let positions = position..position + depth;
                         let values = (format, words, scales);
-                        stored::add_values(simd, p, values, (keys, v_dim, cols.clone()), &mut acc);
-                        at += depth;
+                        stored::add_values(simd, p, values, (positions, v_dim, cols.clone()), &mut acc);
                         continue;
                     }
                 };
@@ -100,22 +90,18 @@ impl Products for Vectors {
                 // values hold these keys, of which `cols` are columns; `acc` has been cut for rows and columns.
                 unsafe {
                     let unit = tasks.memory.at(unit * len);
-                    let p = Left { ptr: unit.add(at), stride, across: false };
-                    let v =
-                        Right { ptr: values.as_ptr().add((at - start) * v_dim + cols.start), stride: v_dim };
-                    let onto = match (first, block) {
-                        (0, 0) => Onto::Zero,
-                        (0, _) => Onto::Scaled(unit.add(alpha + block * rows)),
+                    let p = Left { ptr: unit.add(place), stride, across: false };
+                    let v = Right { ptr: values.as_ptr().add(position * v_dim + cols.start), stride: v_dim };
+                    let onto = match (first, block.index) {
+                        (true, 0) => Onto::Zero,
+                        (true, index) => Onto::Scaled(unit.add(alpha + index * rows)),
                         _ => Onto::Sum,
                     };
                     let o = Dest { ptr: acc.as_mut_ptr(), stride: width };
                     product(simd, Extent { rows, cols: cols.len(), depth }, p, v, o, onto);
                 }
-                at += depth;
             }
-            start = end;
         }
-        debug_assert_eq!(start, total, "the parts are all keys");
         tasks.store(simd, unit, (&acc, width), cols);
     }
 }

@@ -6,9 +6,11 @@
 //! dV = Pᵀ·dO     dK = scale·dSᵀ·Q     dQ = scale·dS·K     d_bias = Σ_batch dS
 //! ```
 //! That is the naive form, with three matrices of the size of the scores. Here P is made again, block by
-//! block, from the saved log-sum-exp, and nothing of that size is stored, only D:
-//! - Key blocks are the outer loop: Kᵀ and Vᵀ of a block are transposed once for all query rows, and the
-//!   five products are [`product`](super::tile::product), Pᵀ and dSᵀ read across.
+//! block, from the saved log-sum-exp, and nothing of that size is stored:
+//! - As many rows of a head as fit [`HELD`] are taken against all blocks of keys, tile by tile of [`TILE`] rows. Kᵀ and Vᵀ of a block are
+//!   transposed once for these rows, and the five products are [`product`](super::tile::product), Pᵀ and dSᵀ read across.
+//! - Q and dO of the held rows, and the sums dQ, dK and dV, stand in gapless scratch where heads interleave: their rows lie a power of two
+//!   apart, meet in few sets of the first- and second-level cache, and would come from the third for every block.
 //! - Sums over keys (dQ) and over rows (dK, dV) are chains of multiply-adds in ascending order, so how the
 //!   region is cut changes no bit. With enough heads a task does all three for a head; with few heads and
 //!   several threads, tasks do dK and dV of some keys and then dQ of some rows (7 products instead of
@@ -39,7 +41,7 @@ use crate::view::{HeadsMut, HeadsRef, MatMut, MatRef};
 const TILE: usize = 96;
 
 /// Elements of Q, dO and dQ together that the rows of a head hold while keys stream past.
-const HELD: usize = 384 * 1024;
+const HELD: usize = 192 * 1024;
 
 /// A checked problem.
 #[derive(Clone, Copy)]

@@ -25,7 +25,7 @@
 //!   `key_lengths` are never read into a result; other hidden keys, and the rows of Q and dO that do
 //!   not see a key, must be finite, but on tiles they may be anything.
 //! - A NaN or +∞ among the visible scores of a row makes that row NaN.
-//! - Memory beyond inputs and outputs: one block of keys and one tile of scores a thread.
+//! - Memory beyond inputs and outputs: one block of keys, one tile of scores and some rows of a head (up to 768 KiB) a thread.
 //!
 //! # Accuracy
 //! On vectors: error against f64 at most twice that of the naive form in f32, gradients three times
@@ -61,7 +61,7 @@ mod tests;
 mod tile;
 
 pub use blocks::{BigBird, BlockList};
-pub use decode::{DecodeSpec, Part, decode};
+pub use decode::{Part, decode};
 pub use dropout::ScoreDropout;
 pub use mask::{Alibi, Bias, Causal, Mask, Window};
 pub use packed::{Packed, backward_packed, forward_packed};

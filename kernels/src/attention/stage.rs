@@ -42,9 +42,8 @@ pub(super) fn transpose(src: MatRef<'_>, dst: &mut [f32], stride: usize) {
                 // SAFETY: elements `d` to `d + 3` are below `dim`, the length of each row; rows `d` to `d + 3` of `dst` and
                 // their columns `first + i` to `first + i + 3`, below `stride`, are elements of `dst`.
                 unsafe {
-                    let square: [[f32; SQUARE]; SQUARE] = std::array::from_fn(|r| {
-                        rows[i + r].as_ptr().add(d).cast::<[f32; SQUARE]>().read()
-                    });
+                    let square: [[f32; SQUARE]; SQUARE] =
+                        std::array::from_fn(|r| rows[i + r].as_ptr().add(d).cast::<[f32; SQUARE]>().read());
                     for q in 0..SQUARE {
                         let to = dst.as_mut_ptr().add((d + q) * stride + first + i);
                         to.cast::<[f32; SQUARE]>().write(square.map(|row| row[q]));

@@ -5,9 +5,7 @@ use std::borrow::Cow;
 use kavanam_kernels::attention::cache::{
     Cache, CacheFormat, CacheLayout, CacheMut, PANEL, StoredBuffers, StoredBuffersMut, StoredSizes,
 };
-use kavanam_kernels::attention::{
-    self, AttentionSpec, BlockList, DecodeSpec, Grads, Inputs, Mask, Part, Saved,
-};
+use kavanam_kernels::attention::{self, AttentionSpec, BlockList, Grads, Inputs, Mask, Part, Saved};
 use kavanam_kernels::{Context, HeadsLayout, HeadsMut, HeadsRef, Precision, ShapeError};
 
 use crate::cases::attention::{Pass, Problem, Shape};
@@ -183,7 +181,7 @@ impl Workload for Decode<'_> {
         let cache = self.contents.reader(self.cache)?;
         let part = Part { cache, sequences: &self.sequences, lengths: &self.lengths };
         let (q, out) = (HeadsRef::new(&self.problem.q, layout)?, HeadsMut::new(&mut self.out, layout)?);
-        let spec = DecodeSpec { scale: shape.scale(), slopes: None };
+        let spec = spec(shape, None);
         Ok(attention::decode(&self.context, q, &[part], &spec, out, &mut self.lse)?)
     }
 

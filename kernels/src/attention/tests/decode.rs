@@ -74,18 +74,21 @@ pub(super) fn rows_of(data: &[f32], seq: usize, width: usize, rows: std::ops::Ra
 }
 
 pub(super) fn run(ctx: &Context, case: &Case, queries: usize, parts: &[Part<'_>]) -> (Vec<f32>, Vec<f32>) {
-    let Shape { batch, heads, seq_q, dim, v_dim, .. } = case.shape;
+    let Shape { batch, heads, seq_q, seq_k, dim, v_dim, .. } = case.shape;
     let q = rows_of(&case.data.q, seq_q, heads * dim, seq_q - queries..seq_q);
     let mut out = Guarded::poisoned(batch * queries * heads * v_dim);
     let mut lse = Guarded::poisoned(batch * heads * queries);
+    let bias: Vec<f32> = (0..case.bias_heads)
+        .flat_map(|h| &case.data.bias[(h * seq_q + seq_q - queries) * seq_k..(h + 1) * seq_q * seq_k])
+        .copied()
+        .collect();
+    let spec = case.spec();
+    let bias = spec.mask.bias.map(|all| Bias { values: &bias, ..all });
     decode(
         ctx,
         HeadsRef::new(&q, HeadsLayout::batch_seq_heads(batch, queries, heads, dim)).unwrap(),
         parts,
-        &DecodeSpec {
-            scale: case.spec().scale,
-            slopes: (!case.slopes.0.is_empty()).then_some(&case.slopes.0),
-        },
+        &AttentionSpec { mask: Mask { bias, ..spec.mask }, ..spec },
         HeadsMut::new(out.body_mut(), HeadsLayout::batch_seq_heads(batch, queries, heads, v_dim)).unwrap(),
         lse.body_mut(),
     )
@@ -97,7 +100,12 @@ pub(super) fn run(ctx: &Context, case: &Case, queries: usize, parts: &[Part<'_>]
 
 #[test]
 fn the_last_rows_of_the_causal_pass_bit_for_bit() {
-    for case in cases() {
+    are_the_last_rows(cases());
+}
+
+/// Decoding gives the last rows of the full pass of each case, with the keys in one part and in two, on several threads.
+pub(super) fn are_the_last_rows(cases: Vec<Case>) {
+    for case in cases {
         let Shape { batch, heads, kv_heads, seq_k, dim, v_dim, .. } = case.shape;
         let capacity = seq_k.next_multiple_of(64);
         let layout = CacheLayout { sequences: batch, kv_heads, capacity, dim, v_dim };
@@ -157,6 +165,8 @@ fn beams_read_the_rows_that_they_name() {
         let nothing =
             run(ctx, &case, 1, &[Part { cache: cache.view(), sequences: &beams, lengths: &[0; 3] }]);
         assert!(nothing.0.iter().all(|&x| x == 0.0), "no key");
+        let part = Part { cache: cache.view(), sequences: &beams, lengths: &lengths };
+        assert!(run(ctx, &case, 0, &[part]).0.is_empty(), "no query");
         assert!(nothing.1.iter().all(|&x| x == f32::NEG_INFINITY));
     });
 }
@@ -179,7 +189,7 @@ fn misfits_are_named() {
         let mut out = vec![0.0; 48];
         let out = HeadsMut::new(&mut out, out_layout).unwrap();
         let part = Part { cache: cache.view(), sequences, lengths };
-        let error = decode(&ctx, k, &[part], &PLAIN, out, &mut vec![0.0; lse]);
+        let error = decode(&ctx, k, &[part], &AttentionSpec::scaled(4), out, &mut vec![0.0; lse]);
         error.map_err(|error| error.to_string())
     };
     assert!(attempt(&[0, 2], &[1, 1], 12).unwrap_err().contains("sequences"));
@@ -189,16 +199,20 @@ fn misfits_are_named() {
     let mut out = vec![0.0; 48];
     let out = HeadsMut::new(&mut out, out_layout).unwrap();
     let part = Part { cache: cache.view(), sequences: &[0, 1], lengths: &[1, 1] };
-    let spec = DecodeSpec { slopes: Some(&[0.5]), ..PLAIN };
+    let spec =
+        AttentionSpec::scaled(4).with_mask(Mask::none().with_alibi(Alibi { slopes: &[0.5], offset: 0 }));
     let error = decode(&ctx, k, &[part], &spec, out, &mut [0.0; 12]).unwrap_err();
-    assert!(error.to_string().contains("spec.slopes: entries is 1, expected 2"), "{error}");
+    assert!(error.to_string().contains("mask.alibi: slopes is 1, expected 2"), "{error}");
     cache_is_required(&ctx, k, out_layout);
 }
-
-const PLAIN: DecodeSpec<'static> = DecodeSpec { scale: 1.0, slopes: None };
 
 fn cache_is_required(ctx: &Context, q: HeadsRef<'_>, layout: HeadsLayout) {
     let mut out = vec![0.0; 48];
     let out = HeadsMut::new(&mut out, layout).unwrap();
-    assert!(decode(ctx, q, &[], &PLAIN, out, &mut [0.0; 12]).unwrap_err().to_string().contains("parts"));
+    assert!(
+        decode(ctx, q, &[], &AttentionSpec::scaled(4), out, &mut [0.0; 12])
+            .unwrap_err()
+            .to_string()
+            .contains("parts")
+    );
 }

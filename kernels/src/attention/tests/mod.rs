@@ -3,6 +3,7 @@
 mod bits;
 mod blocks;
 mod decode;
+mod decode_masks;
 mod decode_stored;
 mod packed;
 mod tiles;
@@ -298,6 +299,17 @@ fn lengths_straddle_blocks() {
         case.check();
         case.causal = Some(0);
         case.check();
+    }
+}
+
+#[test]
+fn rows_straddle_what_is_held_and_tiles() {
+    // At 512 elements few rows are held at a time; interleaved heads spread, so that gradients are summed apart.
+    for (seq_q, seq_k, causal) in [(200, 140, None), (200, 200, Some(0))] {
+        let mut case = Case { causal, ..Case::new(shape(1, 2, seq_q, seq_k, 512)) };
+        case.check();
+        case.shape.kv_heads = 1;
+        case.filled().check();
     }
 }
 
