@@ -38,7 +38,7 @@ use crate::scratch::ScratchBuf;
 use crate::view::{HeadsMut, HeadsRef, MatMut, MatRef};
 
 /// Query rows of a tile.
-const TILE: usize = 96;
+const TILE: usize = 48;
 
 /// Elements of Q, dO and dQ together that the rows of a head hold while keys stream past.
 const HELD: usize = 192 * 1024;
