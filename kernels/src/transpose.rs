@@ -5,32 +5,27 @@
 //! ```
 //! Written like that it becomes 16 loads and 16 stores of single elements. Vectors of 4 lanes and the instructions that
 //! interleave them are part of every x86-64 and every 64-bit Arm CPU, so no instruction set has to be asked for: 8 of them, 4 loads
-//! and 4 stores. Packing a transposed B of 1536 × 512 takes a quarter of the time (docs/decisions/002-gemm.md).
+//! and 4 stores. Packing a transposed B takes less than half of the time (docs/decisions/002-gemm.md).
 
 /// The transpose of four rows of four.
 #[inline(always)]
 #[cfg(target_arch = "x86_64")]
 pub(crate) fn transpose_4x4(rows: [[f32; 4]; 4]) -> [[f32; 4]; 4] {
     use std::arch::x86_64::{__m128, _mm_movehl_ps, _mm_movelh_ps, _mm_unpackhi_ps, _mm_unpacklo_ps};
-    let [a, b, c, d] = rows.map(
-        #[inline(always)]
-        |row| pulp::bytemuck::cast::<[f32; 4], __m128>(row),
-    );
-    // SAFETY: these are instructions of SSE, which is part of x86-64.
-    let columns = unsafe {
+    use std::mem::transmute;
+    // SAFETY: these are instructions of SSE, which is part of x86-64; a vector is its lanes.
+    unsafe {
+        let [a, b, c, d] = transmute::<[[f32; 4]; 4], [__m128; 4]>(rows);
         let (ab_low, ab_high) = (_mm_unpacklo_ps(a, b), _mm_unpackhi_ps(a, b));
         let (cd_low, cd_high) = (_mm_unpacklo_ps(c, d), _mm_unpackhi_ps(c, d));
-        [
+        let columns = [
             _mm_movelh_ps(ab_low, cd_low),
             _mm_movehl_ps(cd_low, ab_low),
             _mm_movelh_ps(ab_high, cd_high),
             _mm_movehl_ps(cd_high, ab_high),
-        ]
-    };
-    columns.map(
-        #[inline(always)]
-        |column| pulp::bytemuck::cast(column),
-    )
+        ];
+        transmute::<[__m128; 4], [[f32; 4]; 4]>(columns)
+    }
 }
 
 /// The transpose of four rows of four.

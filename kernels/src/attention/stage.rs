@@ -6,6 +6,7 @@ use pulp::Simd;
 
 use crate::gemm::microkernel::prefetch;
 use crate::lanes;
+use crate::transpose::transpose_4x4;
 use crate::view::{MatMut, MatRef};
 
 /// Keys that are transposed at a time: half a cache line of each row of the result.
@@ -20,8 +21,7 @@ pub(super) const AHEAD: usize = 16;
 
 /// Writes the transpose of `src` [keys, dim] to `dst` [dim, stride]: `dst[d·stride + j] = src[j][d]`.
 ///
-/// Four elements of four keys at a time, as arrays: the compiler turns such a square by shuffles, which the vectors of this crate do not
-/// have.
+/// Four elements of four keys at a time, turned in registers.
 ///
 /// Columns from the number of keys on hold anything afterwards.
 ///
@@ -44,10 +44,12 @@ pub(super) fn transpose(src: MatRef<'_>, dst: &mut [f32], stride: usize) {
                 unsafe {
                     let square: [[f32; SQUARE]; SQUARE] =
                         std::array::from_fn(|r| rows[i + r].as_ptr().add(d).cast::<[f32; SQUARE]>().read());
-                    for q in 0..SQUARE {
-                        let to = dst.as_mut_ptr().add((d + q) * stride + first + i);
-                        to.cast::<[f32; SQUARE]>().write(square.map(|row| row[q]));
-                    }
+                    let [row_0, row_1, row_2, row_3] = transpose_4x4(square);
+                    let to = dst.as_mut_ptr().add(d * stride + first + i);
+                    *to.cast() = row_0;
+                    *to.add(stride).cast() = row_1;
+                    *to.add(2 * stride).cast() = row_2;
+                    *to.add(3 * stride).cast() = row_3;
                 }
             }
         }
