@@ -162,6 +162,39 @@ pub(crate) struct ByteStrip<'a> {
     pub(crate) sink: Sink<'a>,
 }
 
+/// Rows whose sums leave registers for more than a part of the words.
+const FEW_ROWS: usize = 2;
+
+/// Calls `each` with every word of a block and every one of its `parts`: a word in all its parts where H rows leave registers
+/// for that, else all words in their first part, then in the next.
+#[inline(always)]
+pub(super) fn for_each_part<const H: usize>(words: usize, parts: usize, mut each: impl FnMut(usize, usize)) {
+    if const { H <= FEW_ROWS } {
+        for q in 0..words {
+            for part in 0..parts {
+                each(q, part);
+            }
+        }
+    } else {
+        for part in 0..parts {
+            for q in 0..words {
+                each(q, part);
+            }
+        }
+    }
+}
+
+/// Row `q` of the words of a block.
+///
+/// # Safety
+/// It is readable.
+#[inline(always)]
+pub(super) unsafe fn row_of<S: Simd, const VECS: usize>(block: *const u32, q: usize) -> [S::u32s; VECS] {
+    let row = block.wrapping_add(q * VECS * S::F32_LANES).cast::<[S::u32s; VECS]>();
+    // SAFETY: the contract; an array of vectors is its lanes.
+    unsafe { row.read_unaligned() }
+}
+
 /// The kernel with tiles of MR rows and VECS vectors.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct ByteKernel<P, const MR: usize, const VECS: usize>(pub(super) P);

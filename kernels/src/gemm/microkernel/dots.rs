@@ -9,7 +9,8 @@
 //!   2³²: it saturates nowhere. A word of packed weights is its unsigned operand as it lies, and a word of the left operand the
 //!   signed one: one load, one broadcast and one instruction for the multiply-adds that pairs need two ANDs or shifts,
 //!   two broadcasts and four instructions for.
-//! - Of a word of eight integers of 4 bits the even ones are four bytes after one AND, the odd ones after a shift too.
+//! - Of a word of eight integers of 4 bits the even ones are four bytes after one AND, the odd ones after a shift too: all even ones of a
+//!   block first, for the reason that `pairs` gives.
 //! - The tiles are those of pairs, so that packed weights serve both. On 512 bits they take 24 sums, 3 vectors of words and a
 //!   broadcast of 32 registers, on 256 bits 12, 2 and one of 16. A sum waits for the one before it 5 cycles on the cores at
 //!   hand in Intel's tables, in which two ports take ten others: full tiles have enough.
@@ -24,7 +25,7 @@ use pulp::Simd;
 use pulp::bytemuck::cast;
 use pulp::x86::{V3, V4};
 
-use super::bytes::{ByteKernel, ByteProducts, ByteVisitor, Order, Vector, WordBlock};
+use super::bytes::{ByteKernel, ByteProducts, ByteVisitor, Order, Vector, WordBlock, for_each_part, row_of};
 use crate::isa::{Isa, IsaName};
 
 /// Vectors with dot products of bytes.
@@ -106,12 +107,8 @@ impl<D: ByteDots> ByteProducts for Dots<D> {
         let simd = self.simd();
         let mut local = *sums;
         for q in 0..block.words {
-            let words = block.ptr.wrapping_add(q * VECS * D::Simd::F32_LANES).cast::<Vector<Self>>();
-            let mut row = [simd.splat_u32s(0); VECS];
-            for (w, row) in row.iter_mut().enumerate() {
-                // SAFETY: the contract on the block.
-                *row = unsafe { words.add(w).read_unaligned() };
-            }
+            // SAFETY: the contract on the block.
+            let row = unsafe { row_of::<D::Simd, VECS>(block.ptr, q) };
             for (i, sums) in local.iter_mut().enumerate() {
                 // SAFETY: the contract on the left operand.
                 let bytes = simd.splat_u32s(unsafe { *left.wrapping_add(i * row_words + q) });
@@ -133,16 +130,18 @@ impl<D: ByteDots> ByteProducts for Dots<D> {
         let simd = self.simd();
         let lowest = simd.splat_u32s(0x0f0f_0f0f);
         let mut local = *sums;
-        for q in 0..block.words {
-            let words = block.ptr.wrapping_add(q * VECS * D::Simd::F32_LANES).cast::<Vector<Self>>();
-            for odd in 0..2 {
-                let mut row = [simd.splat_u32s(0); VECS];
-                for (w, row) in row.iter_mut().enumerate() {
-                    // SAFETY: the contract on the block.
-                    let words = unsafe { words.add(w).read_unaligned() };
-                    let shifted = simd.wrapping_dyn_shr_u32s(words, simd.splat_u32s(4 * odd as u32));
-                    *row = simd.and_u32s(shifted, lowest);
-                }
+        for_each_part::<H>(
+            block.words,
+            2,
+            #[inline(always)]
+            |q, odd| {
+                let shift = simd.splat_u32s(4 * odd as u32);
+                // SAFETY: the contract on the block.
+                let words = unsafe { row_of::<D::Simd, VECS>(block.ptr, q) };
+                let row = words.map(
+                    #[inline(always)]
+                    |words| simd.and_u32s(simd.wrapping_dyn_shr_u32s(words, shift), lowest),
+                );
                 for (i, sums) in local.iter_mut().enumerate() {
                     // SAFETY: the contract on the left operand.
                     let bytes = simd.splat_u32s(unsafe { *left.wrapping_add(i * row_words + 2 * q + odd) });
@@ -150,8 +149,8 @@ impl<D: ByteDots> ByteProducts for Dots<D> {
                         *sum = self.0.add_dots(*sum, row, bytes);
                     }
                 }
-            }
-        }
+            },
+        );
         *sums = local;
     }
 }

@@ -18,10 +18,7 @@
 
 use pulp::Simd;
 
-use super::bytes::{ByteProducts, Order, WordBlock, lane, lane_mut};
-
-/// Rows whose sums leave registers for the words.
-const FEW_ROWS: usize = 2;
+use super::bytes::{ByteProducts, Order, WordBlock, for_each_part, lane, lane_mut, row_of};
 
 /// Instruction sets with vectors of 32-bit lanes, each two 16-bit integers.
 pub(crate) trait PairProducts: Simd {
@@ -115,73 +112,26 @@ unsafe fn add_pairs<S: PairProducts, const H: usize, const VECS: usize, const BI
     let pairs = const { 16 / BITS };
     let lowest = simd.splat_u32s(const { ((1 << BITS) - 1) * 0x0001_0001 });
     let mut local = *sums;
-    if const { H <= FEW_ROWS } {
-        for q in 0..block.words {
+    for_each_part::<H>(
+        block.words,
+        pairs,
+        #[inline(always)]
+        |q, at| {
+            let shift = simd.splat_u32s((BITS * at) as u32);
             // SAFETY: the contract on the block.
             let words = unsafe { row_of::<S, VECS>(block.ptr, q) };
-            for at in 0..pairs {
-                let row = words.map(
-                    #[inline(always)]
-                    |words| {
-                        simd.and_u32s(
-                            simd.wrapping_dyn_shr_u32s(words, simd.splat_u32s((BITS * at) as u32)),
-                            lowest,
-                        )
-                    },
-                );
+            let row = words.map(
+                #[inline(always)]
+                |words| simd.and_u32s(simd.wrapping_dyn_shr_u32s(words, shift), lowest),
+            );
+            for (i, sums) in local.iter_mut().enumerate() {
                 // SAFETY: the contract on lhs.
-                unsafe {
-                    add_row(simd, &mut local, (lhs.wrapping_add(pairs * q + at), row_words), row);
-                };
+                let pair = simd.splat_u32s(unsafe { *lhs.wrapping_add(i * row_words + pairs * q + at) });
+                for (sum, row) in sums.iter_mut().zip(row) {
+                    *sum = simd.add_pair_products(*sum, pair, row);
+                }
             }
-        }
-    } else {
-        for at in 0..pairs {
-            let shift = simd.splat_u32s((BITS * at) as u32);
-            for q in 0..block.words {
-                // SAFETY: the contract on the block.
-                let words = unsafe { row_of::<S, VECS>(block.ptr, q) };
-                let row = words.map(
-                    #[inline(always)]
-                    |words| simd.and_u32s(simd.wrapping_dyn_shr_u32s(words, shift), lowest),
-                );
-                // SAFETY: the contract on lhs.
-                unsafe {
-                    add_row(simd, &mut local, (lhs.wrapping_add(pairs * q + at), row_words), row);
-                };
-            }
-        }
-    }
+        },
+    );
     *sums = local;
-}
-
-/// Row `q` of words.
-///
-/// # Safety
-/// It is readable.
-#[inline(always)]
-unsafe fn row_of<S: Simd, const VECS: usize>(block: *const u32, q: usize) -> [S::u32s; VECS] {
-    let row = block.wrapping_add(q * VECS * S::F32_LANES).cast::<[S::u32s; VECS]>();
-    // SAFETY: the contract; an array of vectors is its lanes.
-    unsafe { row.read_unaligned() }
-}
-
-/// Adds the products of a pair of each row of the left operand with a row of pairs.
-///
-/// # Safety
-/// H pairs are readable from `lhs`, `row_words` apart.
-#[inline(always)]
-unsafe fn add_row<S: PairProducts, const H: usize, const VECS: usize>(
-    simd: S,
-    sums: &mut [[S::u32s; VECS]; H],
-    (lhs, row_words): (*const u32, usize),
-    row: [S::u32s; VECS],
-) {
-    for (i, sums) in sums.iter_mut().enumerate() {
-        // SAFETY: the contract.
-        let pair = simd.splat_u32s(unsafe { *lhs.wrapping_add(i * row_words) });
-        for (sum, row) in sums.iter_mut().zip(row) {
-            *sum = simd.add_pair_products(*sum, pair, row);
-        }
-    }
 }
