@@ -51,10 +51,11 @@ fn is_microkernel(symbol: &str) -> bool {
     MICROKERNELS.iter().any(|name| symbol.contains(name)) && !symbol.contains(EPILOGUE)
 }
 
-/// Of packed f32, of pairs of 16 bits, of four bytes, or of two bf16.
+/// Of packed f32, of pairs of 16 bits or of bytes, of four bytes, or of two bf16.
 fn is_multiply_add(line: &str) -> bool {
     line.contains("vfmadd") && line.contains("ps\t")
         || line.contains("vpmaddwd")
+        || line.contains("vpmaddubsw")
         || line.contains("vpdpbusd")
         || line.contains("vdpbf16ps")
 }

@@ -26,7 +26,7 @@ use super::int8_int4::{GroupPart, GroupProduct};
 use super::int8_rows::{Int8Rows, Integers, quantise_row};
 use super::microkernel::{
     ByteKernel, ByteProducts, ByteStrip, ByteVisitor, KernelInfo, Out, RowScale, Sink, Storage, WordBlock,
-    int8_kernel_of, kernel_of, with_byte_kernel,
+    int8_kernel_of, kernel_of, with_byte_kernel, with_nibble_kernel,
 };
 use super::packed::PackedWeights;
 use super::quantise::WeightFormat;
@@ -141,7 +141,7 @@ fn run_groups(ctx: &Context, product: GroupProduct<'_>) {
     let grid = Grid::of(ctx, int8_kernel_of(ctx.isa(), Storage::Int4), [m, n, k], true);
     ctx.for_each_task(grid.parts(), |task| {
         let (rows, cols) = grid.part(task);
-        with_byte_kernel(ctx.isa(), GroupPart { product, rows, cols });
+        with_nibble_kernel(ctx.isa(), GroupPart { product, rows, cols });
     });
 }
 

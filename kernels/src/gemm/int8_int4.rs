@@ -11,8 +11,8 @@
 //! }
 //! ```
 //! # Deviations
-//! - With an A in f32 the weights are widened element by element. Here eight of them lie in a word as pairs or as bytes after one AND (and a
-//!   shift), so a product of one row takes half of the instructions, or a tenth where the CPU has dot products of bytes.
+//! - With an A in f32 the weights are widened element by element. Here eight of them lie in a word as bytes after one AND (and a shift), so a
+//!   product of one row takes a fifth of the instructions, or a tenth where the CPU has dot products of bytes.
 //! - Rows are quantised 48 at a time, by each task for itself.
 
 use std::ops::Range;
@@ -20,7 +20,7 @@ use std::ops::Range;
 use super::epilogue::{Accum, Epilogue};
 use super::int8::ROWS;
 use super::int8_rows::{Int8Rows, quantise_blocks};
-use super::microkernel::{ByteKernel, ByteProducts, ByteVisitor, GroupStrip, Out, WordBlock};
+use super::microkernel::{ByteKernel, ByteProducts, ByteVisitor, GroupStrip, Order, Out, WordBlock};
 use super::packed::PackedWeights;
 use crate::scratch::{ScratchBuf, Words};
 
@@ -48,7 +48,7 @@ impl ByteVisitor for GroupPart<'_> {
     #[inline(always)]
     fn visit<P: ByteProducts, const MR: usize, const VECS: usize>(self, kernel: ByteKernel<P, MR, VECS>) {
         let GroupPart { product: GroupProduct { a, b, out, accum, epilogue }, rows, cols } = self;
-        let (order, nr) = (P::LEFT_OF_NIBBLES, ByteKernel::<P, MR, VECS>::NR);
+        let (order, nr) = (Order::Nibbles, ByteKernel::<P, MR, VECS>::NR);
         let depths: Vec<_> = b.depths().into_iter().flat_map(|depth| groups(depth, b.group())).collect();
         let words_of = |depth: &Range<usize>| depth.len().div_ceil(order.elements());
         let row_words = order.words() * depths.iter().map(words_of).sum::<usize>();
@@ -117,9 +117,9 @@ mod tests {
     use crate::testing::{assert_same_bits, for_each_isa, uniform};
     use crate::view::{MatMut, MatRef};
 
-    /// The order of bytes, where the CPU itself multiplies pairs.
+    /// The tiles and the loop of VNNI, where the CPU has products of bytes by other means.
     #[test]
-    fn dot_products_of_bytes_have_the_bits_of_pairs() {
+    fn dot_products_of_bytes_have_the_same_bits() {
         for (m, n, k) in [(1, 1, 1), (5, 17, 30), (8, 48, 8), (53, 50, 67), (3, 4, 0)] {
             let (a, b) = (uniform(m * k, 1), uniform(k * n, 2));
             let a = Int8Rows::Quantise(MatRef::new(&a, m, k).unwrap());

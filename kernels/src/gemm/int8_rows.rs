@@ -184,14 +184,7 @@ fn integers_of(row: &[f32], inverse: f32, order: Order, to: &mut [u32]) -> u32 {
             #[inline(always)]
             |q: [u32; 4]| [bytes(q)],
         ),
-        Order::NibblePairs => lay_out(
-            row,
-            inverse,
-            to,
-            #[inline(always)]
-            |q: [u32; 8]| [pair(q[0], q[4]), pair(q[1], q[5]), pair(q[2], q[6]), pair(q[3], q[7])],
-        ),
-        Order::NibbleBytes => lay_out(
+        Order::Nibbles => lay_out(
             row,
             inverse,
             to,

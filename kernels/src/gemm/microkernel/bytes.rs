@@ -29,10 +29,8 @@ pub(crate) enum Order {
     Pairs,
     /// Four elements in a word, as they are.
     Bytes,
-    /// Of each eight elements the first and the fifth, the second and the sixth …: pairs of 16 bits.
-    NibblePairs,
     /// Of each eight elements the even ones, then the odd ones: four in a word.
-    NibbleBytes,
+    Nibbles,
 }
 
 impl Order {
@@ -40,7 +38,7 @@ impl Order {
     pub(crate) const fn elements(self) -> usize {
         match self {
             Order::Pairs | Order::Bytes => 4,
-            Order::NibblePairs | Order::NibbleBytes => 8,
+            Order::Nibbles => 8,
         }
     }
 
@@ -48,8 +46,7 @@ impl Order {
     pub(crate) const fn words(self) -> usize {
         match self {
             Order::Bytes => 1,
-            Order::Pairs | Order::NibbleBytes => 2,
-            Order::NibblePairs => 4,
+            Order::Pairs | Order::Nibbles => 2,
         }
     }
 }
@@ -60,8 +57,6 @@ pub(crate) trait ByteProducts: Copy {
     type Simd: Simd;
     /// How it reads the left operand.
     const LEFT: Order;
-    /// How it reads it beside integers of 4 bits.
-    const LEFT_OF_NIBBLES: Order;
 
     /// The proof of the vectors.
     fn simd(self) -> Self::Simd;
@@ -81,7 +76,7 @@ pub(crate) trait ByteProducts: Copy {
     /// As [`ByteProducts::add_block`], with words of eight integers of 4 bits.
     ///
     /// # Safety
-    /// As there, in the order LEFT_OF_NIBBLES.
+    /// As there, in the order [`Order::Nibbles`].
     unsafe fn add_nibbles<const H: usize, const VECS: usize>(
         self,
         sums: &mut [[Vector<Self>; VECS]; H],
@@ -205,9 +200,10 @@ pub(crate) trait ByteVisitor {
     fn visit<P: ByteProducts, const MR: usize, const VECS: usize>(self, kernel: ByteKernel<P, MR, VECS>);
 }
 
-/// Runs `visitor` with the kernel of `isa`; its tiles are those of the f32 kernel for int8 weights.
+const PROOF: &str = "an Isa is the proof that the CPU has it";
+
+/// Runs `visitor` with the kernel of `isa` for int8 weights; its tiles are those of the f32 kernel for them.
 pub(crate) fn with_byte_kernel<V: ByteVisitor>(isa: Isa, visitor: V) {
-    const PROOF: &str = "an Isa is the proof that the CPU has it";
     match isa.bytes() {
         #[cfg(target_arch = "x86_64")]
         IsaName::Avx2Vnni | IsaName::Avx512Vnni => dots::enter(isa, visitor),
@@ -218,6 +214,15 @@ pub(crate) fn with_byte_kernel<V: ByteVisitor>(isa: Isa, visitor: V) {
         #[cfg(target_arch = "aarch64")]
         IsaName::Neon => Shell::<_, _, 8, 3>::enter(pulp::aarch64::Neon::try_new().expect(PROOF), visitor),
         _ => Shell::<_, _, 4, 4>::enter(pulp::Scalar::new(), visitor),
+    }
+}
+
+/// Runs `visitor` with the kernel of `isa` for int4 weights. With sums of 16 bits sixteen registers hold fewer rows.
+pub(crate) fn with_nibble_kernel<V: ByteVisitor>(isa: Isa, visitor: V) {
+    match isa.bytes() {
+        #[cfg(target_arch = "x86_64")]
+        IsaName::Avx2 => Shell::<_, _, 4, 2>::enter(pulp::x86::V3::try_new().expect(PROOF), visitor),
+        _ => with_byte_kernel(isa, visitor),
     }
 }
 

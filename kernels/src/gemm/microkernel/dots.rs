@@ -90,7 +90,6 @@ pub(super) struct Dots<D>(pub(super) D);
 impl<D: ByteDots> ByteProducts for Dots<D> {
     type Simd = D::Simd;
     const LEFT: Order = Order::Bytes;
-    const LEFT_OF_NIBBLES: Order = Order::NibbleBytes;
 
     #[inline(always)]
     fn simd(self) -> D::Simd {

@@ -28,6 +28,7 @@ use pulp::{Simd, WithSimd};
 pub(crate) use bf16_dots::{Bf16Kernel, Bf16Products, Bf16Strip, Bf16Visitor, with_bf16_kernel};
 pub(crate) use bytes::{
     ByteKernel, ByteProducts, ByteStrip, ByteVisitor, Order, RowScale, Sink, WordBlock, with_byte_kernel,
+    with_nibble_kernel,
 };
 #[cfg(all(test, target_arch = "x86_64"))]
 pub(crate) use dots::plain::with_plain_dots;
@@ -70,6 +71,8 @@ pub struct KernelInfo {
 const SCALAR: (IsaName, [usize; 3]) = (IsaName::Scalar, [4, 4, 1]);
 const NEON: (IsaName, [usize; 3]) = (IsaName::Neon, [8, 12, 4]);
 const AVX2: (IsaName, [usize; 3]) = (IsaName::Avx2, [6, 16, 8]);
+/// Beside int4 sums of 16 bits need registers of their own.
+const AVX2_NIBBLES: (IsaName, [usize; 3]) = (IsaName::Avx2, [4, 16, 8]);
 const AVX512: (IsaName, [usize; 3]) = (IsaName::Avx512, [8, 48, 16]);
 /// Those with dot products of bytes have the tiles of their vectors, so that packed weights serve both.
 const AVX2_VNNI: (IsaName, [usize; 3]) = (IsaName::Avx2Vnni, AVX2.1);
@@ -129,7 +132,7 @@ pub(crate) const KERNELS: [KernelInfo; 33] = [
     i32_sums("int8_8x48_avx512vnni", Storage::Int8, AVX512_VNNI),
     i32_sums("int8_int4w_4x4_scalar", Storage::Int4, SCALAR),
     i32_sums("int8_int4w_8x12_neon", Storage::Int4, NEON),
-    i32_sums("int8_int4w_6x16_avx2", Storage::Int4, AVX2),
+    i32_sums("int8_int4w_4x16_avx2", Storage::Int4, AVX2_NIBBLES),
     i32_sums("int8_int4w_6x16_avx2vnni", Storage::Int4, AVX2_VNNI),
     i32_sums("int8_int4w_8x48_avx512", Storage::Int4, AVX512),
     i32_sums("int8_int4w_8x48_avx512vnni", Storage::Int4, AVX512_VNNI),
@@ -398,6 +401,18 @@ mod tests {
             with_byte_kernel(isa, ByteShape(&mut shape));
             assert_eq!(shape, [info.mr, info.nr, info.lanes]);
             assert_eq!(info.name, format!("int8_{}x{}_{}", info.mr, info.nr, isa.bytes()));
+        }
+    }
+
+    #[test]
+    fn int8_beside_int4_has_the_panels_of_int4_weights() {
+        for isa in Isa::available() {
+            let (info, weights) = (int8_kernel_of(isa, Storage::Int4), kernel_of(isa, Storage::Int4));
+            assert_eq!((info.nr, info.lanes), (weights.nr, weights.lanes));
+            let mut shape = [0; 3];
+            with_nibble_kernel(isa, ByteShape(&mut shape));
+            assert_eq!(shape, [info.mr, info.nr, info.lanes]);
+            assert_eq!(info.name, format!("int8_int4w_{}x{}_{}", info.mr, info.nr, isa.bytes()));
         }
     }
 }

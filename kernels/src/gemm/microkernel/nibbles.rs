@@ -17,7 +17,7 @@ use pulp::Simd;
 
 use super::Finish;
 use super::Out;
-use super::bytes::{ByteKernel, ByteProducts, WordBlock, less};
+use super::bytes::{ByteKernel, ByteProducts, Order, WordBlock, less};
 use super::finish::EdgeTile;
 
 /// One panel of C, all of K.
@@ -26,7 +26,7 @@ pub(crate) struct GroupStrip<'a> {
     /// The scale of each row.
     pub(crate) rows: &'a [f32],
     pub(crate) cols: usize,
-    /// Row-major; for each row of words in the groups' order its elements, as [`ByteProducts::LEFT_OF_NIBBLES`] says.
+    /// Row-major; for each row of words in the groups' order its elements, as [`Order::Nibbles`] says.
     pub(crate) lhs: &'a [u32],
     /// Their words; NR scales stand before the first word of each.
     pub(crate) groups: &'a [WordBlock],
@@ -47,7 +47,7 @@ impl<P: ByteProducts, const MR: usize, const VECS: usize> ByteKernel<P, MR, VECS
     pub(crate) unsafe fn run_groups(self, strip: &GroupStrip<'_>) {
         debug_assert!((1..=Self::NR).contains(&strip.cols));
         let (rows, words) = (strip.rows.len(), strip.groups.iter().map(|group| group.words).sum::<usize>());
-        assert!(strip.lhs.len() == rows * P::LEFT_OF_NIBBLES.words() * words);
+        assert!(strip.lhs.len() == rows * Order::Nibbles.words() * words);
         assert!(strip.excess.len() == rows * strip.groups.len());
         let mut first = 0;
         while first < rows {
@@ -88,7 +88,7 @@ impl<P: ByteProducts, const MR: usize, const VECS: usize> ByteKernel<P, MR, VECS
             let mut sums = [[simd.splat_u32s(0); VECS]; H];
             // SAFETY: the contract on the group; `run_groups` checked that every row of lhs has as many words.
             unsafe { self.0.add_nibbles(&mut sums, (lhs, row_words), *group) };
-            lhs = lhs.wrapping_add(P::LEFT_OF_NIBBLES.words() * group.words);
+            lhs = lhs.wrapping_add(Order::Nibbles.words() * group.words);
             let scales = group.ptr.wrapping_sub(Self::NR).cast::<<P::Simd as Simd>::f32s>();
             for w in 0..VECS {
                 // SAFETY: the contract on the scales.

@@ -1,4 +1,4 @@
-//! Products of int8 by multiply-adds of pairs of 16 bits: every instruction set has them. The kernel around them is in `bytes`.
+//! Products of int8 with int8 or int4 by multiply-adds of pairs: every instruction set has them. The kernel around them is in `bytes`.
 //!
 //! # Naive form
 //! ```text
@@ -11,14 +11,19 @@
 //! - The even bytes of a whole block come first, then the odd ones, from words that lie in L1 by then. Both in one turn of
 //!   the loop left no register for two of the sums, which waited for their way through memory, 16 cycles a turn. One or two
 //!   rows have registers to spare, and take all of a word while it lies in one.
-//! - A word of eight integers of 4 bits is cut into four times two, 4 bits apart, in the same way.
 //! - The left operand lies as pairs of 16 bits in the same order, so that one broadcast of 32 bits feeds a vector.
+//! - A word of eight integers of 4 bits is cut into two times four bytes. The multiply-add of pairs of bytes (`vpmaddubsw`) saturates at 16 bits,
+//!   but products with integers up to 15 do not come near: sixteen of them are at most `16·15·128 = 30,720`. So sums of 16 bits take four words, two instructions for
+//!   32 multiply-adds, before they are added to those of 32 bits, which wait in L1. Pairs of 16 bits took four.
 //!
-//! Rejected: the instruction for bytes (`vpmaddubsw`) is faster still and saturates: sums are wrong without a warning.
+//! Rejected: that instruction for int8, faster still than pairs of 16 bits. There it does saturate: sums are wrong without a warning.
 
 use pulp::Simd;
 
 use super::bytes::{ByteProducts, Order, WordBlock, for_each_part, lane, lane_mut, row_of};
+
+/// Words of integers of 4 bits whose products a sum of 16 bits holds: four a word and half, each at most `15·128`.
+const WORDS_OF_16_BITS: usize = 4;
 
 /// Instruction sets with vectors of 32-bit lanes, each two 16-bit integers.
 pub(crate) trait PairProducts: Simd {
@@ -37,6 +42,24 @@ pub(crate) trait PairProducts: Simd {
         }
         sums
     }
+
+    /// `sum.low + nibbles.byte(0)·left.byte(0) + nibbles.byte(1)·left.byte(1)`, and so the high half with bytes 2 and 3, in each lane: sums of 16
+    /// bits, which must not overflow, of bytes from 0 to 15 and signed ones.
+    #[inline(always)]
+    fn add_nibble_products(self, sum: Self::u32s, nibbles: Self::u32s, left: Self::u32s) -> Self::u32s {
+        let mut sums = sum;
+        let product = |nibbles: u32, left: u32, at: u32| {
+            i32::from((nibbles >> at) as u8) * i32::from((left >> at) as u8 as i8)
+        };
+        for j in 0..Self::F32_LANES {
+            let (nibbles, left) = (lane::<Self>(&nibbles, j), lane::<Self>(&left, j));
+            let sum = lane_mut::<Self>(&mut sums, j);
+            let low = (*sum as i32) + product(nibbles, left, 0) + product(nibbles, left, 8);
+            let high = (*sum as i32 >> 16) + product(nibbles, left, 16) + product(nibbles, left, 24);
+            *sum = (low as u32 & 0xffff) | (high as u32) << 16;
+        }
+        sums
+    }
 }
 
 impl PairProducts for pulp::Scalar {}
@@ -52,6 +75,13 @@ impl PairProducts for pulp::x86::V3 {
         let products = self.avx2._mm256_madd_epi16(cast(a), cast(b));
         cast(self.avx2._mm256_add_epi32(cast(sum), products))
     }
+
+    #[inline(always)]
+    fn add_nibble_products(self, sum: Self::u32s, nibbles: Self::u32s, left: Self::u32s) -> Self::u32s {
+        use pulp::bytemuck::cast;
+        let products = self.avx2._mm256_maddubs_epi16(cast(nibbles), cast(left));
+        cast(self.avx2._mm256_add_epi16(cast(sum), products))
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -62,12 +92,18 @@ impl PairProducts for pulp::x86::V4 {
         let products = self.avx512bw._mm512_madd_epi16(cast(a), cast(b));
         cast(self.avx512f._mm512_add_epi32(cast(sum), products))
     }
+
+    #[inline(always)]
+    fn add_nibble_products(self, sum: Self::u32s, nibbles: Self::u32s, left: Self::u32s) -> Self::u32s {
+        use pulp::bytemuck::cast;
+        let products = self.avx512bw._mm512_maddubs_epi16(cast(nibbles), cast(left));
+        cast(self.avx512bw._mm512_add_epi16(cast(sum), products))
+    }
 }
 
 impl<S: PairProducts> ByteProducts for S {
     type Simd = S;
     const LEFT: Order = Order::Pairs;
-    const LEFT_OF_NIBBLES: Order = Order::NibblePairs;
 
     #[inline(always)]
     fn simd(self) -> S {
@@ -81,8 +117,30 @@ impl<S: PairProducts> ByteProducts for S {
         (lhs, row_words): (*const u32, usize),
         block: WordBlock,
     ) {
-        // SAFETY: the contract.
-        unsafe { add_pairs::<S, H, VECS, 8>(self, sums, (lhs, row_words), block) }
+        let lowest = self.splat_u32s(0x00ff_00ff);
+        let mut local = *sums;
+        for_each_part::<H>(
+            block.words,
+            2,
+            #[inline(always)]
+            |q, odd| {
+                let shift = self.splat_u32s(8 * odd as u32);
+                // SAFETY: the contract on the block.
+                let words = unsafe { row_of::<S, VECS>(block.ptr, q) };
+                let row = words.map(
+                    #[inline(always)]
+                    |words| self.and_u32s(self.wrapping_dyn_shr_u32s(words, shift), lowest),
+                );
+                for (i, sums) in local.iter_mut().enumerate() {
+                    // SAFETY: the contract on lhs.
+                    let pair = self.splat_u32s(unsafe { *lhs.wrapping_add(i * row_words + 2 * q + odd) });
+                    for (sum, row) in sums.iter_mut().zip(row) {
+                        *sum = self.add_pair_products(*sum, pair, row);
+                    }
+                }
+            },
+        );
+        *sums = local;
     }
 
     #[inline(always)]
@@ -92,46 +150,33 @@ impl<S: PairProducts> ByteProducts for S {
         (lhs, row_words): (*const u32, usize),
         block: WordBlock,
     ) {
-        // SAFETY: the contract.
-        unsafe { add_pairs::<S, H, VECS, 4>(self, sums, (lhs, row_words), block) }
-    }
-}
-
-/// Adds the products of one block of words of integers of BITS bits, two of each word at a time: those in the lowest bits of both halves, then the
-/// next.
-///
-/// # Safety
-/// As [`ByteProducts::add_block`]; the left operand has `16 / BITS` pairs beside each word.
-#[inline(always)]
-unsafe fn add_pairs<S: PairProducts, const H: usize, const VECS: usize, const BITS: usize>(
-    simd: S,
-    sums: &mut [[S::u32s; VECS]; H],
-    (lhs, row_words): (*const u32, usize),
-    block: WordBlock,
-) {
-    let pairs = const { 16 / BITS };
-    let lowest = simd.splat_u32s(const { ((1 << BITS) - 1) * 0x0001_0001 });
-    let mut local = *sums;
-    for_each_part::<H>(
-        block.words,
-        pairs,
-        #[inline(always)]
-        |q, at| {
-            let shift = simd.splat_u32s((BITS * at) as u32);
-            // SAFETY: the contract on the block.
-            let words = unsafe { row_of::<S, VECS>(block.ptr, q) };
-            let row = words.map(
-                #[inline(always)]
-                |words| simd.and_u32s(simd.wrapping_dyn_shr_u32s(words, shift), lowest),
-            );
-            for (i, sums) in local.iter_mut().enumerate() {
-                // SAFETY: the contract on lhs.
-                let pair = simd.splat_u32s(unsafe { *lhs.wrapping_add(i * row_words + pairs * q + at) });
-                for (sum, row) in sums.iter_mut().zip(row) {
-                    *sum = simd.add_pair_products(*sum, pair, row);
+        let (lowest, ones) = (self.splat_u32s(0x0f0f_0f0f), self.splat_u32s(0x0001_0001));
+        let mut first = 0;
+        while first < block.words {
+            let end = block.words.min(first + WORDS_OF_16_BITS);
+            let mut halves = [[self.splat_u32s(0); VECS]; H];
+            for q in first..end {
+                for odd in 0..2 {
+                    let shift = self.splat_u32s(4 * odd as u32);
+                    // SAFETY: the contract on the block.
+                    let words = unsafe { row_of::<S, VECS>(block.ptr, q) };
+                    let nibbles = words.map(
+                        #[inline(always)]
+                        |words| self.and_u32s(self.wrapping_dyn_shr_u32s(words, shift), lowest),
+                    );
+                    for (i, halves) in halves.iter_mut().enumerate() {
+                        // SAFETY: the contract on lhs.
+                        let left = self.splat_u32s(unsafe { *lhs.wrapping_add(i * row_words + 2 * q + odd) });
+                        for (halves, nibbles) in halves.iter_mut().zip(nibbles) {
+                            *halves = self.add_nibble_products(*halves, nibbles, left);
+                        }
+                    }
                 }
             }
-        },
-    );
-    *sums = local;
+            for (sum, halves) in sums.as_flattened_mut().iter_mut().zip(halves.as_flattened()) {
+                *sum = self.add_pair_products(*sum, *halves, ones);
+            }
+            first = end;
+        }
+    }
 }
