@@ -190,6 +190,27 @@ pub(super) unsafe fn row_of<S: Simd, const VECS: usize>(block: *const u32, q: us
     unsafe { row.read_unaligned() }
 }
 
+/// Row `q` of the words of a block, shifted to the right and what a mask leaves of it.
+///
+/// # Safety
+/// It is readable.
+#[inline(always)]
+pub(super) unsafe fn part_of<S: Simd, const VECS: usize>(
+    simd: S,
+    block: *const u32,
+    q: usize,
+    (shift, mask): (usize, S::u32s),
+) -> [S::u32s; VECS] {
+    let shift = simd.splat_u32s(shift as u32);
+    // SAFETY: the contract.
+    let mut row = unsafe { row_of::<S, VECS>(block, q) };
+    // Not `map`: the compiler does not always inline what it calls.
+    for words in &mut row {
+        *words = simd.and_u32s(simd.wrapping_dyn_shr_u32s(*words, shift), mask);
+    }
+    row
+}
+
 /// The kernel with tiles of MR rows and VECS vectors.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct ByteKernel<P, const MR: usize, const VECS: usize>(pub(super) P);

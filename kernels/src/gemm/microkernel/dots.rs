@@ -25,7 +25,9 @@ use pulp::Simd;
 use pulp::bytemuck::cast;
 use pulp::x86::{V3, V4};
 
-use super::bytes::{ByteKernel, ByteProducts, ByteVisitor, Order, Vector, WordBlock, for_each_part, row_of};
+use super::bytes::{
+    ByteKernel, ByteProducts, ByteVisitor, Order, Vector, WordBlock, for_each_part, part_of, row_of,
+};
 use crate::isa::{Isa, IsaName};
 
 /// Vectors with dot products of bytes.
@@ -134,13 +136,8 @@ impl<D: ByteDots> ByteProducts for Dots<D> {
             2,
             #[inline(always)]
             |q, odd| {
-                let shift = simd.splat_u32s(4 * odd as u32);
                 // SAFETY: the contract on the block.
-                let words = unsafe { row_of::<D::Simd, VECS>(block.ptr, q) };
-                let row = words.map(
-                    #[inline(always)]
-                    |words| simd.and_u32s(simd.wrapping_dyn_shr_u32s(words, shift), lowest),
-                );
+                let row = unsafe { part_of::<D::Simd, VECS>(simd, block.ptr, q, (4 * odd, lowest)) };
                 for (i, sums) in local.iter_mut().enumerate() {
                     // SAFETY: the contract on the left operand.
                     let bytes = simd.splat_u32s(unsafe { *left.wrapping_add(i * row_words + 2 * q + odd) });

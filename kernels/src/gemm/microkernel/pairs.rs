@@ -20,7 +20,7 @@
 
 use pulp::Simd;
 
-use super::bytes::{ByteProducts, Order, WordBlock, for_each_part, lane, lane_mut, row_of};
+use super::bytes::{ByteProducts, Order, WordBlock, for_each_part, lane, lane_mut, part_of};
 
 /// Words of integers of 4 bits whose products a sum of 16 bits holds: four a word and half, each at most `15·128`.
 const WORDS_OF_16_BITS: usize = 4;
@@ -124,13 +124,8 @@ impl<S: PairProducts> ByteProducts for S {
             2,
             #[inline(always)]
             |q, odd| {
-                let shift = self.splat_u32s(8 * odd as u32);
                 // SAFETY: the contract on the block.
-                let words = unsafe { row_of::<S, VECS>(block.ptr, q) };
-                let row = words.map(
-                    #[inline(always)]
-                    |words| self.and_u32s(self.wrapping_dyn_shr_u32s(words, shift), lowest),
-                );
+                let row = unsafe { part_of::<S, VECS>(self, block.ptr, q, (8 * odd, lowest)) };
                 for (i, sums) in local.iter_mut().enumerate() {
                     // SAFETY: the contract on lhs.
                     let pair = self.splat_u32s(unsafe { *lhs.wrapping_add(i * row_words + 2 * q + odd) });
@@ -155,15 +150,14 @@ impl<S: PairProducts> ByteProducts for S {
         while first < block.words {
             let end = block.words.min(first + WORDS_OF_16_BITS);
             let mut halves = [[self.splat_u32s(0); VECS]; H];
-            for q in first..end {
-                for odd in 0..2 {
-                    let shift = self.splat_u32s(4 * odd as u32);
+            for_each_part::<H>(
+                end - first,
+                2,
+                #[inline(always)]
+                |q, odd| {
+                    let q = first + q;
                     // SAFETY: the contract on the block.
-                    let words = unsafe { row_of::<S, VECS>(block.ptr, q) };
-                    let nibbles = words.map(
-                        #[inline(always)]
-                        |words| self.and_u32s(self.wrapping_dyn_shr_u32s(words, shift), lowest),
-                    );
+                    let nibbles = unsafe { part_of::<S, VECS>(self, block.ptr, q, (4 * odd, lowest)) };
                     for (i, halves) in halves.iter_mut().enumerate() {
                         // SAFETY: the contract on lhs.
                         let left = self.splat_u32s(unsafe { *lhs.wrapping_add(i * row_words + 2 * q + odd) });
@@ -171,8 +165,8 @@ impl<S: PairProducts> ByteProducts for S {
                             *halves = self.add_nibble_products(*halves, nibbles, left);
                         }
                     }
-                }
-            }
+                },
+            );
             for (sum, halves) in sums.as_flattened_mut().iter_mut().zip(halves.as_flattened()) {
                 *sum = self.add_pair_products(*sum, *halves, ones);
             }
