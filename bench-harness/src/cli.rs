@@ -116,7 +116,7 @@ environment (what is compared with what: docs/peers.md):
 
 --json writes an array of records, rewritten as a whole after every case, with these keys:
   family, case, peer, peer_version, kernel, precision, isa, threads, median_ns, min_ns, samples_ns, gflops,
-  gbps, percent_of_peak, and percent_of_read where one row meets weights that are used again
+  gbps, percent_of_peak, and percent_of_read where one row meets weights that are used again, or one query a cache
 and beside it NAME.environment.txt: the command, the date, the machine.
 
 Examples:

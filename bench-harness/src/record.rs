@@ -34,7 +34,7 @@ pub(crate) struct Record {
     pub(crate) gbps: Option<f64>,
     /// `gflops` (or `gbps` in a memory-bound family) in percent of what this machine was measured to reach.
     pub(crate) percent_of_peak: Option<f64>,
-    /// Where reading weights bounds the time: their bytes a second, in percent of what plain reading of as many
+    /// Where reading weights or a cache bounds the time: their bytes a second, in percent of what plain reading of as many
     /// bytes reached in samples that alternate with these.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) percent_of_read: Option<f64>,

@@ -118,9 +118,18 @@ impl Shape {
         (self.pass == Pass::BigBird).then(list)
     }
 
+    fn decodes(&self) -> bool {
+        matches!(self.pass, Pass::Decode | Pass::DecodeStored(_))
+    }
+
+    /// The bytes that bound the time: the cache, for a single query.
+    pub(crate) fn read_bytes(&self) -> Option<f64> {
+        self.decodes().then(|| self.work().bytes)
+    }
+
     /// Queries of a sequence.
     pub(crate) fn queries(&self) -> usize {
-        if matches!(self.pass, Pass::Decode | Pass::DecodeStored(_)) { 1 } else { self.seq }
+        if self.decodes() { 1 } else { self.seq }
     }
 
     /// Elements of the queries and of the output, [batch, queries, heads, dim].

@@ -113,7 +113,8 @@ impl Case {
     pub(crate) fn read_bytes(&self) -> Option<f64> {
         match self.op {
             Op::Gemm(shape) => shape.read_bytes(),
-            _ => None,
+            Op::Attention(shape) => shape.read_bytes(),
+            Op::Rowwise(_) | Op::Rnn(_) | Op::RnnSearch(_) => None,
         }
     }
 

@@ -19,8 +19,10 @@ use crate::measure::workload::Workload;
 const CHAINS: usize = 12;
 /// Steps of every chain in one timed run: some milliseconds.
 const STEPS: usize = 1 << 21;
-/// Timed runs, of which the fastest counts: a limit is what the machine can do undisturbed.
+/// Timed runs at least, of which the fastest counts: a limit is what the machine can do undisturbed …
 const RUNS: usize = 7;
+/// … and as many more as this time holds: threads that have just woken up share a core for some runs.
+const RUNS_NS: f64 = 0.25e9;
 /// The buffer of the bandwidth test is this many times the largest cache …
 const CACHE_MULTIPLE: u64 = 4;
 /// … and within these bounds, in bytes.
@@ -52,7 +54,7 @@ impl Roofline {
     }
 }
 
-/// The fastest of [`RUNS`] runs of `task` on every thread at once, in nanoseconds.
+/// The fastest run of `task` on every thread at once, in nanoseconds: of [`RUNS`], or of as many as [`RUNS_NS`] holds.
 fn fastest_ns(context: &Context, task: impl Fn(usize) + Sync) -> f64 {
     let clock = Monotonic::start();
     let once = || {
@@ -60,7 +62,9 @@ fn fastest_ns(context: &Context, task: impl Fn(usize) + Sync) -> f64 {
         context.for_each_task(context.thread_count(), &task);
         clock.now_ns() - start
     };
-    (0..RUNS).map(|_| once()).fold(f64::INFINITY, f64::min)
+    let begin = clock.now_ns();
+    let runs = (0..).take_while(|run| *run < RUNS || clock.now_ns() - begin < RUNS_NS);
+    runs.map(|_| once()).fold(f64::INFINITY, f64::min)
 }
 
 struct Chains;
