@@ -64,7 +64,7 @@ pub(super) struct Grid {
 }
 
 /// Tiles of rows that each thread must get before packed weights are shared by rows, so that every thread reads all of them. With fewer, shares differ by up to
-/// a half (16 rows are 6 + 10) and a thread's few rows leave it to wait for the weights. Two threads, by columns / by rows, alternating, minima and medians: 16×512×2048
+/// a half (16 rows are 6 + 10) and a thread's few rows leave it to wait for the weights. Two threads, by columns / by rows, alternating, minima and medians of one run each (none under results/): 16×512×2048
 /// 1.27, 1.26 times as fast, 16×768×3072 1.20, 1.39, 16×2048×512 1.23, 1.29, 32×1024×4096 1.04, 1.16, 32×3072×768 0.94, 1.11, 128×768×768 1.02, 1.01, 128×2048×512 0.92, 1.02.
 const TILES_A_THREAD: usize = 4;
 

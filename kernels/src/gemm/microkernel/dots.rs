@@ -26,7 +26,7 @@ use pulp::bytemuck::cast;
 use pulp::x86::{V3, V4};
 
 use super::bytes::{
-    ByteKernel, ByteProducts, ByteVisitor, Order, Vector, WordBlock, for_each_part, part_of, row_of,
+    ByteKernel, ByteProducts, ByteVisitor, Order, PROOF, Vector, WordBlock, for_each_part, part_of, row_of,
 };
 use crate::isa::{Isa, IsaName};
 
@@ -156,7 +156,6 @@ impl<D: ByteDots> ByteProducts for Dots<D> {
 /// # Panics
 /// When `isa` has none.
 pub(super) fn enter<V: ByteVisitor>(isa: Isa, visitor: V) {
-    const PROOF: &str = "an Isa is the proof that the CPU has it";
     match isa.bytes() {
         // SAFETY: an Isa whose bytes are of that name is the proof that the CPU has VNNI, beside the vectors.
         IsaName::Avx512Vnni => unsafe { wide(Wide(V4::try_new().expect(PROOF)), visitor) },

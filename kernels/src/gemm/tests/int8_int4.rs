@@ -153,3 +153,16 @@ fn unsigned_rows_and_raw_sums_are_refused() {
     assert_eq!(error.to_string(), "b.format is Int4 { group: 8 }, expected Int8");
     assert_eq!(sums, [7]);
 }
+
+/// Integers of 4 bits are 15 in their word and rows at the end of their range: sixteen such products are all that a sum of 16 bits holds.
+#[test]
+fn the_largest_products_do_not_overflow_on_their_way() {
+    let (m, k, n) = (7, 160, 20);
+    let ends: Vec<i8> = (0..m * k).map(|at| if at / k % 2 == 0 { -128 } else { 127 }).collect();
+    let b: Vec<f32> = (0..k * n).map(|at| if at % n % 3 == 0 { -1.0 } else { 1.0 }).collect();
+    for_each_isa(|ctx| {
+        for group in [8, 32, 80, 160] {
+            check_chain(ctx, MatRef::new(&ends, m, k).unwrap(), &[1.0; 7], row_major(&b, k, n), group);
+        }
+    });
+}
