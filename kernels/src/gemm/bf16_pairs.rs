@@ -7,8 +7,8 @@
 //!       for jr in jc..jc+nc step NR         a panel of B fits L1
 //!         for ir in ic..ic+mc step MR       inside the kernel's strip
 //! ```
-//! A row of A and a column of B become words of two bf16 that follow each other along k; at an odd end the upper half is 0.
-//! A task rounds its own rows, again for each nc columns.
+//! A row of A and a column of B become words of two bf16 that follow each other along k (`super::pair_packing`); a row-major A in bf16 is
+//! such words where it lies. A task rounds its own rows, again for each nc columns.
 //!
 //! # Accuracy
 //! An operand is rounded to the nearest *finite* bf16: what lies beyond the largest, 2¹²⁸·(1 − 2⁻⁸), becomes that one, which is off by no
@@ -17,23 +17,21 @@
 //! adds itself, because the instruction takes it for zero. An infinity stays one, NaN too. Asserted by
 //! `gemm::tests::tiles::the_error_is_within_the_bound_of_the_precision` and `gemm::tests::bf16::the_ends_of_the_range`.
 
-use pulp::{Simd, WithSimd};
-
 use super::macrokernel::{Part, RightOperand};
-use super::microkernel::{Bf16Kernel, Bf16Products, Bf16Strip, Bf16Visitor};
-use super::pack::{Element, Source, pack_panel};
+use super::microkernel::{
+    Bf16Kernel, Bf16Products, Bf16Strip, Bf16Visitor, PAIR_GROUP as GROUP, PairRows, Rhs,
+};
 use super::packed::PackedWeights;
-use super::quantise::bf16_bits;
+use super::pair_packing::{Paired, pack_columns, pack_rows};
+use super::placement::lies_far;
 use crate::context::Blocking;
 use crate::scratch::ScratchBuf;
 use crate::view::MatRef;
 
 /// Columns of a panel.
 const NR: usize = 48;
-/// Rows that are staged in f32 where an operand does not lie as it is read.
-const STAGED: usize = 16;
 
-impl Bf16Visitor for Part<'_> {
+impl<A: Paired> Bf16Visitor for Part<'_, A> {
     #[inline(always)]
     fn visit<D: Bf16Products, const VECS: usize>(self, kernel: Bf16Kernel<D, VECS>) {
         const { assert!(Bf16Kernel::<D, VECS>::NR == NR) };
@@ -41,7 +39,7 @@ impl Bf16Visitor for Part<'_> {
         let Blocking { mc, kc, nc } = problem.blocking;
         let k = problem.a.cols();
         let depth_words = kc.min(k).div_ceil(2);
-        let mut left = ScratchBuf::take(depth_words * mc.min(rows.len()));
+        let mut left = ScratchBuf::take(depth_words * mc.min(rows.len()).next_multiple_of(GROUP));
         let plain = matches!(problem.b, RightOperand::Plain(_));
         let right_cols = if plain { nc.min(cols.len()).next_multiple_of(NR) } else { 0 };
         let mut right = ScratchBuf::take(depth_words * right_cols);
@@ -52,32 +50,45 @@ impl Bf16Visitor for Part<'_> {
                 let words = depth.len().div_ceil(2);
                 for ic in rows.clone().step_by(mc) {
                     let block_rows = ic..(ic + mc).min(rows.end);
-                    let lhs = &mut left.words_mut()[..block_rows.len() * words];
-                    round_rows(problem.a.sub(block_rows.clone(), depth.clone()), lhs);
-                    for first in block_cols.clone().step_by(NR) {
-                        let cols = first..(first + NR).min(block_cols.end);
+                    let a = problem.a.sub(block_rows.clone(), depth.clone());
+                    let lhs = left_block(kernel.products(), a, left.words_mut());
+                    let mut first = jc;
+                    while first < block_cols.end {
+                        // One panel; or, for few rows over panels that lie ready, all whole ones.
+                        let whole = (block_cols.end - first) / NR;
+                        let several = !plain && block_rows.len() <= Bf16Kernel::<D, VECS>::THIN_ROWS;
+                        let end = match if several { whole } else { whole.min(1) } {
+                            0 => block_cols.end,
+                            panels => first + panels * NR,
+                        };
+                        let cols = first..end;
                         let rhs = match problem.b {
-                            RightOperand::Packed(b) => b.panels(depth.clone(), cols.clone()).ptr,
+                            RightOperand::Packed(b) => b.panels(depth.clone(), cols.clone()),
                             RightOperand::Plain(b) => {
-                                let panel = &mut right.words_mut()[(first - jc) * words..][..NR * words];
+                                let block = right.words_mut();
+                                let far = ic != rows.start && lies_far(size_of_val(block));
+                                let panel = &mut block[(first - jc) * words..][..NR * words];
                                 if ic == rows.start {
-                                    round_panel(b.sub(depth.clone(), cols.clone()), panel);
+                                    let b = b.sub(depth.clone(), cols.clone());
+                                    pack_columns::<_, _, NR>(kernel.products(), b, panel);
                                 }
-                                panel.as_ptr()
+                                let (ptr, panel_stride) = (panel.as_ptr(), panel.len());
+                                Rhs { ptr, depth_stride: NR, panel_stride, group: depth.len(), far }
                             }
                         };
                         let strip = Bf16Strip {
-                            lhs,
-                            words,
                             rows: block_rows.len(),
                             cols: cols.len(),
+                            words,
+                            lhs,
                             rhs,
                             out: problem.out(ic, first),
-                            finish: problem.finish(block_rows.clone(), cols.clone(), depth.clone()),
+                            finish: problem.finish(block_rows.clone(), cols, depth.clone()),
                         };
-                        // SAFETY: `rhs` is a panel of this block, in whole rows of NR words; this task alone writes these rows
-                        // and columns of C, and the driver checked the shapes of the epilogue.
+                        // SAFETY: `lhs` and `rhs` are the words of this block; this task alone writes these rows and columns of C,
+                        // and the driver checked the shapes of the epilogue.
                         unsafe { kernel.run(&strip) };
+                        first = end;
                     }
                 }
             }
@@ -85,90 +96,36 @@ impl Bf16Visitor for Part<'_> {
     }
 }
 
-/// Rows of A as words, row after row.
+/// A block of A as the kernel reads it: where it lies, or from `scratch`.
 #[inline(always)]
-fn round_rows(a: MatRef<'_>, words: &mut [u32]) {
-    let (rows, depth) = (a.rows(), a.cols());
-    let row_words = depth.div_ceil(2);
-    if depth == 0 {
-        return;
+fn left_block<D: Bf16Products, A: Paired>(dots: D, a: MatRef<'_, A>, scratch: &mut [u32]) -> PairRows {
+    let words = a.cols().div_ceil(2);
+    if let Some(ready) = A::as_it_lies(a) {
+        return ready;
     }
     if a.col_stride() == 1 {
-        for (i, words) in words.chunks_exact_mut(row_words).enumerate() {
-            round_row(a.row(i), words);
-        }
-        return;
+        pack_rows(dots, a, &mut scratch[..a.rows() * words]);
+        return PairRows::row_major(scratch.as_ptr().cast(), 2 * words);
     }
-    let mut staging = ScratchBuf::take(STAGED * depth);
-    for first in (0..rows).step_by(STAGED) {
-        let part = a.sub(first..(first + STAGED).min(rows), 0..depth);
-        let staged = &mut staging[..part.rows() * depth];
-        // SAFETY: the source is the view `part`, its rows as the depth.
-        unsafe { pack_panel(Source::of(&part), part.rows(), depth, staged, depth) };
-        let words = words[first * row_words..].chunks_exact_mut(row_words);
-        for (row, words) in staged.chunks_exact(depth).zip(words) {
-            round_row(row, words);
-        }
+    for first in (0..a.rows()).step_by(GROUP) {
+        let group = a.sub(first..(first + GROUP).min(a.rows()), 0..a.cols()).t();
+        pack_columns::<_, _, GROUP>(dots, group, &mut scratch[first * words..][..GROUP * words]);
     }
+    PairRows::groups(scratch.as_ptr(), words)
 }
 
-/// A row as words.
-#[inline(always)]
-fn round_row(row: &[f32], words: &mut [u32]) {
-    let (pairs, rest) = row.as_chunks::<2>();
-    for (word, [low, high]) in words.iter_mut().zip(pairs) {
-        *word = rounded(*low) | rounded(*high) << 16;
-    }
-    if let ([last], Some(word)) = (rest, words.last_mut()) {
-        *word = rounded(*last);
-    }
-}
-
-/// Up to NR columns of B as rows of NR words; the columns that are missing are zero.
-#[inline(always)]
-fn round_panel<T: Element>(b: MatRef<'_, T>, words: &mut [u32]) {
-    let mut staging = [0.0; STAGED * NR];
-    let (depth, cols) = (b.rows(), b.cols());
-    let rows_of_words = words.as_chunks_mut::<NR>().0;
-    for (words, first) in rows_of_words.chunks_mut(STAGED / 2).zip((0..depth).step_by(STAGED)) {
-        let part = b.sub(first..(first + STAGED).min(depth), 0..cols);
-        let (staged, beyond) = staging.split_at_mut(part.rows() * NR);
-        beyond.fill(0.0);
-        // SAFETY: the source is the view `part`.
-        unsafe { pack_panel(Source::of(&part), part.rows(), cols, staged, NR) };
-        let (rows, _) = staging.as_chunks::<NR>();
-        for (words, [low, high]) in words.iter_mut().zip(rows.as_chunks::<2>().0) {
-            for ((word, low), high) in words.iter_mut().zip(low).zip(high) {
-                *word = rounded(*low) | rounded(*high) << 16;
-            }
-        }
-    }
-}
-
-/// The finite bf16 next to `x`, ties to even; infinity and NaN stay what they are.
-#[inline(always)]
-fn rounded(x: f32) -> u32 {
-    /// The largest f32 that rounds to the largest finite bf16.
-    const LARGEST: u32 = 0x7f7f_7fff;
-    let bits = x.to_bits();
-    let magnitude = bits & 0x7fff_ffff;
-    let held = if magnitude < f32::INFINITY.to_bits() { magnitude.min(LARGEST) } else { magnitude };
-    bf16_bits(f32::from_bits(bits & 0x8000_0000 | held))
-}
-
-/// Packs the words of weights, block of K after block of K, in the shell of the vectors.
+/// Packs the words of weights, block of K after block of K.
 pub(super) struct PackPairs<'a, T>(pub(super) &'a mut PackedWeights, pub(super) MatRef<'a, T>);
 
-impl<T: Element> WithSimd for PackPairs<'_, T> {
-    type Output = ();
-
+impl<T: Paired> Bf16Visitor for PackPairs<'_, T> {
     #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) {
+    fn visit<D: Bf16Products, const VECS: usize>(self, kernel: Bf16Kernel<D, VECS>) {
         let PackPairs(packed, b) = self;
         for depth in packed.depths() {
             for first in (0..b.cols()).step_by(NR) {
-                let cols = first..(first + NR).min(b.cols());
-                round_panel(b.sub(depth.clone(), cols.clone()), packed.panel_mut(depth.clone(), first));
+                let panel = b.sub(depth.clone(), first..(first + NR).min(b.cols()));
+                let words = packed.panel_mut(depth.clone(), first);
+                pack_columns::<_, _, NR>(kernel.products(), panel, words);
             }
         }
     }

@@ -5,11 +5,13 @@
 
 use std::ops::Range;
 
+use half::bf16;
+
 use super::macrokernel::{Part, Problem, RightOperand};
 use super::microkernel::{KernelInfo, with_bf16_kernel, with_kernel};
 use super::tiles::TilePart;
 use crate::context::Context;
-use crate::isa::{Isa, IsaName};
+use crate::isa::{Bf16Dots, Isa, IsaName};
 
 /// Multiply-adds below which a task is not worth handing to another thread (about 20 µs on vectors).
 const MIN_TASK_WORK: usize = 1 << 20;
@@ -52,6 +54,12 @@ pub(super) fn run_part(isa: Isa, part: Part<'_>) {
         (IsaName::Avx512Bf16, _, Some(dots)) => with_bf16_kernel(dots, part),
         _ => with_kernel(isa, kernel.storage, part),
     }
+}
+
+/// As [`run_part`], with an A in bf16 and the kernel for it.
+#[inline(never)]
+pub(super) fn run_pairs(dots: Bf16Dots, part: Part<'_, bf16>) {
+    with_bf16_kernel(dots, part);
 }
 
 /// C cut into slabs of rows and of columns.

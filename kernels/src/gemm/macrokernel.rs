@@ -49,10 +49,10 @@ impl RightOperand<'_> {
 
 /// One product with checked shapes; every task sees the whole of it.
 #[derive(Clone, Copy)]
-pub(super) struct Problem<'a> {
+pub(super) struct Problem<'a, A = f32> {
     /// The kernel of the context's ISA for a B that is stored so.
     pub(super) kernel: &'static KernelInfo,
-    pub(super) a: MatRef<'a>,
+    pub(super) a: MatRef<'a, A>,
     pub(super) b: RightOperand<'a>,
     pub(super) n: usize,
     pub(super) c: Out<f32>,
@@ -62,7 +62,7 @@ pub(super) struct Problem<'a> {
     pub(super) blocking: Blocking,
 }
 
-impl<'a> Problem<'a> {
+impl<'a, A> Problem<'a, A> {
     /// C from element (`row`, `col`) on.
     #[inline(always)]
     pub(super) fn out(&self, row: usize, col: usize) -> Out<f32> {
@@ -78,11 +78,11 @@ impl<'a> Problem<'a> {
 }
 
 // SAFETY: `c` is the only part that is not Sync by itself; tasks write disjoint parts of it.
-unsafe impl Sync for Problem<'_> {}
+unsafe impl<A: Sync> Sync for Problem<'_, A> {}
 
 /// One task: this part of C.
-pub(super) struct Part<'a> {
-    pub(super) problem: &'a Problem<'a>,
+pub(super) struct Part<'a, A = f32> {
+    pub(super) problem: &'a Problem<'a, A>,
     pub(super) rows: Range<usize>,
     pub(super) cols: Range<usize>,
 }

@@ -8,25 +8,27 @@
 //!     a block of C in f32, its epilogue included
 //!     round it into C
 //! ```
-//! Widening is exact and C is rounded once, at the very end, so the result is that of the f32 views of the same numbers, bit for bit, rounded
+//! Kernels for pairs of bf16 take the rows as they are. Widening is exact and C is rounded once, at the very end, so the result is that of the f32 views of the same numbers, bit for bit, rounded
 //! to bf16. A C in f32 is written in place.
 //!
 //! Rejected: kernels that load and store bf16 themselves. Each would be compiled twice, for two passes over a block that lies in a near cache.
 
+use std::ops::Range;
+
 use half::bf16;
 
 use super::Operand;
-use super::driver::{Grid, run_part};
+use super::driver::{Grid, run_pairs, run_part};
 use super::epilogue::{Accum, Epilogue};
 use super::macrokernel::{Part, Problem, RightOperand};
-use super::microkernel::{Out, kernel_for};
+use super::microkernel::{Out, Storage, kernel_for};
 use super::operand::Output;
 use super::pack::Element;
 use super::packed::PackedWeights;
 use super::quantise::{WeightFormat, bf16_bits};
 use crate::context::{Blocking, Context};
 use crate::error::ShapeError;
-use crate::isa::IsaName;
+use crate::isa::{Bf16Dots, IsaName};
 use crate::scratch::ScratchBuf;
 use crate::view::{MatMut, MatRef};
 
@@ -95,15 +97,14 @@ impl Product<'_> {
     fn in_place(&self, piece: Piece<'_, f32>) {
         let Piece { mut c, row, col } = piece;
         let cols = col..col + c.cols();
-        let mut wide = ScratchBuf::take(self.block_rows(c.rows()) * self.b.rows());
         let step = self.block_rows(c.rows());
         for first in (0..c.rows()).step_by(step) {
             let rows = first..(first + step).min(c.rows());
-            let a = self.rows_of_a(row + rows.start..row + rows.end, &mut wide);
             let (row_stride, col_stride) = (c.row_stride(), c.col_stride());
             let ptr = c.as_mut_ptr().wrapping_add(rows.start * row_stride).wrapping_sub(col * col_stride);
             let out = Out { ptr, row_stride, col_stride };
-            self.block(a, row + rows.start, cols.clone(), (out, self.accum));
+            let a = self.rows_of_a(row + rows.start..row + rows.end);
+            self.block(&a, row + rows.start, cols.clone(), (out, self.accum));
         }
     }
 
@@ -112,11 +113,10 @@ impl Product<'_> {
         let Piece { mut c, row, col } = piece;
         let step = self.block_rows(c.rows());
         let width = (COLS / self.b.panel_cols()).max(1) * self.b.panel_cols();
-        let mut wide = ScratchBuf::take(step * self.b.rows());
         let mut sums = ScratchBuf::take(step * width.min(c.cols()));
         for first in (0..c.rows()).step_by(step) {
             let rows = first..(first + step).min(c.rows());
-            let a = self.rows_of_a(row + rows.start..row + rows.end, &mut wide);
+            let a = self.rows_of_a(row + rows.start..row + rows.end);
             for left in (0..c.cols()).step_by(width) {
                 let cols = left..(left + width).min(c.cols());
                 let mut c = c.reborrow().sub(rows.clone(), cols.clone());
@@ -128,7 +128,7 @@ impl Product<'_> {
                 }
                 let ptr = sums.as_mut_ptr().wrapping_sub(col + cols.start);
                 let out = Out { ptr, row_stride: cols.len(), col_stride: 1 };
-                self.block(a, row + rows.start, col + cols.start..col + cols.end, (out, self.accum));
+                self.block(&a, row + rows.start, col + cols.start..col + cols.end, (out, self.accum));
                 for (i, sums) in sums.chunks_exact(cols.len()).enumerate() {
                     round_row(sums, c.reborrow().sub(i..i + 1, 0..cols.len()));
                 }
@@ -141,13 +141,16 @@ impl Product<'_> {
         super::blocking::blocking(self.ctx, self.b.kernel()).mc.min(rows)
     }
 
-    /// Those rows of A in f32: where they are, or widened into `wide`.
-    fn rows_of_a<'s>(&'s self, rows: std::ops::Range<usize>, wide: &'s mut [f32]) -> MatRef<'s> {
-        match self.a {
-            Operand::F32(a) => a.sub(rows, 0..a.cols()),
-            Operand::Bf16(a) => {
+    /// Those rows of A: where they are, or widened.
+    fn rows_of_a(&self, rows: Range<usize>) -> Rows<'_> {
+        match (self.a, self.ctx.isa().bf16_dots()) {
+            (Operand::F32(a), _) => Rows::F32(a.sub(rows, 0..a.cols())),
+            (Operand::Bf16(a), Some(dots)) if self.b.kernel().left == Storage::Bf16 => {
+                Rows::Bf16(a.sub(rows, 0..a.cols()), dots)
+            }
+            (Operand::Bf16(a), _) => {
                 let a = a.sub(rows, 0..a.cols());
-                let wide = &mut wide[..a.rows() * a.cols()];
+                let mut wide = ScratchBuf::take(a.rows() * a.cols());
                 for (i, wide) in wide.chunks_exact_mut(a.cols().max(1)).enumerate() {
                     if a.col_stride() == 1 {
                         wide.iter_mut().zip(a.row(i)).for_each(|(to, x)| *to = x.widen());
@@ -155,26 +158,50 @@ impl Product<'_> {
                         wide.iter_mut().zip(0..).for_each(|(to, p)| *to = a.at(i, p).widen());
                     }
                 }
-                MatRef::new(wide, a.rows(), a.cols()).expect("it was cut to this size")
+                Rows::Widened(wide, a.rows(), a.cols())
             }
         }
     }
 
     /// Rows of C from `first` on, as many as `a` has, on this thread. `out` is where element (`first`, 0) would be.
-    fn block(
-        &self,
-        a: MatRef<'_>,
+    fn block(&self, a: &Rows<'_>, first: usize, cols: Range<usize>, out: (Out<f32>, Accum)) {
+        let isa = self.ctx.isa();
+        match a {
+            Rows::Bf16(a, dots) => {
+                let (problem, rows) = (self.problem(*a, first, out), 0..a.rows());
+                run_pairs(*dots, Part { problem: &problem, rows, cols });
+            }
+            Rows::F32(a) => {
+                let (problem, rows) = (self.problem(*a, first, out), 0..a.rows());
+                run_part(isa, Part { problem: &problem, rows, cols });
+            }
+            Rows::Widened(wide, m, k) => {
+                let a = MatRef::new(wide, *m, *k).expect("it was cut to this size");
+                run_part(isa, Part { problem: &self.problem(a, first, out), rows: 0..*m, cols });
+            }
+        }
+    }
+
+    fn problem<'s, A>(
+        &'s self,
+        a: MatRef<'s, A>,
         first: usize,
-        cols: std::ops::Range<usize>,
-        (out, accum): (Out<f32>, Accum),
-    ) {
+        (c, accum): (Out<f32>, Accum),
+    ) -> Problem<'s, A> {
         let kernel = self.b.kernel();
         let blocking = Blocking { kc: self.b.depth(), ..super::blocking::blocking(self.ctx, kernel) };
         let epilogue = self.epilogue.rows(first..first + a.rows());
         let b = RightOperand::Packed(self.b);
-        let problem = Problem { kernel, a, b, n: self.b.cols(), c: out, accum, epilogue, blocking };
-        run_part(self.ctx.isa(), Part { problem: &problem, rows: 0..a.rows(), cols });
+        Problem { kernel, a, b, n: self.b.cols(), c, accum, epilogue, blocking }
     }
+}
+
+/// A block of rows of A.
+enum Rows<'a> {
+    F32(MatRef<'a>),
+    Widened(ScratchBuf, usize, usize),
+    /// For a kernel that reads them so.
+    Bf16(MatRef<'a, bf16>, Bf16Dots),
 }
 
 /// C cut as the grid says.

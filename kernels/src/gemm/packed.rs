@@ -19,9 +19,9 @@ use fill::PackTiles;
 use super::bf16_pairs::PackPairs;
 use super::blocking::{block_depth, blocking};
 use super::microkernel::amx::{BLOCK, SIDE};
-use super::microkernel::{KernelInfo, Rhs, Storage, kernel_for};
+use super::microkernel::{KernelInfo, PROOF, Rhs, Storage, kernel_for, with_bf16_kernel};
 use super::operand::Operand;
-use super::pack::Element;
+use super::pair_packing::Paired;
 use super::placement::lies_far;
 use super::quantise::{WeightFormat, decode};
 use super::split::right_element;
@@ -138,7 +138,7 @@ impl PackedWeights {
         }
     }
 
-    fn repack_elements<T: Element>(&mut self, ctx: &Context, b: MatRef<'_, T>) -> Result<(), ShapeError> {
+    fn repack_elements<T: Paired>(&mut self, ctx: &Context, b: MatRef<'_, T>) -> Result<(), ShapeError> {
         let (shape, len) = PackedWeights::shaped(ctx, [b.rows(), b.cols()], self.format)?;
         // After the size: a broadcast may claim more elements than anyone can look at.
         self.format.check_elements(b)?;
@@ -148,7 +148,9 @@ impl PackedWeights {
         *self = PackedWeights { words, ..shape };
         match (kernel.isa, kernel.storage) {
             (IsaName::Amx, _) => ctx.isa().dispatch(PackTiles(self, b)),
-            (IsaName::Avx512Bf16, _) => ctx.isa().dispatch(PackPairs(self, b)),
+            (IsaName::Avx512Bf16, _) => {
+                with_bf16_kernel(ctx.isa().bf16_dots().expect(PROOF), PackPairs(self, b));
+            }
             (_, Storage::F32) => self.pack_words(ctx, b),
             _ => self.encode(b, None),
         }

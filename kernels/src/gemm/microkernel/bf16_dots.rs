@@ -11,13 +11,11 @@
 //!   products of a pair join the sum with at most two roundings, to nearest. Operands and results below 2⁻¹²⁶ count as zero,
 //!   whatever the thread's rounding mode says. So an element is one chain over the words of a block of K, with at most
 //!   as many roundings as the chain of f32 has, but not its bits.
-//! - The words of rhs are those that lie for the kernel with an A in f32: pairs along k. The left operand lies as such words too,
-//!   rounded before (`gemm::bf16_pairs`): one load and one broadcast feed 32 multiply-adds a vector.
-//! - The tile is that of f32: 24 sums, 3 vectors of words and a broadcast of 32 registers.
-//! - As with other words of several elements there are few instances: panels are NR wide, and the epilogue is that of ragged tiles.
-//!
-//! Not done: one or two rows have 3 or 6 chains, which is less than hides the instruction's latency (6 cycles in Intel's
-//! tables). Weights in memory are read more slowly than that. Nothing here has been timed: the machine at hand has no such instruction.
+//! - The words of rhs are those that lie for the kernel with an A in f32: pairs along k. The left operand is words too: a row-major matrix of
+//!   bf16 as it lies, anything else as `gemm::bf16_pairs` made it. One load and one broadcast feed 32 multiply-adds a vector.
+//! - The tile is that of f32: 24 sums, 3 vectors of words and a broadcast of 32 registers. One or two rows have too few chains to
+//!   hide the latency, so they take four or two panels at a time.
+//! - As in the kernel of f32, tiles over far panels ask for the next one and for their rows of C.
 //!
 //! # Source
 //! Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, `VDPBF16PS`.
@@ -28,7 +26,8 @@ use pulp::Simd;
 use pulp::x86::V4;
 
 use super::finish::Tile;
-use super::{Bf16, Finish, Out};
+use super::prefetch::{self, Ahead};
+use super::{F32, Finish, Out, Rhs};
 use crate::isa::Bf16Dots;
 
 /// Vectors with dot products of pairs of bf16.
@@ -46,7 +45,19 @@ pub(crate) trait Bf16Products: Copy {
         left: <Self::Simd as Simd>::u32s,
         right: <Self::Simd as Simd>::u32s,
     ) -> <Self::Simd as Simd>::f32s;
+
+    /// Words of neighbours: word j holds elements 2j and 2j + 1, each as the nearest *finite* bf16, ties to even. Infinity and NaN stay what they are.
+    fn round_along(self, elements: &[f32; 2 * WORDS]) -> [u32; WORDS];
+
+    /// Words across two rows: word j holds element j of both, rounded likewise.
+    fn round_across(self, low: &[f32; WORDS], high: &[f32; WORDS]) -> [u32; WORDS];
 }
+
+/// Words that are made at once.
+pub(crate) const WORDS: usize = 16;
+
+/// The largest f32 that rounds to the largest finite bf16.
+const LARGEST: f32 = f32::from_bits(0x7f7f_7fff);
 
 /// AVX-512 with dot products of bf16: a value stands in its shell only.
 #[cfg(target_arch = "x86_64")]
@@ -74,18 +85,119 @@ impl Bf16Products for Wide {
             pulp::bytemuck::cast(_mm512_dpbf16_ps(pulp::bytemuck::cast(sum), left, right))
         }
     }
+
+    #[inline(always)]
+    fn round_along(self, elements: &[f32; 2 * WORDS]) -> [u32; WORDS] {
+        let [first, second] = pulp::bytemuck::cast::<[f32; 2 * WORDS], [pulp::f32x16; 2]>(*elements);
+        pulp::bytemuck::cast(self.round(first, second))
+    }
+
+    #[inline(always)]
+    fn round_across(self, low: &[f32; WORDS], high: &[f32; WORDS]) -> [u32; WORDS] {
+        use std::arch::x86_64::_mm512_permutexvar_epi16;
+        /// The halves of each word among 16 low and 16 high elements.
+        const HALVES: [u16; 2 * WORDS] = {
+            let (mut halves, mut j) = ([0; 2 * WORDS], 0);
+            while j < WORDS {
+                (halves[2 * j], halves[2 * j + 1]) = (j as u16, (WORDS + j) as u16);
+                j += 1;
+            }
+            halves
+        };
+        let halves = self.round(pulp::bytemuck::cast(*low), pulp::bytemuck::cast(*high));
+        // SAFETY: as above.
+        pulp::bytemuck::cast(unsafe {
+            _mm512_permutexvar_epi16(pulp::bytemuck::cast(HALVES), pulp::bytemuck::cast(halves))
+        })
+    }
 }
 
-/// One panel of C over one block of K.
+#[cfg(target_arch = "x86_64")]
+impl Wide {
+    /// All elements of `first`, then all of `second`, in halves of words. The instruction rounds what is beyond the range to infinity, so
+    /// that is taken back first, where there is any.
+    #[inline(always)]
+    fn round(self, first: pulp::f32x16, second: pulp::f32x16) -> pulp::u32x16 {
+        use pulp::bytemuck::cast;
+        use std::arch::x86_64::_mm512_cvtne2ps_pbh;
+        let (mut first, mut second) = (first, second);
+        if self.any_beyond(first) || self.any_beyond(second) {
+            (first, second) = (held(first), held(second));
+        }
+        // SAFETY: a value of this type is made after its set was found only; vectors of 512 bits all.
+        unsafe { std::mem::transmute(_mm512_cvtne2ps_pbh(cast(second), cast(first))) }
+    }
+
+    /// Whether a lane rounds to infinity.
+    #[inline(always)]
+    fn any_beyond(self, x: pulp::f32x16) -> bool {
+        use std::arch::x86_64::{_CMP_GT_OQ, _mm512_abs_ps, _mm512_cmp_ps_mask, _mm512_set1_ps};
+        // SAFETY: as above.
+        unsafe {
+            let magnitudes = _mm512_abs_ps(pulp::bytemuck::cast(x));
+            _mm512_cmp_ps_mask::<_CMP_GT_OQ>(magnitudes, _mm512_set1_ps(LARGEST)) != 0
+        }
+    }
+}
+
+/// With finite elements brought back into the range of finite bf16.
+#[cfg(target_arch = "x86_64")]
+#[cold]
+#[inline(never)]
+fn held(x: pulp::f32x16) -> pulp::f32x16 {
+    let mut x: [f32; WORDS] = pulp::bytemuck::cast(x);
+    for x in &mut x {
+        if x.is_finite() {
+            *x = x.clamp(-LARGEST, LARGEST);
+        }
+    }
+    pulp::bytemuck::cast(x)
+}
+
+/// Rows of a group of the left operand.
+pub(crate) const GROUP: usize = 16;
+
+/// Words of two bf16 along k: word `q` of row `i` lies `i / GROUP · group_stride + i % GROUP · row_stride + q · word_stride` bf16 after the first,
+/// at any alignment.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct PairRows {
+    pub(crate) ptr: *const u16,
+    pub(crate) group_stride: usize,
+    pub(crate) row_stride: usize,
+    pub(crate) word_stride: usize,
+}
+
+impl PairRows {
+    /// Rows as they follow each other, `row_stride` bf16 apart.
+    #[inline(always)]
+    pub(crate) fn row_major(ptr: *const u16, row_stride: usize) -> PairRows {
+        PairRows { ptr, group_stride: GROUP * row_stride, row_stride, word_stride: 2 }
+    }
+
+    /// Groups of `words` rows of GROUP words.
+    #[inline(always)]
+    pub(crate) fn groups(ptr: *const u32, words: usize) -> PairRows {
+        let word_stride = 2 * GROUP;
+        PairRows { ptr: ptr.cast(), group_stride: words * word_stride, row_stride: 2, word_stride }
+    }
+
+    /// The same from row `first` on, which begins a tile.
+    #[inline(always)]
+    fn from(self, first: usize) -> *const u16 {
+        self.ptr.wrapping_add(first / GROUP * self.group_stride + first % GROUP * self.row_stride)
+    }
+}
+
+/// A panel of C over one block of K; or one or two rows of C over several whole panels.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Bf16Strip<'a> {
-    /// Row-major, `words` words a row.
-    pub(crate) lhs: &'a [u32],
-    pub(crate) words: usize,
     pub(crate) rows: usize,
     pub(crate) cols: usize,
+    /// Words of a row of lhs, rows of words of rhs.
+    pub(crate) words: usize,
+    pub(crate) lhs: PairRows,
     /// Rows of NR words.
-    pub(crate) rhs: *const u32,
+    pub(crate) rhs: Rhs,
     pub(crate) out: Out<f32>,
     pub(crate) finish: Finish<'a>,
 }
@@ -128,33 +240,66 @@ fn wide<V: Bf16Visitor>(dots: Wide, visitor: V) {
 impl<D: Bf16Products, const VECS: usize> Bf16Kernel<D, VECS> {
     pub(crate) const MR: usize = 8;
     pub(crate) const NR: usize = VECS * D::Simd::F32_LANES;
+    /// Up to so many rows, a strip may span several panels.
+    pub(crate) const THIN_ROWS: usize = 2;
+
+    /// The products, for those who round operands.
+    #[inline(always)]
+    pub(crate) fn products(self) -> D {
+        self.0
+    }
 
     /// Computes one strip.
     ///
     /// # Safety
-    /// - `rhs` reaches `words` rows of NR readable words;
+    /// - `lhs` reaches `rows` rows of `words` readable words;
+    /// - `rhs` reaches `words` rows of NR readable words, in each panel;
     /// - `out` reaches `rows × cols` elements that no one else uses meanwhile, readable if `finish.add` is set;
     /// - bias, gate and residual, if any, have `cols` elements and `rows × cols`.
     #[inline(always)]
     pub(crate) unsafe fn run(self, strip: &Bf16Strip<'_>) {
-        debug_assert!((1..=Self::NR).contains(&strip.cols));
-        assert!(strip.lhs.len() >= strip.rows * strip.words);
-        let full = strip.rows / Self::MR * Self::MR;
-        for first in (0..full).step_by(Self::MR) {
-            // SAFETY: the contract, here and below; these are rows of the strip.
-            unsafe { self.tile::<8>(first, strip) };
-        }
-        // SAFETY: see above.
+        debug_assert!(strip.cols >= 1 && strip.rhs.depth_stride == Self::NR);
+        // SAFETY (all below): the contract.
         unsafe {
+            if strip.cols > Self::NR {
+                debug_assert!(strip.rows <= Self::THIN_ROWS && strip.cols.is_multiple_of(Self::NR));
+                match strip.rows {
+                    0 => {}
+                    1 => self.panels::<1, 4>(strip),
+                    _ => self.panels::<2, 2>(strip),
+                }
+                return;
+            }
+            // Fewer vectors where a panel is not full; on the vectors of tests it is as wide as it is.
+            match strip.cols.div_ceil(D::Simd::F32_LANES) {
+                1 if const { VECS == 3 } => self.tiles::<1>(strip),
+                2 if const { VECS == 3 } => self.tiles::<2>(strip),
+                _ => self.tiles::<VECS>(strip),
+            }
+        }
+    }
+
+    /// All tiles of a strip of one panel, W vectors of which count.
+    ///
+    /// # Safety
+    /// As [`Bf16Kernel::run`].
+    #[inline(always)]
+    unsafe fn tiles<const W: usize>(self, strip: &Bf16Strip<'_>) {
+        let full = strip.rows / Self::MR * Self::MR;
+        // SAFETY (all below): the contract; these are rows of the strip.
+        unsafe {
+            for first in (0..full).step_by(Self::MR) {
+                self.tile::<8, W>(first, strip);
+            }
             match strip.rows - full {
                 0 => {}
-                1 => self.tile::<1>(full, strip),
-                2 => self.tile::<2>(full, strip),
-                3 => self.tile::<3>(full, strip),
-                4 => self.tile::<4>(full, strip),
-                5 => self.tile::<5>(full, strip),
-                6 => self.tile::<6>(full, strip),
-                _ => self.tile::<7>(full, strip),
+                1 => self.tile::<1, W>(full, strip),
+                2 => self.tile::<2, W>(full, strip),
+                3 => self.tile::<3, W>(full, strip),
+                4 => self.tile::<4, W>(full, strip),
+                5 => self.tile::<5, W>(full, strip),
+                6 => self.tile::<6, W>(full, strip),
+                _ => self.tile::<7, W>(full, strip),
             }
         }
     }
@@ -164,28 +309,117 @@ impl<D: Bf16Products, const VECS: usize> Bf16Kernel<D, VECS> {
     /// # Safety
     /// As [`Bf16Kernel::run`]; the rows are rows of the strip.
     #[inline(always)]
-    unsafe fn tile<const H: usize>(self, first: usize, strip: &Bf16Strip<'_>) {
-        let (simd, words) = (self.0.simd(), strip.words);
-        let left = strip.lhs[first * words..(first + H) * words].as_ptr();
-        let mut acc = [[simd.splat_f32s(0.0); VECS]; H];
-        for q in 0..words {
-            let right = strip.rhs.wrapping_add(q * Self::NR).cast::<<D::Simd as Simd>::u32s>();
-            let mut row = [simd.splat_u32s(0); VECS];
-            for (w, row) in row.iter_mut().enumerate() {
-                // SAFETY: the contract on `rhs`.
-                *row = unsafe { right.add(w).read_unaligned() };
+    unsafe fn tile<const H: usize, const W: usize>(self, first: usize, strip: &Bf16Strip<'_>) {
+        let Rhs { ptr, panel_stride, far, .. } = strip.rhs;
+        let left = (strip.lhs.from(first), strip.lhs);
+        if far {
+            self.ask_for_rows::<H>(first, strip);
+        }
+        // Its share of the next panel, if not all of it was asked for.
+        let start = first / Self::MR * strip.words * const { lines_a_word(H) } * prefetch::LINE;
+        let ahead = Ahead::from(ptr.wrapping_add(panel_stride + start));
+        // SAFETY: the contract.
+        let [acc] = unsafe {
+            if far && start < panel_stride {
+                self.chains::<1, H, W, true>(strip.words, left, strip.rhs, ahead)
+            } else {
+                self.chains::<1, H, W, false>(strip.words, left, strip.rhs, ahead)
             }
-            for (i, acc) in acc.iter_mut().enumerate() {
-                // SAFETY: `left` has H rows of `words` words.
-                let pair = simd.splat_u32s(unsafe { *left.add(i * words + q) });
-                for (acc, row) in acc.iter_mut().zip(row) {
-                    *acc = self.0.add_dots(*acc, pair, row);
-                }
+        };
+        let tile = Tile { simd: self.0.simd(), acc };
+        // SAFETY: the contract on `out`, bias, gate and residual.
+        unsafe { tile.finish::<F32>(first, strip.cols, &strip.finish, strip.out) };
+    }
+
+    /// Asks for the last line of each row of C in the tile: the strip before this one has touched the first, if that is another.
+    #[inline(always)]
+    fn ask_for_rows<const H: usize>(self, first: usize, strip: &Bf16Strip<'_>) {
+        for i in 0..H {
+            let row = strip.out.ptr.wrapping_add((first + i) * strip.out.row_stride);
+            prefetch::line(row.wrapping_add((strip.cols - 1) * strip.out.col_stride));
+        }
+    }
+
+    /// H rows over whole panels, P at a time, the rest one by one.
+    ///
+    /// # Safety
+    /// As [`Bf16Kernel::run`].
+    #[inline(always)]
+    unsafe fn panels<const H: usize, const P: usize>(self, strip: &Bf16Strip<'_>) {
+        let count = strip.cols / Self::NR;
+        let whole = count / P * P;
+        // SAFETY (all below): the contract; these are panels of the strip.
+        unsafe {
+            for first in (0..whole).step_by(P) {
+                self.group::<H, P>(first, strip);
+            }
+            for panel in whole..count {
+                self.group::<H, 1>(panel, strip);
             }
         }
-        // SAFETY: the contract on `out`, bias, gate and residual.
-        unsafe { Tile { simd, acc }.finish::<Bf16>(first, strip.cols, &strip.finish, strip.out) };
     }
+
+    /// H rows of the P panels from panel `first` on.
+    ///
+    /// # Safety
+    /// As [`Bf16Kernel::run`]; the panels are panels of the strip.
+    #[inline(always)]
+    unsafe fn group<const H: usize, const P: usize>(self, first: usize, strip: &Bf16Strip<'_>) {
+        let rhs = Rhs { ptr: strip.rhs.ptr.wrapping_add(first * strip.rhs.panel_stride), ..strip.rhs };
+        let (left, nothing) = ((strip.lhs.ptr, strip.lhs), Ahead::from(rhs.ptr));
+        // SAFETY: the contract.
+        let acc = unsafe { self.chains::<P, H, VECS, false>(strip.words, left, rhs, nothing) };
+        for (panel, acc) in (first..).zip(acc) {
+            let (out, finish) = (strip.out.from(0, panel * Self::NR), strip.finish.after_col(panel * Self::NR));
+            // SAFETY: the contract on `out`, bias, gate and residual: this panel's columns of them.
+            unsafe { Tile { simd: self.0.simd(), acc }.finish::<F32>(0, Self::NR, &finish, out) };
+        }
+    }
+
+    /// `acc[r][i][w] = Σ_q left[i][q] · right[r][q][w]`, one chain over `q` for each element, of P panels.
+    ///
+    /// # Safety
+    /// H rows of `left` reach `words` words, and so many rows of W vectors each of P panels.
+    #[inline(always)]
+    unsafe fn chains<const P: usize, const H: usize, const W: usize, const AHEAD: bool>(
+        self,
+        words: usize,
+        (mut left, lies): (*const u16, PairRows),
+        right: Rhs,
+        mut ahead: Ahead,
+    ) -> [[[<D::Simd as Simd>::f32s; W]; H]; P] {
+        let simd = self.0.simd();
+        let mut acc = [[[simd.splat_f32s(0.0); W]; H]; P];
+        let mut right_ptr = right.ptr;
+        for _ in 0..words {
+            if const { AHEAD } {
+                ahead.fetch(const { lines_a_word(H) });
+            }
+            for (panel, acc) in acc.iter_mut().enumerate() {
+                let from = right_ptr.wrapping_add(panel * right.panel_stride).cast::<<D::Simd as Simd>::u32s>();
+                let mut row = [simd.splat_u32s(0); W];
+                for (w, row) in row.iter_mut().enumerate() {
+                    // SAFETY: the contract on `right`.
+                    *row = unsafe { from.add(w).read_unaligned() };
+                }
+                for (i, acc) in acc.iter_mut().enumerate() {
+                    let pair = left.wrapping_add(i * lies.row_stride).cast::<u32>();
+                    // SAFETY: the contract on `left`.
+                    let pair = simd.splat_u32s(unsafe { pair.read_unaligned() });
+                    for (acc, row) in acc.iter_mut().zip(row) {
+                        *acc = self.0.add_dots(*acc, pair, row);
+                    }
+                }
+            }
+            (left, right_ptr) = (left.wrapping_add(lies.word_stride), right_ptr.wrapping_add(Self::NR));
+        }
+        acc
+    }
+}
+
+/// Lines of the next panel that a tile of `height` rows asks for beside each word: all of them where tiles are low, and so likely to be few.
+const fn lines_a_word(height: usize) -> usize {
+    if height <= 4 { 3 } else { 1 }
 }
 
 /// The same in plain arithmetic on other vectors, so that all around the instruction is tested where no CPU has it.
@@ -196,6 +430,7 @@ mod plain {
 
     use super::super::bytes::lane;
     use super::*;
+    use crate::gemm::quantise::bf16_bits;
 
     #[derive(Debug, Clone, Copy)]
     struct Plain(V3);
@@ -227,6 +462,21 @@ mod plain {
             }
             pulp::bytemuck::cast(sums)
         }
+
+        #[inline(always)]
+        fn round_along(self, elements: &[f32; 2 * WORDS]) -> [u32; WORDS] {
+            std::array::from_fn(|j| rounded(elements[2 * j]) | rounded(elements[2 * j + 1]) << 16)
+        }
+
+        #[inline(always)]
+        fn round_across(self, low: &[f32; WORDS], high: &[f32; WORDS]) -> [u32; WORDS] {
+            std::array::from_fn(|j| rounded(low[j]) | rounded(high[j]) << 16)
+        }
+    }
+
+    /// The finite bf16 next to `x`, ties to even; infinity and NaN stay what they are.
+    fn rounded(x: f32) -> u32 {
+        bf16_bits(if x.is_finite() { x.clamp(-LARGEST, LARGEST) } else { x })
     }
 
     struct Shell<V>(Plain, V);

@@ -221,7 +221,7 @@ pub(crate) trait ByteVisitor {
     fn visit<P: ByteProducts, const MR: usize, const VECS: usize>(self, kernel: ByteKernel<P, MR, VECS>);
 }
 
-pub(super) const PROOF: &str = "an Isa is the proof that the CPU has it";
+pub(crate) const PROOF: &str = "an Isa is the proof that the CPU has it";
 
 /// Runs `visitor` with the kernel of `isa` for int8 weights; its tiles are those of the f32 kernel for them.
 pub(crate) fn with_byte_kernel<V: ByteVisitor>(isa: Isa, visitor: V) {
