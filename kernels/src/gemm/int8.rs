@@ -25,18 +25,25 @@ use super::epilogue::{Accum, Epilogue};
 use super::int8_int4::{GroupPart, GroupProduct};
 use super::int8_rows::{Int8Rows, Integers, quantise_row};
 use super::microkernel::{
-    ByteKernel, ByteProducts, ByteStrip, ByteVisitor, KernelInfo, Out, RowScale, Sink, Storage, WordBlock,
-    int8_kernel_of, kernel_of, with_byte_kernel, with_nibble_kernel,
+    ByteKernel, ByteProducts, ByteStrip, ByteVisitor, KernelInfo, Out, Rhs, RowScale, Sink, Storage,
+    WordBlock, int8_kernel_of, kernel_of, with_byte_kernel, with_nibble_kernel,
 };
 use super::packed::PackedWeights;
+use super::placement::lies_far;
 use super::quantise::WeightFormat;
 use crate::context::Context;
 use crate::error::{ShapeError, expect_dim};
 use crate::scratch::{ScratchBuf, Words};
 use crate::view::MatMut;
 
-/// Rows that a task quantises at a time: whole tiles of every kernel, and with k = 4096 no more than 400 KiB.
-pub(super) const ROWS: usize = 48;
+/// Rows that a task quantises at a time: at least whole tiles of every kernel (with k = 4096 no more than 400 KiB), and more of short rows, as many as lie in the
+/// second-level cache beside a panel, so that weights from farther away are read less often.
+pub(super) fn rows_at_once(rows: usize, row_words: usize) -> usize {
+    const TILES: usize = 48;
+    const WORDS: usize = 48 << 10;
+    let held = (WORDS / row_words.max(1)).clamp(TILES, 4 * TILES) / TILES * TILES;
+    held.min(rows)
+}
 
 /// `C = activation(scale·Â·B [+ C] + bias)∘gate + residual`, where Â is A rounded to int8 row by row and B holds int8 or int4.
 ///
@@ -206,36 +213,48 @@ impl ByteVisitor for Part<'_> {
         debug_assert_eq!((ByteKernel::<P, MR, VECS>::MR, nr), (product.kernel.mr, product.kernel.nr));
         let depths = b.depths();
         let row_words: usize = depths.iter().map(|depth| P::LEFT.words() * depth.len().div_ceil(4)).sum();
+        let held = rows_at_once(rows.len(), row_words);
         let mut left = Words::default();
-        left.resize(ROWS.min(rows.len()) * row_words);
-        let mut scales = [RowScale::default(); ROWS];
+        left.resize(held * row_words);
+        let mut scales = vec![RowScale::default(); held];
         let mut staging = ScratchBuf::take(b.rows());
         let mut blocks = Vec::with_capacity(depths.len());
-        for first in rows.clone().step_by(ROWS) {
-            let block = first..(first + ROWS).min(rows.end);
+        for first in rows.clone().step_by(held) {
+            let block = first..(first + held).min(rows.end);
             for (i, scale) in block.clone().zip(&mut scales) {
                 let to = &mut left[(i - first) * row_words..][..row_words];
                 *scale = quantise_row(product.a, i, b.depth(), P::LEFT, (&mut staging, to));
             }
-            for j in cols.clone().step_by(nr) {
-                let panel = j..(j + nr).min(cols.end);
+            let mut j = cols.start;
+            while j < cols.end {
+                // One panel; or, for few rows, all whole ones.
+                let whole = (cols.end - j) / nr;
+                let several = block.len() <= ByteKernel::<P, MR, VECS>::THIN_ROWS;
+                let end = match if several { whole } else { whole.min(1) } {
+                    0 => cols.end,
+                    panels => j + panels * nr,
+                };
                 blocks.clear();
                 blocks.extend(depths.iter().map(
                     #[inline(always)]
-                    |depth| {
-                        // The words of a block follow its row of scales.
-                        let ptr = b.panels(depth.clone(), panel.clone()).ptr.wrapping_add(nr);
-                        WordBlock { ptr, words: depth.len().div_ceil(4) }
-                    },
+                    |depth| word_block(b, depth, j..end, nr),
                 ));
                 let lhs = &left[..block.len() * row_words];
-                let strip = product.strip(block.clone(), panel, (&scales[..block.len()], lhs, &blocks), nr);
-                // SAFETY: the blocks are those of this panel, the weights have NR scales before the first; this
+                let strip = product.strip(block.clone(), j..end, (&scales[..block.len()], lhs, &blocks), nr);
+                // SAFETY: the blocks are those of these panels, the weights have NR scales before the first; this
                 // task alone writes these rows and columns of C, and the shapes of the epilogue were checked.
                 unsafe { kernel.run(&strip) };
+                j = end;
             }
         }
     }
+}
+
+/// The words of a block of K in those panels, which follow their row of scales.
+#[inline(always)]
+fn word_block(b: &PackedWeights, depth: &Range<usize>, cols: Range<usize>, nr: usize) -> WordBlock {
+    let Rhs { ptr, panel_stride, .. } = b.panels(depth.clone(), cols);
+    WordBlock { ptr: ptr.wrapping_add(nr), words: depth.len().div_ceil(4), panel_stride }
 }
 
 impl Product<'_> {
@@ -250,7 +269,8 @@ impl Product<'_> {
         let sink = self.sink(rows, cols.clone());
         let scales = blocks.first().map_or(ONES.as_ptr(), |block| block.ptr.wrapping_sub(nr).cast());
         let column_sums = self.b.column_sums(&cols);
-        ByteStrip { rows: scales_of_rows, cols: cols.len(), lhs, blocks, scales, column_sums, sink }
+        let far = lies_far(self.b.bytes());
+        ByteStrip { rows: scales_of_rows, cols: cols.len(), lhs, blocks, far, scales, column_sums, sink }
     }
 
     /// Where the sums of these rows and columns go, and what is done to them.

@@ -18,9 +18,9 @@
 use std::ops::Range;
 
 use super::epilogue::{Accum, Epilogue};
-use super::int8::ROWS;
+use super::int8::rows_at_once;
 use super::int8_rows::{Int8Rows, quantise_blocks};
-use super::microkernel::{ByteKernel, ByteProducts, ByteVisitor, GroupStrip, Order, Out, WordBlock};
+use super::microkernel::{ByteKernel, ByteProducts, ByteVisitor, GroupStrip, Order, Out, Rhs, WordBlock};
 use super::packed::PackedWeights;
 use crate::scratch::{ScratchBuf, Words};
 
@@ -52,15 +52,15 @@ impl ByteVisitor for GroupPart<'_> {
         let depths: Vec<_> = b.depths().into_iter().flat_map(|depth| groups(depth, b.group())).collect();
         let words_of = |depth: &Range<usize>| depth.len().div_ceil(order.elements());
         let row_words = order.words() * depths.iter().map(words_of).sum::<usize>();
-        let held = ROWS.min(rows.len());
+        let held = rows_at_once(rows.len(), row_words);
         let (mut left, mut excess) = (Words::default(), Words::default());
         left.resize(held * row_words);
         excess.resize(held * depths.len());
-        let mut scales = [0.0; ROWS];
+        let mut scales = vec![0.0; held];
         let mut staging = ScratchBuf::take(b.rows());
         let mut blocks = Vec::with_capacity(depths.len());
-        for first in rows.clone().step_by(ROWS) {
-            let block = first..(first + ROWS).min(rows.end);
+        for first in rows.clone().step_by(held) {
+            let block = first..(first + held).min(rows.end);
             for (i, scale) in block.clone().zip(&mut scales) {
                 let to = &mut left[(i - first) * row_words..][..row_words];
                 let mut of_groups = excess[(i - first) * depths.len()..][..depths.len()].iter_mut();
@@ -78,11 +78,11 @@ impl ByteVisitor for GroupPart<'_> {
                 let panel = j..(j + nr).min(cols.end);
                 blocks.clear();
                 for depth in b.depths() {
-                    let mut ptr = b.panels(depth.clone(), panel.clone()).ptr;
+                    let Rhs { mut ptr, panel_stride, .. } = b.panels(depth.clone(), panel.clone());
                     for group in groups(depth, b.group()) {
                         let words = words_of(&group);
                         // The words of a group follow its row of scales.
-                        blocks.push(WordBlock { ptr: ptr.wrapping_add(nr), words });
+                        blocks.push(WordBlock { ptr: ptr.wrapping_add(nr), words, panel_stride });
                         ptr = ptr.wrapping_add((1 + words) * nr);
                     }
                 }

@@ -177,13 +177,7 @@ fn integers_of(row: &[f32], inverse: f32, order: Order, to: &mut [u32]) -> u32 {
             #[inline(always)]
             |q: [u32; 4]| [pair(q[0], q[2]), pair(q[1], q[3])],
         ),
-        Order::Bytes => lay_out(
-            row,
-            inverse,
-            to,
-            #[inline(always)]
-            |q: [u32; 4]| [bytes(q)],
-        ),
+        Order::Bytes => bytes_in_order(row, inverse, to),
         Order::Nibbles => lay_out(
             row,
             inverse,
@@ -204,6 +198,38 @@ fn bytes(q: [u32; 4]) -> u32 {
     (q[0] & 0xff) | (q[1] & 0xff) << 8 | (q[2] & 0xff) << 16 | q[3] << 24
 }
 
+/// 1.5·2²³: the last place of its neighbours is 1.
+const ROUND: f32 = 12_582_912.0;
+
+/// The integer next to `x·inverse`, ties to even, modulo 2³².
+#[inline(always)]
+fn integer(x: f32, inverse: f32) -> u32 {
+    (x * inverse + ROUND).to_bits().wrapping_sub(ROUND.to_bits())
+}
+
+/// Writes four integers a word, and returns the sum of all, modulo 2³². Zeros fill the last word up.
+#[inline(always)]
+fn bytes_in_order(row: &[f32], inverse: f32, to: &mut [u32]) -> u32 {
+    /// Integers of a turn, which lie in the first-level cache between three loops that all become vectors; one loop for all did not.
+    const TURN: usize = 256;
+    let mut integers = [0; TURN];
+    let mut sum = 0u32;
+    let to = pulp::bytemuck::cast_slice_mut::<u32, u8>(to);
+    for (elements, to) in row.chunks(TURN).zip(to.chunks_mut(TURN)) {
+        let integers = &mut integers[..elements.len()];
+        for (q, x) in integers.iter_mut().zip(elements) {
+            *q = integer(*x, inverse);
+        }
+        sum = integers.iter().fold(sum, |sum, q| sum.wrapping_add(*q));
+        let (bytes, rest) = to.split_at_mut(integers.len());
+        for (byte, q) in bytes.iter_mut().zip(integers) {
+            *byte = *q as u8;
+        }
+        rest.fill(0);
+    }
+    sum
+}
+
 /// Writes W words for each E elements, and returns the sum of all integers, modulo 2³². Zeros fill the last ones up.
 #[inline(always)]
 fn lay_out<const E: usize, const W: usize>(
@@ -212,8 +238,6 @@ fn lay_out<const E: usize, const W: usize>(
     to: &mut [u32],
     words_of: impl Fn([u32; E]) -> [u32; W],
 ) -> u32 {
-    /// 1.5·2²³: the last place of its neighbours is 1.
-    const ROUND: f32 = 12_582_912.0;
     let (whole, rest) = row.as_chunks::<E>();
     let mut last = [0.0; E];
     last[..rest.len()].copy_from_slice(rest);
@@ -222,7 +246,7 @@ fn lay_out<const E: usize, const W: usize>(
     for (elements, to) in whole.iter().chain(tail).zip(to.as_chunks_mut::<W>().0) {
         let q = elements.map(
             #[inline(always)]
-            |x| (x * inverse + ROUND).to_bits().wrapping_sub(ROUND.to_bits()),
+            |x| integer(x, inverse),
         );
         sum = q.iter().fold(sum, |sum, q| sum.wrapping_add(*q));
         *to = words_of(q);

@@ -25,6 +25,7 @@ use pulp::Simd;
 #[cfg(target_arch = "x86_64")]
 use pulp::x86::V4;
 
+use super::bytes::lines_a_word;
 use super::finish::Tile;
 use super::prefetch::{self, Ahead};
 use super::{F32, Finish, Out, Rhs};
@@ -370,7 +371,8 @@ impl<D: Bf16Products, const VECS: usize> Bf16Kernel<D, VECS> {
         // SAFETY: the contract.
         let acc = unsafe { self.chains::<P, H, VECS, false>(strip.words, left, rhs, nothing) };
         for (panel, acc) in (first..).zip(acc) {
-            let (out, finish) = (strip.out.from(0, panel * Self::NR), strip.finish.after_col(panel * Self::NR));
+            let (out, finish) =
+                (strip.out.from(0, panel * Self::NR), strip.finish.after_col(panel * Self::NR));
             // SAFETY: the contract on `out`, bias, gate and residual: this panel's columns of them.
             unsafe { Tile { simd: self.0.simd(), acc }.finish::<F32>(0, Self::NR, &finish, out) };
         }
@@ -396,7 +398,8 @@ impl<D: Bf16Products, const VECS: usize> Bf16Kernel<D, VECS> {
                 ahead.fetch(const { lines_a_word(H) });
             }
             for (panel, acc) in acc.iter_mut().enumerate() {
-                let from = right_ptr.wrapping_add(panel * right.panel_stride).cast::<<D::Simd as Simd>::u32s>();
+                let from =
+                    right_ptr.wrapping_add(panel * right.panel_stride).cast::<<D::Simd as Simd>::u32s>();
                 let mut row = [simd.splat_u32s(0); W];
                 for (w, row) in row.iter_mut().enumerate() {
                     // SAFETY: the contract on `right`.
@@ -415,11 +418,6 @@ impl<D: Bf16Products, const VECS: usize> Bf16Kernel<D, VECS> {
         }
         acc
     }
-}
-
-/// Lines of the next panel that a tile of `height` rows asks for beside each word: all of them where tiles are low, and so likely to be few.
-const fn lines_a_word(height: usize) -> usize {
-    if height <= 4 { 3 } else { 1 }
 }
 
 /// The same in plain arithmetic on other vectors, so that all around the instruction is tested where no CPU has it.

@@ -14,12 +14,15 @@
 //! - A left operand of unsigned integers with a zero point fits 16 bits as it is. Bytes hold it less 128, and the rest, which
 //!   is the same for all of a row, is multiplied by the sum of each column's weights.
 
+use std::ops::Range;
+
 use pulp::{Simd, WithSimd};
 
 #[cfg(target_arch = "x86_64")]
 use super::dots;
-use super::finish::EdgeTile;
-use super::{Finish, Out};
+use super::finish::Tile;
+use super::prefetch::{self, Ahead};
+use super::{F32, Finish, Out};
 use crate::isa::{Isa, IsaName};
 
 /// How the integers of a row of the left operand are laid out.
@@ -42,6 +45,11 @@ impl Order {
         }
     }
 
+    /// Whether the left operand's words are those of the weights.
+    const fn whole_words(self) -> bool {
+        matches!(self, Order::Bytes)
+    }
+
     /// The words of the left operand beside one word of weights.
     pub(crate) const fn words(self) -> usize {
         match self {
@@ -61,16 +69,18 @@ pub(crate) trait ByteProducts: Copy {
     /// The proof of the vectors.
     fn simd(self) -> Self::Simd;
 
-    /// Adds the products of one block of K to the sums of H rows and VECS vectors of columns, modulo 2³².
+    /// Adds the products of one block of K to the sums of P panels, of H rows and W of the panel's VECS vectors of columns each, modulo 2³². On
+    /// the way it may ask for what lies `ahead`.
     ///
     /// # Safety
-    /// The block reaches `words` rows of VECS readable vectors. So do H rows of the left operand, `row_words` apart and in the
+    /// The block reaches `words` rows of VECS readable vectors in each panel. So do H rows of the left operand, `row_words` apart and in the
     /// order LEFT, as many words as belong to the block.
-    unsafe fn add_block<const H: usize, const VECS: usize>(
+    unsafe fn add_block<const P: usize, const H: usize, const W: usize, const VECS: usize>(
         self,
-        sums: &mut [[Vector<Self>; VECS]; H],
+        sums: &mut [[[Vector<Self>; W]; H]; P],
         left: (*const u32, usize),
         block: WordBlock,
+        ahead: Option<Ahead>,
     );
 
     /// As [`ByteProducts::add_block`], with words of eight integers of 4 bits.
@@ -135,14 +145,15 @@ impl Out<i32> {
     }
 }
 
-/// A block of K in one panel of rhs: rows of words, NR wide.
+/// A block of K in a panel of rhs: rows of words, NR wide. The next panel lies `panel_stride` words on.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct WordBlock {
     pub(crate) ptr: *const u32,
     pub(crate) words: usize,
+    pub(crate) panel_stride: usize,
 }
 
-/// One panel of C, all of K.
+/// One panel of C, all of K; or few rows of C over several whole panels.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct ByteStrip<'a> {
     pub(crate) rows: &'a [RowScale],
@@ -150,7 +161,9 @@ pub(crate) struct ByteStrip<'a> {
     /// Row-major; for each row of words in the blocks' order its elements, as [`ByteProducts::LEFT`] says.
     pub(crate) lhs: &'a [u32],
     pub(crate) blocks: &'a [WordBlock],
-    /// NR scales of the columns.
+    /// Whether the next panel lies in no near cache.
+    pub(crate) far: bool,
+    /// NR scales of the columns; those of the next panel are as far away as its words in the first block.
     pub(crate) scales: *const f32,
     /// The sums of the columns' integers.
     pub(crate) column_sums: &'a [i32],
@@ -179,31 +192,34 @@ pub(super) fn for_each_part<const H: usize>(words: usize, parts: usize, mut each
     }
 }
 
-/// Row `q` of the words of a block.
+/// The first W vectors of row `q` of the words of a block, whose rows have VECS.
 ///
 /// # Safety
-/// It is readable.
+/// They are readable.
 #[inline(always)]
-pub(super) unsafe fn row_of<S: Simd, const VECS: usize>(block: *const u32, q: usize) -> [S::u32s; VECS] {
-    let row = block.wrapping_add(q * VECS * S::F32_LANES).cast::<[S::u32s; VECS]>();
+pub(super) unsafe fn row_of<S: Simd, const W: usize, const VECS: usize>(
+    block: *const u32,
+    q: usize,
+) -> [S::u32s; W] {
+    let row = block.wrapping_add(q * VECS * S::F32_LANES).cast::<[S::u32s; W]>();
     // SAFETY: the contract; an array of vectors is its lanes.
     unsafe { row.read_unaligned() }
 }
 
-/// Row `q` of the words of a block, shifted to the right and what a mask leaves of it.
+/// As [`row_of`], shifted to the right and what a mask leaves of it.
 ///
 /// # Safety
-/// It is readable.
+/// As there.
 #[inline(always)]
-pub(super) unsafe fn part_of<S: Simd, const VECS: usize>(
+pub(super) unsafe fn part_of<S: Simd, const W: usize, const VECS: usize>(
     simd: S,
     block: *const u32,
     q: usize,
     (shift, mask): (usize, S::u32s),
-) -> [S::u32s; VECS] {
+) -> [S::u32s; W] {
     let shift = simd.splat_u32s(shift as u32);
     // SAFETY: the contract.
-    let mut row = unsafe { row_of::<S, VECS>(block, q) };
+    let mut row = unsafe { row_of::<S, W, VECS>(block, q) };
     // Not `map`: the compiler does not always inline what it calls.
     for words in &mut row {
         *words = simd.and_u32s(simd.wrapping_dyn_shr_u32s(*words, shift), mask);
@@ -273,86 +289,185 @@ impl<P: ByteProducts, const MR: usize, const VECS: usize> ByteKernel<P, MR, VECS
     pub(crate) const MR: usize = MR;
     pub(crate) const NR: usize = VECS * P::Simd::F32_LANES;
 
+    /// Up to so many rows, a strip may span several panels: fewer chains than hide the latency of a dot product of bytes.
+    pub(crate) const THIN_ROWS: usize = if P::LEFT.whole_words() { 2 } else { 0 };
+
     /// Computes one strip.
     ///
     /// # Safety
-    /// - each block reaches `words` rows of NR readable words, `scales` NR f32;
+    /// - each block reaches `words` rows of NR readable words, `scales` NR f32, in each panel;
     /// - the sink reaches `rows × cols` elements that no one else uses meanwhile, readable if it adds to them;
     /// - bias, gate and residual, if any, have `cols` elements and `rows × cols`.
     #[inline(always)]
     pub(crate) unsafe fn run(self, strip: &ByteStrip<'_>) {
-        debug_assert!((1..=Self::NR).contains(&strip.cols));
+        debug_assert!(strip.cols >= 1);
         let words: usize = strip.blocks.iter().map(|block| block.words).sum();
         assert!(strip.lhs.len() == strip.rows.len() * P::LEFT.words() * words);
-        let full = strip.rows.len() / MR * MR;
-        // SAFETY (all below): the contract; rows `first .. first + H` are rows of the strip.
-        for first in (0..full).step_by(MR) {
-            // SAFETY: see above.
-            unsafe { self.tile::<MR>(first, strip) };
-        }
-        // SAFETY: see above.
+        // SAFETY (all below): the contract.
         unsafe {
-            match strip.rows.len() - full {
-                0 => {}
-                1 => self.tile::<1>(full, strip),
-                2 => self.tile::<2>(full, strip),
-                3 => self.tile::<3>(full, strip),
-                4 => self.tile::<4>(full, strip),
-                5 => self.tile::<5>(full, strip),
-                6 => self.tile::<6>(full, strip),
-                _ => self.tile::<7>(full, strip),
+            if strip.cols > Self::NR {
+                debug_assert!(strip.rows.len() <= Self::THIN_ROWS && strip.cols.is_multiple_of(Self::NR));
+                match strip.rows.len() {
+                    0 => {}
+                    1 => self.panels::<1, 4>(strip),
+                    _ => self.panels::<2, 2>(strip),
+                }
+                return;
+            }
+            // Fewer vectors where a panel is not full. Pairs keep all of them: they are for older CPUs, and their instances many.
+            match strip.cols.div_ceil(P::Simd::F32_LANES) {
+                1 if const { P::LEFT.whole_words() && VECS > 1 } => self.tiles::<1>(strip),
+                2 if const { P::LEFT.whole_words() && VECS > 2 } => self.tiles::<2>(strip),
+                _ => self.tiles::<VECS>(strip),
             }
         }
     }
 
-    /// The tile of H rows that starts at row `first`.
+    /// All tiles of a strip of one panel, W vectors of which count.
     ///
     /// # Safety
-    /// As [`ByteKernel::run`]; the rows are rows of the strip.
+    /// As [`ByteKernel::run`].
     #[inline(always)]
-    unsafe fn tile<const H: usize>(self, first: usize, strip: &ByteStrip<'_>) {
+    unsafe fn tiles<const W: usize>(self, strip: &ByteStrip<'_>) {
+        let full = strip.rows.len() / MR * MR;
+        // SAFETY (all below): the contract; rows `first .. first + H` are rows of the strip.
+        unsafe {
+            for first in (0..full).step_by(MR) {
+                self.tile::<1, MR, W>(first, 0, strip);
+            }
+            match strip.rows.len() - full {
+                0 => {}
+                1 => self.tile::<1, 1, W>(full, 0, strip),
+                2 => self.tile::<1, 2, W>(full, 0, strip),
+                3 => self.tile::<1, 3, W>(full, 0, strip),
+                4 => self.tile::<1, 4, W>(full, 0, strip),
+                5 => self.tile::<1, 5, W>(full, 0, strip),
+                6 => self.tile::<1, 6, W>(full, 0, strip),
+                _ => self.tile::<1, 7, W>(full, 0, strip),
+            }
+        }
+    }
+
+    /// H rows over whole panels, Q at a time, the rest one by one.
+    ///
+    /// # Safety
+    /// As [`ByteKernel::run`].
+    #[inline(always)]
+    unsafe fn panels<const H: usize, const Q: usize>(self, strip: &ByteStrip<'_>) {
+        if const { Self::THIN_ROWS == 0 } {
+            unreachable!("a strip is one panel wide");
+        }
+        let count = strip.cols / Self::NR;
+        let whole = count / Q * Q;
+        // SAFETY (all below): the contract; these are panels of the strip.
+        unsafe {
+            for panel in (0..whole).step_by(Q) {
+                self.tile::<Q, H, VECS>(0, panel, strip);
+            }
+            for panel in whole..count {
+                self.tile::<1, H, VECS>(0, panel, strip);
+            }
+        }
+    }
+
+    /// The tile of H rows that starts at row `first`, in Q panels from `panel` on.
+    ///
+    /// # Safety
+    /// As [`ByteKernel::run`]; the rows are rows of the strip, the panels its panels.
+    #[inline(always)]
+    unsafe fn tile<const Q: usize, const H: usize, const W: usize>(
+        self,
+        first: usize,
+        panel: usize,
+        strip: &ByteStrip<'_>,
+    ) {
         if const { H > MR } {
             unreachable!("a tile is at most {MR} rows high");
         }
         let simd = self.0.simd();
         let row_words = strip.lhs.len() / strip.rows.len();
         let mut lhs = strip.lhs[first * row_words..(first + H) * row_words].as_ptr();
-        let mut sums = [[simd.splat_u32s(0); VECS]; H];
+        let mut sums = [[[simd.splat_u32s(0); W]; H]; Q];
+        if strip.far {
+            self.ask_for_rows::<H>(first, strip);
+        }
         for block in strip.blocks {
+            // Its share of the next panel, if not all of it was asked for.
+            let start = first / MR * block.words * const { lines_a_word(H) } * prefetch::LINE;
+            let next = block.ptr.wrapping_add(block.panel_stride + start);
+            let ahead = (strip.far && start < block.words * Self::NR).then(|| Ahead::from(next));
+            let block = WordBlock { ptr: block.ptr.wrapping_add(panel * block.panel_stride), ..*block };
             // SAFETY: the contract on the block; `run` checked that every row of lhs has as many words.
-            unsafe { self.0.add_block(&mut sums, (lhs, row_words), *block) };
+            unsafe { self.0.add_block::<Q, H, W, VECS>(&mut sums, (lhs, row_words), block, ahead) };
             lhs = lhs.wrapping_add(P::LEFT.words() * block.words);
         }
+        let stride = strip.blocks.first().map_or(0, |block| block.panel_stride);
+        for (panel, sums) in (panel..).zip(sums) {
+            let cols = panel * Self::NR..strip.cols.min((panel + 1) * Self::NR);
+            let scales = strip.scales.wrapping_add(panel * stride);
+            // SAFETY: the contract; these are columns of the strip, and their scales.
+            unsafe { self.finish(sums, first, (cols, scales), strip) };
+        }
+    }
+
+    /// Asks for the last line of each row of C in the tile: the strip before this one has touched the first, if that is another.
+    #[inline(always)]
+    fn ask_for_rows<const H: usize>(self, first: usize, strip: &ByteStrip<'_>) {
+        if let Sink::Scaled { out, .. } = strip.sink {
+            for i in first..first + H {
+                prefetch::line(out.ptr.wrapping_add(i * out.row_stride + (strip.cols - 1) * out.col_stride));
+            }
+        }
+    }
+
+    /// From the sums of H rows from `first` on, in those columns, to C.
+    ///
+    /// # Safety
+    /// As [`ByteKernel::run`]; the rows and columns are the strip's, the scales NR f32.
+    #[inline(always)]
+    unsafe fn finish<const H: usize, const W: usize>(
+        self,
+        mut sums: [[Vector<P>; W]; H],
+        first: usize,
+        (cols, scales): (Range<usize>, *const f32),
+        strip: &ByteStrip<'_>,
+    ) {
+        let simd = self.0.simd();
         let rows = &strip.rows[first..first + H];
         if P::LEFT == Order::Bytes {
-            add_shifts::<P::Simd, VECS>(&mut sums, rows, strip.column_sums);
+            add_shifts::<P::Simd, W>(&mut sums, rows, &strip.column_sums[cols.clone()]);
         }
         let (out, finish) = match &strip.sink {
-            Sink::Scaled { out, finish } => (*out, finish),
+            Sink::Scaled { out, finish } => (out.from(0, cols.start), finish.after_col(cols.start)),
             Sink::Integers { out, add } => {
                 for (i, (sums, row)) in sums.iter().zip(rows).enumerate() {
-                    for j in 0..strip.cols {
+                    for j in 0..cols.len() {
                         let lanes = P::Simd::F32_LANES;
                         let sum = lane::<P::Simd>(&sums[j / lanes], j % lanes).wrapping_sub(row.excess);
                         // SAFETY: the contract on the sink.
-                        unsafe { out.from(first + i, j).put(sum as i32, *add) };
+                        unsafe { out.from(first + i, cols.start + j).put(sum as i32, *add) };
                     }
                 }
                 return;
             }
         };
-        let mut tile = [[simd.splat_f32s(0.0); VECS]; H];
-        for ((tile, sums), row) in tile.iter_mut().zip(&sums).zip(rows) {
-            for (w, tile) in tile.iter_mut().enumerate() {
+        let mut acc = [[simd.splat_f32s(0.0); W]; H];
+        for ((acc, sums), row) in acc.iter_mut().zip(&sums).zip(rows) {
+            for (w, acc) in acc.iter_mut().enumerate() {
                 // SAFETY: the contract on the scales.
-                let scale = unsafe { strip.scales.cast::<<P::Simd as Simd>::f32s>().add(w).read_unaligned() };
+                let scale = unsafe { scales.cast::<<P::Simd as Simd>::f32s>().add(w).read_unaligned() };
                 let sum = less::<P::Simd>(sums[w], row.excess);
-                *tile = simd.mul_f32s(sum, simd.mul_f32s(scale, simd.splat_f32s(row.scale)));
+                *acc = simd.mul_f32s(sum, simd.mul_f32s(scale, simd.splat_f32s(row.scale)));
             }
         }
-        let (tile, cols) = (tile.as_flattened(), strip.cols);
-        simd.vectorize(EdgeTile { simd, tile, width: VECS, first, cols, finish, out });
+        // SAFETY: the contract on the sink, bias, gate and residual.
+        unsafe { Tile { simd, acc }.finish::<F32>(first, cols.len(), &finish, out) };
     }
+}
+
+/// Lines of the next panel that a tile of `height` rows asks for beside each word: all of them where tiles are low, and so likely to be few.
+pub(super) const fn lines_a_word(height: usize) -> usize {
+    if height <= 4 { 3 } else { 1 }
 }
 
 /// Adds what bytes could not hold of unsigned rows, modulo 2³².

@@ -15,9 +15,8 @@
 //!   broadcast of 32 registers, on 256 bits 12, 2 and one of 16. A sum waits for the one before it 5 cycles on the cores at
 //!   hand in Intel's tables, in which two ports take ten others: full tiles have enough.
 //!
-//! Not done: one or two rows have 3 or 6 chains of sums, so they are bound by the latency of the instruction, at about a third
-//! or a half of the rate. They are bound by reading the weights before that, unless these lie in a near cache.
-//! None of this has been timed: the machine at hand has no such instruction.
+//! - One or two rows have too few chains to hide the latency, so they take four or two panels at a time. Tiles over far panels ask for the
+//!   next one and for their rows of C, as in the kernel of f32.
 
 use std::arch::x86_64::{_mm256_dpbusd_avx_epi32, _mm512_dpbusd_epi32};
 
@@ -26,8 +25,10 @@ use pulp::bytemuck::cast;
 use pulp::x86::{V3, V4};
 
 use super::bytes::{
-    ByteKernel, ByteProducts, ByteVisitor, Order, PROOF, Vector, WordBlock, for_each_part, part_of, row_of,
+    ByteKernel, ByteProducts, ByteVisitor, Order, PROOF, Vector, WordBlock, for_each_part, lines_a_word,
+    part_of, row_of,
 };
+use super::prefetch::Ahead;
 use crate::isa::{Isa, IsaName};
 
 /// Vectors with dot products of bytes.
@@ -99,26 +100,20 @@ impl<D: ByteDots> ByteProducts for Dots<D> {
     }
 
     #[inline(always)]
-    unsafe fn add_block<const H: usize, const VECS: usize>(
+    unsafe fn add_block<const P: usize, const H: usize, const W: usize, const VECS: usize>(
         self,
-        sums: &mut [[Vector<Self>; VECS]; H],
-        (left, row_words): (*const u32, usize),
+        sums: &mut [[[Vector<Self>; W]; H]; P],
+        left: (*const u32, usize),
         block: WordBlock,
+        ahead: Option<Ahead>,
     ) {
-        let simd = self.simd();
-        let mut local = *sums;
-        for q in 0..block.words {
-            // SAFETY: the contract on the block.
-            let row = unsafe { row_of::<D::Simd, VECS>(block.ptr, q) };
-            for (i, sums) in local.iter_mut().enumerate() {
-                // SAFETY: the contract on the left operand.
-                let bytes = simd.splat_u32s(unsafe { *left.wrapping_add(i * row_words + q) });
-                for (sum, row) in sums.iter_mut().zip(row) {
-                    *sum = self.0.add_dots(*sum, row, bytes);
-                }
+        // SAFETY: the contract.
+        unsafe {
+            match ahead {
+                Some(ahead) => self.add_words::<P, H, W, VECS, true>(sums, left, block, ahead),
+                None => self.add_words::<P, H, W, VECS, false>(sums, left, block, Ahead::from(block.ptr)),
             }
         }
-        *sums = local;
     }
 
     #[inline(always)]
@@ -137,7 +132,7 @@ impl<D: ByteDots> ByteProducts for Dots<D> {
             #[inline(always)]
             |q, odd| {
                 // SAFETY: the contract on the block.
-                let row = unsafe { part_of::<D::Simd, VECS>(simd, block.ptr, q, (4 * odd, lowest)) };
+                let row = unsafe { part_of::<D::Simd, VECS, VECS>(simd, block.ptr, q, (4 * odd, lowest)) };
                 for (i, sums) in local.iter_mut().enumerate() {
                     // SAFETY: the contract on the left operand.
                     let bytes = simd.splat_u32s(unsafe { *left.wrapping_add(i * row_words + 2 * q + odd) });
@@ -147,6 +142,48 @@ impl<D: ByteDots> ByteProducts for Dots<D> {
                 }
             },
         );
+        *sums = local;
+    }
+}
+
+impl<D: ByteDots> Dots<D> {
+    /// As [`ByteProducts::add_block`].
+    ///
+    /// # Safety
+    /// As there.
+    #[inline(always)]
+    unsafe fn add_words<
+        const P: usize,
+        const H: usize,
+        const W: usize,
+        const VECS: usize,
+        const AHEAD: bool,
+    >(
+        self,
+        sums: &mut [[[Vector<Self>; W]; H]; P],
+        (left, row_words): (*const u32, usize),
+        block: WordBlock,
+        mut ahead: Ahead,
+    ) {
+        let simd = self.0.simd();
+        let mut local = *sums;
+        for q in 0..block.words {
+            if const { AHEAD } {
+                ahead.fetch(const { lines_a_word(H) });
+            }
+            for (panel, sums) in local.iter_mut().enumerate() {
+                let words = block.ptr.wrapping_add(panel * block.panel_stride);
+                // SAFETY: the contract on the block.
+                let row = unsafe { row_of::<D::Simd, W, VECS>(words, q) };
+                for (i, sums) in sums.iter_mut().enumerate() {
+                    // SAFETY: the contract on the left operand.
+                    let bytes = simd.splat_u32s(unsafe { *left.wrapping_add(i * row_words + q) });
+                    for (sum, row) in sums.iter_mut().zip(row) {
+                        *sum = self.0.add_dots(*sum, row, bytes);
+                    }
+                }
+            }
+        }
         *sums = local;
     }
 }

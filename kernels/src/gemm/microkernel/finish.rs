@@ -189,37 +189,42 @@ impl<S: Simd> WithSimd for EdgeTile<'_, S> {
 
     #[inline(always)]
     fn with_simd<U: Simd>(self, _: U) {
-        let EdgeTile { simd, tile, width, first, cols, finish, out } = self;
-        for (at, x) in tile.iter().enumerate() {
-            let (row, col) = (first + at / width, at % width * S::F32_LANES);
-            if col >= cols {
-                continue;
+        for (vectors, row) in self.tile.chunks_exact(self.width).zip(self.first..) {
+            for (vector, col) in vectors.iter().zip((0..self.cols).step_by(S::F32_LANES)) {
+                self.finish_vector(*vector, row, col);
             }
-            let count = S::F32_LANES.min(cols - col);
-            let mut x = *x;
-            if finish.scale != 1.0 {
-                x = simd.mul_f32s(x, simd.splat_f32s(finish.scale));
-            }
-            let to = out.ptr.wrapping_add(row * out.row_stride + col * out.col_stride);
-            if finish.add {
-                // SAFETY: `count` elements of C from (row, col).
-                x = simd.add_f32s(unsafe { load(simd, to, out.col_stride, count) }, x);
-            }
-            if let Some(bias) = finish.bias {
-                x = simd.add_f32s(x, simd.partial_load_f32s(&bias[col..col + count]));
-            }
-            x = finish.activation.apply(simd, x);
-            if let Some(gate) = finish.gate {
-                // SAFETY: `count` elements of the gate from (row, col).
-                x = simd.mul_f32s(x, unsafe { elements(simd, gate, (row, col), count) });
-            }
-            if let Some(residual) = finish.residual {
-                // SAFETY: `count` elements of the residual from (row, col).
-                x = simd.add_f32s(x, unsafe { elements(simd, residual, (row, col), count) });
-            }
-            // SAFETY: `count` elements of C from (row, col).
-            unsafe { store(simd, x, to, out.col_stride, count) };
         }
+    }
+}
+
+impl<S: Simd> EdgeTile<'_, S> {
+    /// The vector whose first element is (row, col) of the strip.
+    #[inline(always)]
+    fn finish_vector(&self, mut x: S::f32s, row: usize, col: usize) {
+        let EdgeTile { simd, cols, finish, out, .. } = *self;
+        let count = S::F32_LANES.min(cols - col);
+        if finish.scale != 1.0 {
+            x = simd.mul_f32s(x, simd.splat_f32s(finish.scale));
+        }
+        let to = out.ptr.wrapping_add(row * out.row_stride + col * out.col_stride);
+        if finish.add {
+            // SAFETY: `count` elements of C from (row, col).
+            x = simd.add_f32s(unsafe { load(simd, to, out.col_stride, count) }, x);
+        }
+        if let Some(bias) = finish.bias {
+            x = simd.add_f32s(x, simd.partial_load_f32s(&bias[col..col + count]));
+        }
+        x = finish.activation.apply(simd, x);
+        if let Some(gate) = finish.gate {
+            // SAFETY: `count` elements of the gate from (row, col).
+            x = simd.mul_f32s(x, unsafe { elements(simd, gate, (row, col), count) });
+        }
+        if let Some(residual) = finish.residual {
+            // SAFETY: `count` elements of the residual from (row, col).
+            x = simd.add_f32s(x, unsafe { elements(simd, residual, (row, col), count) });
+        }
+        // SAFETY: `count` elements of C from (row, col).
+        unsafe { store(simd, x, to, out.col_stride, count) };
     }
 }
 

@@ -29,8 +29,8 @@ pub(crate) use bf16_dots::{
     Bf16Kernel, Bf16Products, Bf16Strip, Bf16Visitor, GROUP as PAIR_GROUP, PairRows, WORDS, with_bf16_kernel,
 };
 pub(crate) use bytes::{
-    ByteKernel, ByteProducts, ByteStrip, ByteVisitor, Order, PROOF, RowScale, Sink, WordBlock, with_byte_kernel,
-    with_nibble_kernel,
+    ByteKernel, ByteProducts, ByteStrip, ByteVisitor, Order, PROOF, RowScale, Sink, WordBlock,
+    with_byte_kernel, with_nibble_kernel,
 };
 #[cfg(all(test, target_arch = "x86_64"))]
 pub(crate) use dots::plain::with_plain_dots;

@@ -15,10 +15,9 @@
 
 use pulp::Simd;
 
-use super::Finish;
-use super::Out;
 use super::bytes::{ByteKernel, ByteProducts, Order, WordBlock, less};
-use super::finish::EdgeTile;
+use super::finish::Tile;
+use super::{F32, Finish, Out};
 
 /// One panel of C, all of K.
 #[derive(Debug, Clone, Copy)]
@@ -106,6 +105,7 @@ impl<P: ByteProducts, const MR: usize, const VECS: usize> ByteKernel<P, MR, VECS
             );
         }
         let GroupStrip { cols, ref finish, out, .. } = *strip;
-        simd.vectorize(EdgeTile { simd, tile: tile.as_flattened(), width: VECS, first, cols, finish, out });
+        // SAFETY: the contract on `out`, bias, gate and residual.
+        unsafe { Tile { simd, acc: tile }.finish::<F32>(first, cols, finish, out) };
     }
 }

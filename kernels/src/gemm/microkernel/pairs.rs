@@ -21,6 +21,7 @@
 use pulp::Simd;
 
 use super::bytes::{ByteProducts, Order, WordBlock, for_each_part, lane, lane_mut, part_of};
+use super::prefetch::Ahead;
 
 /// Words of integers of 4 bits whose products a sum of 16 bits holds: four a word and half, each at most `15·128`.
 const WORDS_OF_16_BITS: usize = 4;
@@ -111,31 +112,35 @@ impl<S: PairProducts> ByteProducts for S {
     }
 
     #[inline(always)]
-    unsafe fn add_block<const H: usize, const VECS: usize>(
+    unsafe fn add_block<const P: usize, const H: usize, const W: usize, const VECS: usize>(
         self,
-        sums: &mut [[S::u32s; VECS]; H],
+        sums: &mut [[[S::u32s; W]; H]; P],
         (lhs, row_words): (*const u32, usize),
         block: WordBlock,
+        _: Option<Ahead>,
     ) {
         let lowest = self.splat_u32s(0x00ff_00ff);
-        let mut local = *sums;
-        for_each_part::<H>(
-            block.words,
-            2,
-            #[inline(always)]
-            |q, odd| {
-                // SAFETY: the contract on the block.
-                let row = unsafe { part_of::<S, VECS>(self, block.ptr, q, (8 * odd, lowest)) };
-                for (i, sums) in local.iter_mut().enumerate() {
-                    // SAFETY: the contract on lhs.
-                    let pair = self.splat_u32s(unsafe { *lhs.wrapping_add(i * row_words + 2 * q + odd) });
-                    for (sum, row) in sums.iter_mut().zip(row) {
-                        *sum = self.add_pair_products(*sum, pair, row);
+        for (panel, sums) in sums.iter_mut().enumerate() {
+            let words = block.ptr.wrapping_add(panel * block.panel_stride);
+            let mut local = *sums;
+            for_each_part::<H>(
+                block.words,
+                2,
+                #[inline(always)]
+                |q, odd| {
+                    // SAFETY: the contract on the block.
+                    let row = unsafe { part_of::<S, W, VECS>(self, words, q, (8 * odd, lowest)) };
+                    for (i, sums) in local.iter_mut().enumerate() {
+                        // SAFETY: the contract on lhs.
+                        let pair = self.splat_u32s(unsafe { *lhs.wrapping_add(i * row_words + 2 * q + odd) });
+                        for (sum, row) in sums.iter_mut().zip(row) {
+                            *sum = self.add_pair_products(*sum, pair, row);
+                        }
                     }
-                }
-            },
-        );
-        *sums = local;
+                },
+            );
+            *sums = local;
+        }
     }
 
     #[inline(always)]
@@ -157,7 +162,7 @@ impl<S: PairProducts> ByteProducts for S {
                 |q, odd| {
                     let q = first + q;
                     // SAFETY: the contract on the block.
-                    let nibbles = unsafe { part_of::<S, VECS>(self, block.ptr, q, (4 * odd, lowest)) };
+                    let nibbles = unsafe { part_of::<S, VECS, VECS>(self, block.ptr, q, (4 * odd, lowest)) };
                     for (i, halves) in halves.iter_mut().enumerate() {
                         // SAFETY: the contract on lhs.
                         let left = self.splat_u32s(unsafe { *lhs.wrapping_add(i * row_words + 2 * q + odd) });

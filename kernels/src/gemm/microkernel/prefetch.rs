@@ -4,7 +4,7 @@
 
 /// Lines of memory, one after the other, that the next strip will read.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Ahead {
+pub(crate) struct Ahead {
     at: *const f32,
 }
 
