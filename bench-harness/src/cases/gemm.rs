@@ -20,6 +20,8 @@ pub(crate) enum Layout {
     Packed,
     /// As `Packed`, with elements that are stored in fewer bits.
     Stored(WeightFormat),
+    /// As `Packed`, and A, B and C hold bf16: each peer's operands are converted before the clock runs.
+    Halves,
     /// As `Stored`; A arrives as f32 and is rounded to int8 within the clock.
     Rounded(WeightFormat),
 }
@@ -41,13 +43,15 @@ impl Shape {
     /// 2mnk operations; A and B read, C written.
     pub(crate) fn work(&self) -> Work {
         let (m, n, k) = (self.m as f64, self.n as f64, self.k as f64);
-        Work { flops: Some(2.0 * m * n * k), bytes: 4.0 * (m * k + m * n) + self.weight_bytes() }
+        let element = if self.layout == Layout::Halves { 2.0 } else { 4.0 };
+        Work { flops: Some(2.0 * m * n * k), bytes: element * (m * k + m * n) + self.weight_bytes() }
     }
 
     /// Bytes of B as it is stored, scales included.
     fn weight_bytes(&self) -> f64 {
         let Shape { n, k, .. } = *self;
         let bytes = match self.layout {
+            Layout::Halves => 2 * k * n,
             Layout::Stored(format) | Layout::Rounded(format) => match format {
                 WeightFormat::F32 => 4 * k * n,
                 WeightFormat::Bf16 => 2 * k * n,
@@ -61,7 +65,7 @@ impl Shape {
 
     /// Whether B is stored in fewer bits than f32.
     pub(crate) fn in_fewer_bits(&self) -> bool {
-        matches!(self.layout, Layout::Stored(_) | Layout::Rounded(_))
+        matches!(self.layout, Layout::Stored(_) | Layout::Rounded(_) | Layout::Halves)
     }
 
     /// The bytes that bound the time: the weights that one row needs, where they lie in their reusable form.
@@ -160,6 +164,10 @@ pub(crate) fn cases() -> Vec<Case> {
             all.push(case(group, [m, n, k], layout, quick));
         }
     }
+    for mnk in in_halves() {
+        let quick = matches!(mnk, [128, 128, 128] | [1 | 32 | 512, 512, 512] | [128, 128, 4096]);
+        all.push(case("bf16", mnk, Layout::Halves, quick));
+    }
     for (group, format) in FORMATS {
         for [n, k] in MODEL_LAYERS {
             for m in STORED_ROWS {
@@ -180,6 +188,16 @@ pub(crate) fn cases() -> Vec<Case> {
         all.push(case("gradient", mnk, Layout::TransposedA, mnk == [128, 128, 4096]));
     }
     all
+}
+
+/// m, n, k of products in bf16: all shapes of products in f32, once each.
+fn in_halves() -> Vec<[usize; 3]> {
+    let layers = MODEL_LAYERS.iter().flat_map(|&[n, k]| MODEL_ROWS.map(|m| [m, n, k]));
+    let mut shapes: Vec<_> = SQUARES.map(|n| [n, n, n]).into_iter().collect();
+    shapes.extend(ODD.into_iter().chain(SMALL_MODELS).chain(layers).chain(LONG_SUMS));
+    let mut seen = std::collections::HashSet::new();
+    shapes.retain(|mnk| seen.insert(*mnk));
+    shapes
 }
 
 /// The operands of one case.
@@ -245,6 +263,7 @@ impl Problem {
     fn storing(&self, i: usize, j: usize, magnitude: f64) -> f64 {
         let Shape { k, layout, .. } = self.shape;
         let (group, steps) = match layout {
+            Layout::Halves => (k, f64::INFINITY),
             Layout::Stored(format) | Layout::Rounded(format) => match format {
                 WeightFormat::F32 | WeightFormat::Bf16 => (k, f64::INFINITY),
                 WeightFormat::Int8 => (k, 254.0),

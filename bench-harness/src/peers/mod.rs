@@ -148,7 +148,7 @@ mod tests {
             [WeightFormat::Bf16, WeightFormat::Int8, WeightFormat::Int4 { group: 8 }].map(Layout::Stored);
         let in_f32 = [Layout::Plain, Layout::TransposedA, Layout::TransposedB, Layout::Packed];
         let rounded = [WeightFormat::Int8, WeightFormat::Int4 { group: 8 }].map(Layout::Rounded);
-        for layout in in_f32.into_iter().chain(stored).chain(rounded) {
+        for layout in in_f32.into_iter().chain(stored).chain(rounded).chain([Layout::Halves]) {
             let problem = Problem::Gemm(GemmProblem::new(Shape { m: 19, n: 35, k: 23, layout }));
             for count in [1, 2] {
                 let context = Context::with_isa(Isa::best()).threads(threads::count(count));

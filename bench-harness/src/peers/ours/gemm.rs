@@ -2,10 +2,11 @@
 
 use std::borrow::Cow;
 
+use half::bf16;
 use kavanam_kernels::gemm::{
     Accum, Epilogue, Int8Rows, PackedWeights, WeightFormat, gemm, gemm_int8, gemm_packed, int8_kernel_name,
 };
-use kavanam_kernels::{Context, MatMut, MatRef, ShapeError};
+use kavanam_kernels::{Context, MatMut, MatRef, Precision, ShapeError};
 
 use crate::cases::gemm::{Layout, Problem, Shape};
 use crate::error::HarnessError;
@@ -20,10 +21,55 @@ pub(super) fn prepare(problem: &Problem, context: Context) -> Result<Box<dyn Wor
     let format = match layout {
         Layout::Packed => Some(WeightFormat::F32),
         Layout::Stored(format) | Layout::Rounded(format) => Some(format),
+        Layout::Halves => return halves(problem, context),
         _ => None,
     };
     let packed = format.map(|format| PackedWeights::pack_as(&context, b, format)).transpose()?;
     Ok(Box::new(Product { context, a, b, packed, shape: problem.shape, c: vec![f32::NAN; m * n] }))
+}
+
+/// All in bf16, which is what Medium rounds to.
+fn halves(problem: &Problem, context: Context) -> Result<Box<dyn Workload + '_>, ShapeError> {
+    let Shape { m, n, k, .. } = problem.shape;
+    let context = context.precision(Precision::Medium);
+    let b = MatRef::new(&problem.b, k, n)?;
+    let packed = PackedWeights::pack_as(&context, b, WeightFormat::Bf16)?;
+    let a = problem.a.iter().map(|x| bf16::from_f32(*x)).collect();
+    Ok(Box::new(Halves {
+        context,
+        a,
+        packed,
+        shape: problem.shape,
+        c: vec![bf16::NAN; m * n],
+        wide: Vec::new(),
+    }))
+}
+
+struct Halves {
+    context: Context,
+    a: Vec<bf16>,
+    packed: PackedWeights,
+    shape: Shape,
+    c: Vec<bf16>,
+    wide: Vec<f32>,
+}
+
+impl Workload for Halves {
+    fn run(&mut self) -> Result<(), HarnessError> {
+        let Shape { m, n, k, .. } = self.shape;
+        let (a, c) = (MatRef::new(&self.a, m, k)?, MatMut::new(&mut self.c, m, n)?);
+        gemm_packed(&self.context, a, &self.packed, c, Accum::Overwrite, &Epilogue::default())?;
+        Ok(())
+    }
+
+    fn outputs(&mut self) -> Result<Vec<Cow<'_, [f32]>>, HarnessError> {
+        self.wide = self.c.iter().map(|x| x.to_f32()).collect();
+        Ok(vec![Cow::Borrowed(&self.wide)])
+    }
+
+    fn kernel(&self) -> String {
+        self.packed.kernel_name().to_owned()
+    }
 }
 
 struct Product<'a> {

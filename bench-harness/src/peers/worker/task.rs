@@ -51,10 +51,12 @@ fn gemm_task(problem: &gemm::Problem) -> Task<'_> {
         gemm::Layout::Packed => ("packed", [m, k], [k, n]),
         gemm::Layout::Rounded(WeightFormat::Int8) => ("int8", [m, k], [k, n]),
         // PyTorch has no rows in int8 beside int4: its own form of these weights takes part.
-        gemm::Layout::Stored(_) | gemm::Layout::Rounded(_) => ("stored", [m, k], [k, n]),
+        gemm::Layout::Stored(_) | gemm::Layout::Rounded(_) | gemm::Layout::Halves => {
+            ("stored", [m, k], [k, n])
+        }
     };
     let (weights, group) = match layout {
-        gemm::Layout::Stored(WeightFormat::Bf16) => ("bf16", k),
+        gemm::Layout::Stored(WeightFormat::Bf16) | gemm::Layout::Halves => ("bf16", k),
         gemm::Layout::Stored(WeightFormat::Int8) => ("int8", k),
         gemm::Layout::Stored(WeightFormat::Int4 { group })
         | gemm::Layout::Rounded(WeightFormat::Int4 { group }) => ("int4", group),

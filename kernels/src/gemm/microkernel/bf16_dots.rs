@@ -260,7 +260,7 @@ impl<D: Bf16Products, const VECS: usize> Bf16Kernel<D, VECS> {
     #[inline(always)]
     pub(crate) unsafe fn run(self, strip: &Bf16Strip<'_>) {
         debug_assert!(strip.cols >= 1 && strip.rhs.depth_stride == Self::NR);
-        // SAFETY (all below): the contract.
+        // SAFETY: the contract, for all of it.
         unsafe {
             if strip.cols > Self::NR {
                 debug_assert!(strip.rows <= Self::THIN_ROWS && strip.cols.is_multiple_of(Self::NR));
@@ -287,7 +287,7 @@ impl<D: Bf16Products, const VECS: usize> Bf16Kernel<D, VECS> {
     #[inline(always)]
     unsafe fn tiles<const W: usize>(self, strip: &Bf16Strip<'_>) {
         let full = strip.rows / Self::MR * Self::MR;
-        // SAFETY (all below): the contract; these are rows of the strip.
+        // SAFETY: the contract, for all of it; these are rows of the strip.
         unsafe {
             for first in (0..full).step_by(Self::MR) {
                 self.tile::<8, W>(first, strip);
@@ -349,7 +349,7 @@ impl<D: Bf16Products, const VECS: usize> Bf16Kernel<D, VECS> {
     unsafe fn panels<const H: usize, const P: usize>(self, strip: &Bf16Strip<'_>) {
         let count = strip.cols / Self::NR;
         let whole = count / P * P;
-        // SAFETY (all below): the contract; these are panels of the strip.
+        // SAFETY: the contract, for all of it; these are panels of the strip.
         unsafe {
             for first in (0..whole).step_by(P) {
                 self.group::<H, P>(first, strip);

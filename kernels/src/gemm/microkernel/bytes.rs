@@ -303,7 +303,7 @@ impl<P: ByteProducts, const MR: usize, const VECS: usize> ByteKernel<P, MR, VECS
         debug_assert!(strip.cols >= 1);
         let words: usize = strip.blocks.iter().map(|block| block.words).sum();
         assert!(strip.lhs.len() == strip.rows.len() * P::LEFT.words() * words);
-        // SAFETY (all below): the contract.
+        // SAFETY: the contract, for all of it.
         unsafe {
             if strip.cols > Self::NR {
                 debug_assert!(strip.rows.len() <= Self::THIN_ROWS && strip.cols.is_multiple_of(Self::NR));
@@ -330,7 +330,7 @@ impl<P: ByteProducts, const MR: usize, const VECS: usize> ByteKernel<P, MR, VECS
     #[inline(always)]
     unsafe fn tiles<const W: usize>(self, strip: &ByteStrip<'_>) {
         let full = strip.rows.len() / MR * MR;
-        // SAFETY (all below): the contract; rows `first .. first + H` are rows of the strip.
+        // SAFETY: the contract, for all of it; rows `first .. first + H` are rows of the strip.
         unsafe {
             for first in (0..full).step_by(MR) {
                 self.tile::<1, MR, W>(first, 0, strip);
@@ -359,7 +359,7 @@ impl<P: ByteProducts, const MR: usize, const VECS: usize> ByteKernel<P, MR, VECS
         }
         let count = strip.cols / Self::NR;
         let whole = count / Q * Q;
-        // SAFETY (all below): the contract; these are panels of the strip.
+        // SAFETY: the contract, for all of it; these are panels of the strip.
         unsafe {
             for panel in (0..whole).step_by(Q) {
                 self.tile::<Q, H, VECS>(0, panel, strip);
