@@ -16,6 +16,7 @@
 use std::ops::Range;
 
 use half::bf16;
+use pulp::{Simd, WithSimd};
 
 use super::Operand;
 use super::driver::{Grid, run_pairs, run_part};
@@ -119,7 +120,7 @@ impl Product<'_> {
             let a = self.rows_of_a(row + rows.start..row + rows.end);
             for left in (0..c.cols()).step_by(width) {
                 let cols = left..(left + width).min(c.cols());
-                let mut c = c.reborrow().sub(rows.clone(), cols.clone());
+                let c = c.reborrow().sub(rows.clone(), cols.clone());
                 let sums = &mut sums[..rows.len() * cols.len()];
                 if self.accum == Accum::Add {
                     for (i, sums) in sums.chunks_exact_mut(cols.len()).enumerate() {
@@ -129,9 +130,7 @@ impl Product<'_> {
                 let ptr = sums.as_mut_ptr().wrapping_sub(col + cols.start);
                 let out = Out { ptr, row_stride: cols.len(), col_stride: 1 };
                 self.block(&a, row + rows.start, col + cols.start..col + cols.end, (out, self.accum));
-                for (i, sums) in sums.chunks_exact(cols.len()).enumerate() {
-                    round_row(sums, c.reborrow().sub(i..i + 1, 0..cols.len()));
-                }
+                self.ctx.isa().dispatch(Round { from: sums, to: c });
             }
         }
     }
@@ -221,14 +220,28 @@ fn pieces<'c, T>(c: MatMut<'c, T>, grid: &Grid) -> Vec<Piece<'c, T>> {
     pieces
 }
 
-/// One row of f32, rounded to nearest, ties to even.
-fn round_row(from: &[f32], mut to: MatMut<'_, bf16>) {
-    let rounded = |x: f32| bf16::from_bits(bf16_bits(x) as u16);
-    if to.col_stride() == 1 {
-        to.row_mut(0).iter_mut().zip(from).for_each(|(to, x)| *to = rounded(*x));
-    } else {
-        for (j, x) in from.iter().enumerate() {
-            to.reborrow().sub(0..1, j..j + 1).row_mut(0)[0] = rounded(*x);
+/// Rows of f32, rounded to nearest, ties to even, in the shell of the vectors.
+struct Round<'a, 'c> {
+    from: &'a [f32],
+    to: MatMut<'c, bf16>,
+}
+
+impl WithSimd for Round<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let Round { from, mut to } = self;
+        let cols = to.cols();
+        let rounded = |x: f32| bf16::from_bits(bf16_bits(x) as u16);
+        for (i, from) in from.chunks_exact(cols).enumerate() {
+            if to.col_stride() == 1 {
+                to.row_mut(i).iter_mut().zip(from).for_each(|(to, x)| *to = rounded(*x));
+            } else {
+                for (j, x) in from.iter().enumerate() {
+                    to.reborrow().sub(i..i + 1, j..j + 1).row_mut(0)[0] = rounded(*x);
+                }
+            }
         }
     }
 }

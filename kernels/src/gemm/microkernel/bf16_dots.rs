@@ -13,8 +13,8 @@
 //!   as many roundings as the chain of f32 has, but not its bits.
 //! - The words of rhs are those that lie for the kernel with an A in f32: pairs along k. The left operand is words too: a row-major matrix of
 //!   bf16 as it lies, anything else as `gemm::bf16_pairs` made it. One load and one broadcast feed 32 multiply-adds a vector.
-//! - The tile is that of f32: 24 sums, 3 vectors of words and a broadcast of 32 registers. One or two rows have too few chains to
-//!   hide the latency, so they take four or two panels at a time.
+//! - The tile is that of f32: 24 sums, 3 vectors of words and a broadcast of 32 registers. Up to four rows take two or four panels at a time: one
+//!   or two have too few chains to hide the latency, and several streams of weights from far away arrive sooner than one.
 //! - As in the kernel of f32, tiles over far panels ask for the next one and for their rows of C.
 //!
 //! # Source
@@ -242,7 +242,7 @@ impl<D: Bf16Products, const VECS: usize> Bf16Kernel<D, VECS> {
     pub(crate) const MR: usize = 8;
     pub(crate) const NR: usize = VECS * D::Simd::F32_LANES;
     /// Up to so many rows, a strip may span several panels.
-    pub(crate) const THIN_ROWS: usize = 2;
+    pub(crate) const THIN_ROWS: usize = 4;
 
     /// The products, for those who round operands.
     #[inline(always)]
@@ -267,7 +267,9 @@ impl<D: Bf16Products, const VECS: usize> Bf16Kernel<D, VECS> {
                 match strip.rows {
                     0 => {}
                     1 => self.panels::<1, 4>(strip),
-                    _ => self.panels::<2, 2>(strip),
+                    2 => self.panels::<2, 4>(strip),
+                    3 => self.panels::<3, 2>(strip),
+                    _ => self.panels::<4, 2>(strip),
                 }
                 return;
             }
@@ -286,10 +288,15 @@ impl<D: Bf16Products, const VECS: usize> Bf16Kernel<D, VECS> {
     /// As [`Bf16Kernel::run`].
     #[inline(always)]
     unsafe fn tiles<const W: usize>(self, strip: &Bf16Strip<'_>) {
+        // One vector a row is too few chains for 8 rows.
+        let high = if const { W == 1 } { strip.rows / GROUP * GROUP } else { 0 };
         let full = strip.rows / Self::MR * Self::MR;
         // SAFETY: the contract, for all of it; these are rows of the strip.
         unsafe {
-            for first in (0..full).step_by(Self::MR) {
+            for first in (0..high).step_by(GROUP) {
+                self.tile::<GROUP, W>(first, strip);
+            }
+            for first in (high..full).step_by(Self::MR) {
                 self.tile::<8, W>(first, strip);
             }
             match strip.rows - full {

@@ -289,8 +289,9 @@ impl<P: ByteProducts, const MR: usize, const VECS: usize> ByteKernel<P, MR, VECS
     pub(crate) const MR: usize = MR;
     pub(crate) const NR: usize = VECS * P::Simd::F32_LANES;
 
-    /// Up to so many rows, a strip may span several panels: fewer chains than hide the latency of a dot product of bytes.
-    pub(crate) const THIN_ROWS: usize = if P::LEFT.whole_words() { 2 } else { 0 };
+    /// Up to so many rows, a strip may span several panels: few chains do not hide the latency of a dot product of bytes, and several streams of weights
+    /// from far away arrive sooner than one.
+    pub(crate) const THIN_ROWS: usize = if P::LEFT.whole_words() { 4 } else { 0 };
 
     /// Computes one strip.
     ///
@@ -310,7 +311,9 @@ impl<P: ByteProducts, const MR: usize, const VECS: usize> ByteKernel<P, MR, VECS
                 match strip.rows.len() {
                     0 => {}
                     1 => self.panels::<1, 4>(strip),
-                    _ => self.panels::<2, 2>(strip),
+                    2 => self.panels::<2, 4>(strip),
+                    3 => self.panels::<3, 2>(strip),
+                    _ => self.panels::<4, 2>(strip),
                 }
                 return;
             }

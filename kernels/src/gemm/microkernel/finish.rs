@@ -36,8 +36,16 @@ impl<S: Simd, const H: usize, const W: usize> Tile<S, H, W> {
         let contiguous = out.col_stride == 1 && of_c.iter().flatten().all(|matrix| matrix.col_stride() == 1);
         if const { T::PER_WORD > 1 } || cols < W * S::F32_LANES || !contiguous {
             // A copy, so that the tile itself stays in registers on the other path.
-            let tile = self.acc;
-            simd.vectorize(EdgeTile { simd, tile: tile.as_flattened(), width: W, first, cols, finish, out });
+            let mut tile = self.acc;
+            simd.vectorize(EdgeTile {
+                simd,
+                tile: tile.as_flattened_mut(),
+                width: W,
+                first,
+                cols,
+                finish,
+                out,
+            });
             return;
         }
         // SAFETY: the contract, with all W vectors whole and contiguous.
@@ -173,10 +181,10 @@ impl<S: Simd> WithSimd for Activate<'_, S> {
     }
 }
 
-/// A tile that is not made of whole contiguous vectors of C: the same operations, a vector at a time.
+/// A tile that is not made of whole contiguous vectors of C: the same operations, one after the other over all vectors.
 pub(super) struct EdgeTile<'a, S: Simd> {
     pub(super) simd: S,
-    pub(super) tile: &'a [S::f32s],
+    pub(super) tile: &'a mut [S::f32s],
     pub(super) width: usize,
     pub(super) first: usize,
     pub(super) cols: usize,
@@ -188,43 +196,76 @@ impl<S: Simd> WithSimd for EdgeTile<'_, S> {
     type Output = ();
 
     #[inline(always)]
-    fn with_simd<U: Simd>(self, _: U) {
-        for (vectors, row) in self.tile.chunks_exact(self.width).zip(self.first..) {
-            for (vector, col) in vectors.iter().zip((0..self.cols).step_by(S::F32_LANES)) {
-                self.finish_vector(*vector, row, col);
-            }
+    fn with_simd<U: Simd>(mut self, _: U) {
+        let Self { simd, finish, out, .. } = self;
+        if finish.scale != 1.0 {
+            let scale = simd.splat_f32s(finish.scale);
+            self.for_each(
+                #[inline(always)]
+                |x, _, _, _| *x = simd.mul_f32s(*x, scale),
+            );
         }
+        if finish.add {
+            self.for_each(
+                #[inline(always)]
+                |x, row, col, count| {
+                    // SAFETY: `count` elements of C from (row, col).
+                    *x = simd
+                        .add_f32s(unsafe { load(simd, out.from(row, col).ptr, out.col_stride, count) }, *x);
+                },
+            );
+        }
+        if let Some(bias) = finish.bias {
+            self.for_each(
+                #[inline(always)]
+                |x, _, col, count| {
+                    *x = simd.add_f32s(*x, simd.partial_load_f32s(&bias[col..col + count]));
+                },
+            );
+        }
+        if finish.activation != Activation::Identity {
+            self.for_each(
+                #[inline(always)]
+                |x, _, _, _| *x = finish.activation.apply(simd, *x),
+            );
+        }
+        if let Some(gate) = finish.gate {
+            self.for_each(
+                #[inline(always)]
+                |x, row, col, count| {
+                    // SAFETY: `count` elements of the gate from (row, col).
+                    *x = simd.mul_f32s(*x, unsafe { elements(simd, gate, (row, col), count) });
+                },
+            );
+        }
+        if let Some(residual) = finish.residual {
+            self.for_each(
+                #[inline(always)]
+                |x, row, col, count| {
+                    // SAFETY: `count` elements of the residual from (row, col).
+                    *x = simd.add_f32s(*x, unsafe { elements(simd, residual, (row, col), count) });
+                },
+            );
+        }
+        self.for_each(
+            #[inline(always)]
+            |x, row, col, count| {
+                // SAFETY: `count` elements of C from (row, col).
+                unsafe { store(simd, *x, out.from(row, col).ptr, out.col_stride, count) };
+            },
+        );
     }
 }
 
 impl<S: Simd> EdgeTile<'_, S> {
-    /// The vector whose first element is (row, col) of the strip.
+    /// Does something with each vector, the row and column of its first element in the strip, and how many of its elements count.
     #[inline(always)]
-    fn finish_vector(&self, mut x: S::f32s, row: usize, col: usize) {
-        let EdgeTile { simd, cols, finish, out, .. } = *self;
-        let count = S::F32_LANES.min(cols - col);
-        if finish.scale != 1.0 {
-            x = simd.mul_f32s(x, simd.splat_f32s(finish.scale));
+    fn for_each(&mut self, mut step: impl FnMut(&mut S::f32s, usize, usize, usize)) {
+        for (vectors, row) in self.tile.chunks_exact_mut(self.width).zip(self.first..) {
+            for (vector, col) in vectors.iter_mut().zip((0..self.cols).step_by(S::F32_LANES)) {
+                step(vector, row, col, S::F32_LANES.min(self.cols - col));
+            }
         }
-        let to = out.ptr.wrapping_add(row * out.row_stride + col * out.col_stride);
-        if finish.add {
-            // SAFETY: `count` elements of C from (row, col).
-            x = simd.add_f32s(unsafe { load(simd, to, out.col_stride, count) }, x);
-        }
-        if let Some(bias) = finish.bias {
-            x = simd.add_f32s(x, simd.partial_load_f32s(&bias[col..col + count]));
-        }
-        x = finish.activation.apply(simd, x);
-        if let Some(gate) = finish.gate {
-            // SAFETY: `count` elements of the gate from (row, col).
-            x = simd.mul_f32s(x, unsafe { elements(simd, gate, (row, col), count) });
-        }
-        if let Some(residual) = finish.residual {
-            // SAFETY: `count` elements of the residual from (row, col).
-            x = simd.add_f32s(x, unsafe { elements(simd, residual, (row, col), count) });
-        }
-        // SAFETY: `count` elements of C from (row, col).
-        unsafe { store(simd, x, to, out.col_stride, count) };
     }
 }
 
