@@ -25,9 +25,8 @@ use pulp::Simd;
 #[cfg(target_arch = "x86_64")]
 use pulp::x86::V4;
 
-use super::bytes::lines_a_word;
 use super::finish::Tile;
-use super::prefetch::{self, Ahead};
+use super::prefetch::{self, ALL, Ahead, HALF, NOTHING, Share};
 use super::{F32, Finish, Out, Rhs};
 use crate::isa::Bf16Dots;
 
@@ -241,6 +240,8 @@ fn wide<V: Bf16Visitor>(dots: Wide, visitor: V) {
 impl<D: Bf16Products, const VECS: usize> Bf16Kernel<D, VECS> {
     pub(crate) const MR: usize = 8;
     pub(crate) const NR: usize = VECS * D::Simd::F32_LANES;
+    /// Cache lines of a row of words.
+    const LINES: usize = Self::NR.div_ceil(prefetch::LINE);
     /// Up to so many rows, a strip may span several panels.
     pub(crate) const THIN_ROWS: usize = 4;
 
@@ -324,14 +325,18 @@ impl<D: Bf16Products, const VECS: usize> Bf16Kernel<D, VECS> {
             self.ask_for_rows::<H>(first, strip);
         }
         // Its share of the next panel, if not all of it was asked for.
-        let start = first / Self::MR * strip.words * const { lines_a_word(H) } * prefetch::LINE;
+        let share = Share::of(H, strip.rows, Self::MR);
+        let start = first / Self::MR * strip.words * share.lines(Self::LINES) * prefetch::LINE;
         let ahead = Ahead::from(ptr.wrapping_add(panel_stride + start));
+        let (words, rhs) = (strip.words, strip.rhs);
         // SAFETY: the contract.
         let [acc] = unsafe {
-            if far && start < panel_stride {
-                self.chains::<1, H, W, true>(strip.words, left, strip.rhs, ahead)
-            } else {
-                self.chains::<1, H, W, false>(strip.words, left, strip.rhs, ahead)
+            match share {
+                _ if !far || start >= panel_stride => {
+                    self.chains::<1, H, W, NOTHING>(words, left, rhs, ahead)
+                }
+                Share::All => self.chains::<1, H, W, ALL>(words, left, rhs, ahead),
+                Share::Half => self.chains::<1, H, W, HALF>(words, left, rhs, ahead),
             }
         };
         let tile = Tile { simd: self.0.simd(), acc };
@@ -376,7 +381,7 @@ impl<D: Bf16Products, const VECS: usize> Bf16Kernel<D, VECS> {
         let rhs = Rhs { ptr: strip.rhs.ptr.wrapping_add(first * strip.rhs.panel_stride), ..strip.rhs };
         let (left, nothing) = ((strip.lhs.ptr, strip.lhs), Ahead::from(rhs.ptr));
         // SAFETY: the contract.
-        let acc = unsafe { self.chains::<P, H, VECS, false>(strip.words, left, rhs, nothing) };
+        let acc = unsafe { self.chains::<P, H, VECS, NOTHING>(strip.words, left, rhs, nothing) };
         for (panel, acc) in (first..).zip(acc) {
             let (out, finish) =
                 (strip.out.from(0, panel * Self::NR), strip.finish.after_col(panel * Self::NR));
@@ -390,7 +395,7 @@ impl<D: Bf16Products, const VECS: usize> Bf16Kernel<D, VECS> {
     /// # Safety
     /// H rows of `left` reach `words` words, and so many rows of W vectors each of P panels.
     #[inline(always)]
-    unsafe fn chains<const P: usize, const H: usize, const W: usize, const AHEAD: bool>(
+    unsafe fn chains<const P: usize, const H: usize, const W: usize, const AHEAD: usize>(
         self,
         words: usize,
         (mut left, lies): (*const u16, PairRows),
@@ -401,9 +406,7 @@ impl<D: Bf16Products, const VECS: usize> Bf16Kernel<D, VECS> {
         let mut acc = [[[simd.splat_f32s(0.0); W]; H]; P];
         let mut right_ptr = right.ptr;
         for _ in 0..words {
-            if const { AHEAD } {
-                ahead.fetch(const { lines_a_word(H) });
-            }
+            ahead.fetch_share::<AHEAD>(Self::LINES);
             for (panel, acc) in acc.iter_mut().enumerate() {
                 let from =
                     right_ptr.wrapping_add(panel * right.panel_stride).cast::<<D::Simd as Simd>::u32s>();

@@ -21,7 +21,7 @@ use pulp::{Simd, WithSimd};
 #[cfg(target_arch = "x86_64")]
 use super::dots;
 use super::finish::Tile;
-use super::prefetch::{self, Ahead};
+use super::prefetch::{self, Ahead, Share};
 use super::{F32, Finish, Out};
 use crate::isa::{Isa, IsaName};
 
@@ -80,7 +80,7 @@ pub(crate) trait ByteProducts: Copy {
         sums: &mut [[[Vector<Self>; W]; H]; P],
         left: (*const u32, usize),
         block: WordBlock,
-        ahead: Option<Ahead>,
+        ahead: Option<(Share, Ahead)>,
     );
 
     /// As [`ByteProducts::add_block`], with words of eight integers of 4 bits.
@@ -171,13 +171,16 @@ pub(crate) struct ByteStrip<'a> {
 }
 
 /// Rows whose sums leave registers for more than a part of the words.
-const FEW_ROWS: usize = 2;
+const FREE_ROWS: usize = 2;
+
+/// Up to so many rows read the weights as fast as they arrive: the hardware asks for them early enough, and asking once more costs up to a tenth.
+const FEW_ROWS: usize = 4;
 
 /// Calls `each` with every word of a block and every one of its `parts`: a word in all its parts where H rows leave registers
 /// for that, else all words in their first part, then in the next.
 #[inline(always)]
 pub(super) fn for_each_part<const H: usize>(words: usize, parts: usize, mut each: impl FnMut(usize, usize)) {
-    if const { H <= FEW_ROWS } {
+    if const { H <= FREE_ROWS } {
         for q in 0..words {
             for part in 0..parts {
                 each(q, part);
@@ -291,7 +294,7 @@ impl<P: ByteProducts, const MR: usize, const VECS: usize> ByteKernel<P, MR, VECS
 
     /// Up to so many rows, a strip may span several panels: few chains do not hide the latency of a dot product of bytes, and several streams of weights
     /// from far away arrive sooner than one.
-    pub(crate) const THIN_ROWS: usize = if P::LEFT.whole_words() { 4 } else { 0 };
+    pub(crate) const THIN_ROWS: usize = if P::LEFT.whole_words() { 2 } else { 0 };
 
     /// Computes one strip.
     ///
@@ -311,9 +314,7 @@ impl<P: ByteProducts, const MR: usize, const VECS: usize> ByteKernel<P, MR, VECS
                 match strip.rows.len() {
                     0 => {}
                     1 => self.panels::<1, 4>(strip),
-                    2 => self.panels::<2, 4>(strip),
-                    3 => self.panels::<3, 2>(strip),
-                    _ => self.panels::<4, 2>(strip),
+                    _ => self.panels::<2, 4>(strip),
                 }
                 return;
             }
@@ -396,9 +397,12 @@ impl<P: ByteProducts, const MR: usize, const VECS: usize> ByteKernel<P, MR, VECS
         }
         for block in strip.blocks {
             // Its share of the next panel, if not all of it was asked for.
-            let start = first / MR * block.words * const { lines_a_word(H) } * prefetch::LINE;
+            let share = Share::of(H, strip.rows.len(), MR);
+            let start =
+                first / MR * block.words * share.lines(Self::NR.div_ceil(prefetch::LINE)) * prefetch::LINE;
             let next = block.ptr.wrapping_add(block.panel_stride + start);
-            let ahead = (strip.far && start < block.words * Self::NR).then(|| Ahead::from(next));
+            let wanted = strip.far && strip.rows.len() > FEW_ROWS && start < block.words * Self::NR;
+            let ahead = wanted.then(|| (share, Ahead::from(next)));
             let block = WordBlock { ptr: block.ptr.wrapping_add(panel * block.panel_stride), ..*block };
             // SAFETY: the contract on the block; `run` checked that every row of lhs has as many words.
             unsafe { self.0.add_block::<Q, H, W, VECS>(&mut sums, (lhs, row_words), block, ahead) };
@@ -466,11 +470,6 @@ impl<P: ByteProducts, const MR: usize, const VECS: usize> ByteKernel<P, MR, VECS
         // SAFETY: the contract on the sink, bias, gate and residual.
         unsafe { Tile { simd, acc }.finish::<F32>(first, cols.len(), &finish, out) };
     }
-}
-
-/// Lines of the next panel that a tile of `height` rows asks for beside each word: all of them where tiles are low, and so likely to be few.
-pub(super) const fn lines_a_word(height: usize) -> usize {
-    if height <= 4 { 3 } else { 1 }
 }
 
 /// Adds what bytes could not hold of unsigned rows, modulo 2³².

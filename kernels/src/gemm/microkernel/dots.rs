@@ -25,10 +25,9 @@ use pulp::bytemuck::cast;
 use pulp::x86::{V3, V4};
 
 use super::bytes::{
-    ByteKernel, ByteProducts, ByteVisitor, Order, PROOF, Vector, WordBlock, for_each_part, lines_a_word,
-    part_of, row_of,
+    ByteKernel, ByteProducts, ByteVisitor, Order, PROOF, Vector, WordBlock, for_each_part, part_of, row_of,
 };
-use super::prefetch::Ahead;
+use super::prefetch::{self, ALL, Ahead, HALF, NOTHING, Share};
 use crate::isa::{Isa, IsaName};
 
 /// Vectors with dot products of bytes.
@@ -105,13 +104,14 @@ impl<D: ByteDots> ByteProducts for Dots<D> {
         sums: &mut [[[Vector<Self>; W]; H]; P],
         left: (*const u32, usize),
         block: WordBlock,
-        ahead: Option<Ahead>,
+        ahead: Option<(Share, Ahead)>,
     ) {
         // SAFETY: the contract.
         unsafe {
             match ahead {
-                Some(ahead) => self.add_words::<P, H, W, VECS, true>(sums, left, block, ahead),
-                None => self.add_words::<P, H, W, VECS, false>(sums, left, block, Ahead::from(block.ptr)),
+                Some((Share::All, ahead)) => self.add_words::<P, H, W, VECS, ALL>(sums, left, block, ahead),
+                Some((Share::Half, ahead)) => self.add_words::<P, H, W, VECS, HALF>(sums, left, block, ahead),
+                None => self.add_words::<P, H, W, VECS, NOTHING>(sums, left, block, Ahead::from(block.ptr)),
             }
         }
     }
@@ -157,7 +157,7 @@ impl<D: ByteDots> Dots<D> {
         const H: usize,
         const W: usize,
         const VECS: usize,
-        const AHEAD: bool,
+        const AHEAD: usize,
     >(
         self,
         sums: &mut [[[Vector<Self>; W]; H]; P],
@@ -168,9 +168,7 @@ impl<D: ByteDots> Dots<D> {
         let simd = self.0.simd();
         let mut local = *sums;
         for q in 0..block.words {
-            if const { AHEAD } {
-                ahead.fetch(const { lines_a_word(H) });
-            }
+            ahead.fetch_share::<AHEAD>(const { (VECS * D::Simd::F32_LANES).div_ceil(prefetch::LINE) });
             for (panel, sums) in local.iter_mut().enumerate() {
                 let words = block.ptr.wrapping_add(panel * block.panel_stride);
                 // SAFETY: the contract on the block.

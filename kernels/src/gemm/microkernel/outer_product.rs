@@ -17,7 +17,7 @@
 //! - While a strip over far panels runs it asks for the next one, a few lines a turn, and each tile for its rows of C. Left to
 //!   the hardware, the first tile of each panel waits for weights that lie in the third-level cache.
 //! - One or two rows have too few chains to hide the latency, so they take several panels of rhs at a time (4 or 2):
-//!   the chains of more columns, each as it was.
+//!   the chains of more columns, each as it was. With 32 registers up to four rows do: streams of weights that lie far away arrive sooner together.
 //! - A row-major left operand is read in place (depth stride 1): where few panels of rhs follow, packing
 //!   it costs more than it saves.
 //! - A stored form that is narrower than f32 is widened where it is loaded: MR rows share the widening, and memory
@@ -29,7 +29,7 @@ use std::marker::PhantomData;
 use pulp::{Simd, WithSimd};
 
 use super::finish::Tile;
-use super::prefetch::{self, Ahead};
+use super::prefetch::{self, ALL, Ahead, HALF, NOTHING, Share};
 use super::{Lhs, Microkernel, Out, Rhs, Stored, Strip, kernel_with_lanes};
 
 /// Independent multiply-adds that hide their latency on the cores at hand.
@@ -38,10 +38,9 @@ const CHAINS: usize = 8;
 /// Steps of one turn of the loop over a row-major left operand.
 const UNROLL: usize = 4;
 
-/// Lines of the next panel that a tile of `height` rows asks for in each turn: the panel is asked for by one tile where
-/// tiles are low, and so likely to be few, else by two.
-const fn lines_a_turn(height: usize) -> usize {
-    if height <= 4 { UNROLL } else { UNROLL / 2 }
+/// Cache lines that a turn of the loop reads of a panel of `width` vectors.
+const fn lines_a_turn<S: Simd>(width: usize) -> usize {
+    (UNROLL * width * S::F32_LANES).div_ceil(prefetch::LINE)
 }
 
 /// The kernel with tiles of MR rows and VECS vectors, rhs stored as T.
@@ -58,7 +57,7 @@ impl<S: Simd, T: Stored, const MR: usize, const VECS: usize> Microkernel for Out
     type Simd = S;
     const MR: usize = MR;
     const NR: usize = VECS * S::F32_LANES;
-    const THIN_ROWS: usize = 2;
+    const THIN_ROWS: usize = if T::PER_WORD == 1 && S::F32_LANES == 16 { 4 } else { 2 };
     const NAME: &'static str = kernel_with_lanes(S::F32_LANES, T::STORAGE).name;
 
     #[inline(always)]
@@ -97,11 +96,20 @@ impl<S: Simd, T: Stored, const MR: usize, const VECS: usize, const W: usize> Wit
             unreachable!("a strip is at most {VECS} vectors wide");
         }
         let rows = self.strip.rows;
-        let whole = self.whole_tiles(rows);
-        for tile in 0..whole {
-            self.tile::<MR>(tile * MR);
+        let mut first = 0;
+        // One vector a row is too few chains for MR rows. (A packed left operand is cut where it was packed.)
+        let Lhs { tile_stride, row_stride, .. } = self.strip.lhs;
+        if const { W == 1 && MR == 8 && T::PER_WORD == 1 } && tile_stride == MR * row_stride {
+            while first + 16 <= rows {
+                self.tile::<16>(first);
+                first += 16;
+            }
         }
-        let mut first = whole * MR;
+        let whole = first + self.whole_tiles(rows - first) * MR;
+        while first < whole {
+            self.tile::<MR>(first);
+            first += MR;
+        }
         while first < rows {
             let rest = rows - first;
             let height = if rest > MR { rest.div_ceil(2) } else { rest };
@@ -132,17 +140,19 @@ impl<S: Simd, T: Stored, const MR: usize, const VECS: usize, const W: usize> Til
 
     /// What the tile at row `first` asks for while it runs: its share of the next panel, if that is far and not all asked for.
     #[inline(always)]
-    fn ahead<const H: usize>(&self, first: usize) -> Option<Ahead> {
+    fn ahead<const H: usize>(&self, first: usize) -> Option<(Share, Ahead)> {
         let Rhs { ptr, panel_stride, far, .. } = self.strip.rhs;
-        let start = first / H * (self.strip.depth / UNROLL * const { lines_a_turn(H) } * prefetch::LINE);
-        (far && start < panel_stride).then(|| Ahead::from(ptr.wrapping_add(panel_stride + start)))
+        let share = Share::of(H, self.strip.rows, MR);
+        let lines = share.lines(const { lines_a_turn::<S>(W) });
+        let start = first / H * (self.strip.depth / UNROLL * lines * prefetch::LINE);
+        (far && start < panel_stride).then(|| (share, Ahead::from(ptr.wrapping_add(panel_stride + start))))
     }
 
     /// The tile of H rows that starts at row `first` of the strip.
     #[inline(always)]
     fn tile<const H: usize>(&self, first: usize) {
-        if const { H > MR } {
-            unreachable!("a tile is at most {MR} rows high");
+        if const { H > MR && (H != 16 || W > 1) } {
+            unreachable!("a tile is at most {MR} rows high, of one vector 16");
         }
         let (simd, strip) = (self.kernel.0, self.strip);
         let lhs = strip.lhs;
@@ -162,15 +172,15 @@ impl<S: Simd, T: Stored, const MR: usize, const VECS: usize, const W: usize> Til
                 accumulate::<S, T, 1, H, W, 1>(simd, depth, (a, 1, lhs.depth_stride), strip.rhs)
             } else {
                 debug_assert!(lhs.depth_stride == 1 || strip.depth <= 1);
+                let a_rows = (a, lhs.row_stride, 1);
                 match self.ahead::<H>(first) {
-                    Some(ahead) if const { T::PER_WORD == 1 } => chain::<S, T, 1, H, W, UNROLL, true>(
-                        simd,
-                        depth,
-                        (a, lhs.row_stride, 1),
-                        strip.rhs,
-                        ahead,
-                    ),
-                    _ => accumulate::<S, T, 1, H, W, UNROLL>(simd, depth, (a, lhs.row_stride, 1), strip.rhs),
+                    Some((Share::All, ahead)) if const { T::PER_WORD == 1 } => {
+                        chain::<S, T, 1, H, W, UNROLL, ALL>(simd, depth, a_rows, strip.rhs, ahead)
+                    }
+                    Some((Share::Half, ahead)) if const { T::PER_WORD == 1 } => {
+                        chain::<S, T, 1, H, W, UNROLL, HALF>(simd, depth, a_rows, strip.rhs, ahead)
+                    }
+                    _ => accumulate::<S, T, 1, H, W, UNROLL>(simd, depth, a_rows, strip.rhs),
                 }
             }
         };
@@ -192,6 +202,16 @@ impl<S: Simd, T: Stored, const MR: usize, const VECS: usize> WithSimd for Thin<'
     fn with_simd<U: Simd>(self, _: U) {
         // Words of several elements stay in registers while their elements are taken, each beside its sums: with four
         // panels 8 words and 8 sums would leave none for the constants of widening.
+        if const { S::F32_LANES == 16 } {
+            return match (self.strip.rows, T::PER_WORD) {
+                (1, 4) => self.panels::<1, 2>(),
+                (1, _) => self.panels::<1, 4>(),
+                (2, 1) => self.panels::<2, 4>(),
+                (2, _) => self.panels::<2, 2>(),
+                (3, _) => self.panels::<3, 2>(),
+                _ => self.panels::<4, 2>(),
+            };
+        }
         match (self.strip.rows, T::PER_WORD) {
             (1, 1) => self.panels::<1, 4>(),
             (1, 2) => self.panels::<1, 3>(),
@@ -250,7 +270,7 @@ unsafe fn accumulate<S: Simd, T: Stored, const P: usize, const H: usize, const W
     if const { !T::SCALED } {
         // SAFETY: the contract.
         return unsafe {
-            chain::<S, T, P, H, W, U, false>(simd, depth, (a, row_stride, depth_stride), b, nothing)
+            chain::<S, T, P, H, W, U, NOTHING>(simd, depth, (a, row_stride, depth_stride), b, nothing)
         };
     }
     let mut sum = [[[simd.splat_f32s(0.0); W]; H]; P];
@@ -259,7 +279,7 @@ unsafe fn accumulate<S: Simd, T: Stored, const P: usize, const H: usize, const W
         let words = Rhs { ptr: b.ptr.wrapping_add(b.depth_stride), ..b };
         // SAFETY: the contract, for one group; its words follow the row of its scales.
         let group = unsafe {
-            chain::<S, T, P, H, W, U, false>(simd, depth, (a, row_stride, depth_stride), words, nothing)
+            chain::<S, T, P, H, W, U, NOTHING>(simd, depth, (a, row_stride, depth_stride), words, nothing)
         };
         for (panel, (sum, group)) in sum.iter_mut().zip(group).enumerate() {
             let scales = b.ptr.wrapping_add(panel * b.panel_stride).cast::<S::f32s>();
@@ -289,7 +309,7 @@ unsafe fn chain<
     const H: usize,
     const W: usize,
     const U: usize,
-    const AHEAD: bool,
+    const AHEAD: usize,
 >(
     simd: S,
     depth: usize,
@@ -301,9 +321,7 @@ unsafe fn chain<
     let words = const { if T::PER_WORD < U { U / T::PER_WORD } else { 1 } };
     let unrolled = words * T::PER_WORD;
     for _ in 0..depth / unrolled {
-        if const { AHEAD } {
-            ahead.fetch(const { lines_a_turn(H) });
-        }
+        ahead.fetch_share::<AHEAD>(const { lines_a_turn::<S>(W) });
         for word in 0..words {
             for at in 0..T::PER_WORD {
                 let a = a.wrapping_add((word * T::PER_WORD + at) * depth_stride);

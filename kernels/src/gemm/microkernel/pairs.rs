@@ -21,7 +21,7 @@
 use pulp::Simd;
 
 use super::bytes::{ByteProducts, Order, WordBlock, for_each_part, lane, lane_mut, part_of};
-use super::prefetch::Ahead;
+use super::prefetch::{Ahead, Share};
 
 /// Words of integers of 4 bits whose products a sum of 16 bits holds: four a word and half, each at most `15·128`.
 const WORDS_OF_16_BITS: usize = 4;
@@ -117,7 +117,7 @@ impl<S: PairProducts> ByteProducts for S {
         sums: &mut [[[S::u32s; W]; H]; P],
         (lhs, row_words): (*const u32, usize),
         block: WordBlock,
-        _: Option<Ahead>,
+        _: Option<(Share, Ahead)>,
     ) {
         let lowest = self.splat_u32s(0x00ff_00ff);
         for (panel, sums) in sums.iter_mut().enumerate() {

@@ -15,6 +15,16 @@ impl Ahead {
         Ahead { at: at.cast() }
     }
 
+    /// Asks for the share of a turn's `lines` that the constant names.
+    #[inline(always)]
+    pub(super) fn fetch_share<const SHARE: usize>(&mut self, lines: usize) {
+        match SHARE {
+            ALL => self.fetch(Share::All.lines(lines)),
+            HALF => self.fetch(Share::Half.lines(lines)),
+            _ => {}
+        }
+    }
+
     /// Asks for the next `lines` lines, into the second-level cache: the first is full of what runs now.
     #[inline(always)]
     pub(super) fn fetch(&mut self, lines: usize) {
@@ -26,6 +36,36 @@ impl Ahead {
                 _mm_prefetch::<_MM_HINT_T1>(self.at.cast());
             }
             self.at = self.at.wrapping_add(LINE);
+        }
+    }
+}
+
+/// What a loop asks for on its way, as a constant of its instance: nothing, all of the next panel, or half of it.
+pub(super) const NOTHING: usize = 0;
+pub(super) const ALL: usize = 1;
+pub(super) const HALF: usize = 2;
+
+/// How much of the next panel each tile of a strip asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Share {
+    /// All: it is the only tile, or low, so that there are likely to be few.
+    All,
+    /// Half, so that two tiles share the work.
+    Half,
+}
+
+impl Share {
+    /// That of a tile of `height` rows in a strip of `rows`, with tiles of up to `mr`.
+    #[inline(always)]
+    pub(super) fn of(height: usize, rows: usize, mr: usize) -> Share {
+        if height <= 4 || rows <= mr { Share::All } else { Share::Half }
+    }
+
+    /// Of `lines` of a turn of the loop, those that the tile asks for.
+    pub(super) const fn lines(self, lines: usize) -> usize {
+        match self {
+            Share::All => lines,
+            Share::Half => lines.div_ceil(2),
         }
     }
 }
