@@ -314,7 +314,7 @@ impl<P: ByteProducts, const MR: usize, const VECS: usize> ByteKernel<P, MR, VECS
                 match strip.rows.len() {
                     0 => {}
                     1 => self.panels::<1, 4>(strip),
-                    _ => self.panels::<2, 4>(strip),
+                    _ => self.panels::<2, 2>(strip),
                 }
                 return;
             }

@@ -161,7 +161,7 @@ impl<D: ByteDots> Dots<D> {
     >(
         self,
         sums: &mut [[[Vector<Self>; W]; H]; P],
-        (left, row_words): (*const u32, usize),
+        (mut left, row_words): (*const u32, usize),
         block: WordBlock,
         mut ahead: Ahead,
     ) {
@@ -175,12 +175,13 @@ impl<D: ByteDots> Dots<D> {
                 let row = unsafe { row_of::<D::Simd, W, VECS>(words, q) };
                 for (i, sums) in sums.iter_mut().enumerate() {
                     // SAFETY: the contract on the left operand.
-                    let bytes = simd.splat_u32s(unsafe { *left.wrapping_add(i * row_words + q) });
+                    let bytes = simd.splat_u32s(unsafe { *left.wrapping_add(i * row_words) });
                     for (sum, row) in sums.iter_mut().zip(row) {
                         *sum = self.0.add_dots(*sum, row, bytes);
                     }
                 }
             }
+            left = left.wrapping_add(1);
         }
         *sums = local;
     }

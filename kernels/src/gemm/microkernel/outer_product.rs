@@ -202,14 +202,19 @@ impl<S: Simd, T: Stored, const MR: usize, const VECS: usize> WithSimd for Thin<'
     fn with_simd<U: Simd>(self, _: U) {
         // Words of several elements stay in registers while their elements are taken, each beside its sums: with four
         // panels 8 words and 8 sums would leave none for the constants of widening.
+        if const { S::F32_LANES == 16 && T::PER_WORD == 1 } {
+            return match self.strip.rows {
+                1 => self.panels::<1, 4>(),
+                2 => self.panels::<2, 4>(),
+                3 => self.panels::<3, 2>(),
+                _ => self.panels::<4, 2>(),
+            };
+        }
         if const { S::F32_LANES == 16 } {
             return match (self.strip.rows, T::PER_WORD) {
                 (1, 4) => self.panels::<1, 2>(),
                 (1, _) => self.panels::<1, 4>(),
-                (2, 1) => self.panels::<2, 4>(),
-                (2, _) => self.panels::<2, 2>(),
-                (3, _) => self.panels::<3, 2>(),
-                _ => self.panels::<4, 2>(),
+                _ => self.panels::<2, 2>(),
             };
         }
         match (self.strip.rows, T::PER_WORD) {
