@@ -41,6 +41,7 @@ pub mod scratch;
 pub mod testing;
 mod transpose;
 pub mod view;
+mod waiting;
 
 pub use context::{Blocking, Context, Precision};
 pub use error::{IsaError, ShapeError};

@@ -18,12 +18,12 @@
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use crate::waiting::Waiting;
 
 /// How long the caller waits for helpers: a sleeping thread of the pool is awake in about 50 µs.
 const PATIENCE: Duration = Duration::from_micros(200);
-/// Turns of waiting before the processor is yielded: about 30 µs.
-const SPINS: u32 = 1000;
 /// The bit of the door's word that says it is shut; below it stands the number of members.
 const SHUT: usize = 1 << (usize::BITS - 1);
 
@@ -52,19 +52,10 @@ impl Barrier<'_> {
 /// # Panics
 /// When a member of the team has panicked.
 fn wait_until(broken: &AtomicBool, done: impl Fn() -> bool) {
-    let mut turns = 0;
+    let mut waiting = Waiting::default();
     while !done() {
         assert!(!broken.load(Ordering::Relaxed), "another member of the team panicked");
-        pause(&mut turns);
-    }
-}
-
-fn pause(turns: &mut u32) {
-    if *turns < SPINS {
-        *turns += 1;
-        std::hint::spin_loop();
-    } else {
-        std::thread::yield_now();
+        waiting.pause();
     }
 }
 
@@ -137,11 +128,7 @@ pub(super) fn run_together<P: Send>(
 
 /// Waits until all are there or patience ends, shuts the door, and gives the number of members.
 fn assemble(door: &AtomicUsize, asked: usize) -> usize {
-    let start = Instant::now();
-    let mut turns = 0;
-    while door.load(Ordering::Relaxed) < asked && start.elapsed() < PATIENCE {
-        pause(&mut turns);
-    }
+    Waiting::until(|| door.load(Ordering::Relaxed) >= asked, PATIENCE);
     door.fetch_or(SHUT, Ordering::AcqRel)
 }
 
