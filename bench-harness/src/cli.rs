@@ -103,20 +103,22 @@ fn parse_isa(name: &str) -> Result<Isa, kavanam_kernels::IsaError> {
     Isa::new(name.parse::<IsaName>()?)
 }
 
+// A paragraph is one line here: clap breaks it to the width of the terminal.
 const BENCH_HELP: &str = "\
-Every peer computes each case on the same inputs, and its result is checked against sums in f64 before a time
-is kept. The samples of all peers alternate. The table shows rates at the median; a ratio above 1 means that
-ours is the faster one, and its bracket is a 95 % bootstrap interval.
+Every peer computes each case on the same inputs, and its result is checked against sums in f64 before a time is kept. \
+The samples of all peers alternate. The table shows rates at the median; a ratio above 1 means that ours is the faster \
+one, and its bracket is a 95 % bootstrap interval.
 
-The peer torch is PyTorch, with MKL and oneDNN as it calls them, in a Python process of its own that gets the
-same inputs and threads and measures beside the computation. It takes part only where --peers names it. Its
-environment (what is compared with what: docs/peers.md):
+The peer torch is PyTorch, with MKL and oneDNN as it calls them, in a Python process of its own that gets the same \
+inputs and threads and measures beside the computation. It takes part only where --peers names it. Its environment \
+(what is compared with what: docs/peers.md):
   python3 -m venv DIR
   DIR/bin/pip install -r bench-harness/peers/requirements.txt
 
 --json writes an array of records, rewritten as a whole after every case, with these keys:
-  family, case, peer, peer_version, kernel, precision, isa, threads, median_ns, min_ns, samples_ns, gflops,
-  gbps, percent_of_peak, and percent_of_read where one row meets weights that are used again, or one query a cache
+  family, case, peer, peer_version, kernel, precision, isa, threads, median_ns, min_ns,
+  samples_ns, gflops, gbps, percent_of_peak, and percent_of_read where one row meets weights
+  that are used again, or one query a cache
 and beside it NAME.environment.txt: the command, the date, the machine.
 
 Examples:
