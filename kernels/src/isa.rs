@@ -134,7 +134,21 @@ pub(crate) enum Bf16Dots {
     Emulated(pulp::x86::V3),
     /// No other CPU has them.
     #[cfg(not(target_arch = "x86_64"))]
-    Never(std::convert::Infallible),
+    #[expect(dead_code, reason = "nobody makes one")]
+    Never(Nowhere),
+}
+
+/// What cannot be made.
+#[cfg(not(target_arch = "x86_64"))]
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Nowhere(std::convert::Infallible);
+
+#[cfg(not(target_arch = "x86_64"))]
+impl Nowhere {
+    /// Never called, as nobody has one.
+    pub(crate) fn never(self) -> ! {
+        match self.0 {}
+    }
 }
 
 /// What only this module can make.
