@@ -239,6 +239,20 @@ pub fn visit<S: Simd, const R: usize, const W: usize>(
     write: [&mut [f32]; W],
     mut f: impl FnMut([S::f32s; R], [S::f32s; W]) -> [S::f32s; W],
 ) {
+    visit_by(simd, read, write, &mut f);
+}
+
+/// [`visit`] by a closure that stays with the caller. It is called by `(*f)(…)`: as `&mut F` it would be a function of the standard library that
+/// is no part of the shell.
+#[inline(always)]
+fn visit_by<S: Simd, const R: usize, const W: usize, F>(
+    simd: S,
+    read: [&[f32]; R],
+    write: [&mut [f32]; W],
+    f: &mut F,
+) where
+    F: FnMut([S::f32s; R], [S::f32s; W]) -> [S::f32s; W],
+{
     let len = write[0].len();
     let bodies = len / S::F32_LANES;
     let zero = simd.splat_f32s(0.0);
@@ -262,7 +276,7 @@ pub fn visit<S: Simd, const R: usize, const W: usize>(
         for k in 0..W {
             writes[k] = write_parts[k].0[i];
         }
-        writes = f(reads, writes);
+        writes = (*f)(reads, writes);
         for k in 0..W {
             write_parts[k].0[i] = writes[k];
         }
@@ -274,10 +288,32 @@ pub fn visit<S: Simd, const R: usize, const W: usize>(
         for k in 0..W {
             writes[k] = simd.partial_load_f32s(write_parts[k].1);
         }
-        writes = f(reads, writes);
+        writes = (*f)(reads, writes);
         for k in 0..W {
             simd.partial_store_f32s(write_parts[k].1, writes[k]);
         }
+    }
+}
+
+/// [`visit`] in two parts, of which the second begins where a vector of `write[0]` lies within a line of the cache. A slice of a
+/// `Vec` begins anywhere, and every second or each store of a loop over it would touch two lines. For loops that memory bounds.
+///
+/// # Panics
+/// When the lengths differ.
+#[inline(always)]
+pub fn visit_aligned<S: Simd, const R: usize, const W: usize>(
+    simd: S,
+    read: [&[f32]; R],
+    mut write: [&mut [f32]; W],
+    mut f: impl FnMut([S::f32s; R], [S::f32s; W]) -> [S::f32s; W],
+) {
+    let len = write[0].len();
+    let first = write[0].as_ptr().align_offset(size_of::<S::f32s>()).min(len);
+    // One loop over two parts: each call would be a copy of the closure.
+    for part in [0..first, first..len] {
+        let read = read.map(|slice| &slice[part.clone()]);
+        let write = write.each_mut().map(|slice| &mut slice[part.clone()]);
+        visit_by(simd, read, write, &mut f);
     }
 }
 
@@ -388,6 +424,44 @@ mod tests {
                 assert_eq!(sum, x.iter().sum::<f32>());
                 assert_eq!(dot, x.iter().map(|x| x * x).sum::<f32>());
                 assert_eq!(max, x.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+            }
+        }
+    }
+
+    struct Visits<'a> {
+        aligned: bool,
+        x: &'a [f32],
+        y: [&'a mut [f32]; 2],
+    }
+
+    impl WithSimd for Visits<'_> {
+        type Output = ();
+
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, simd: S) {
+            let f =
+                |[x]: [S::f32s; 1], [a, b]: [S::f32s; 2]| [simd.mul_add_f32s(x, a, b), simd.add_f32s(x, b)];
+            if self.aligned {
+                visit_aligned(simd, [self.x], self.y, f);
+            } else {
+                visit(simd, [self.x], self.y, f);
+            }
+        }
+    }
+
+    #[test]
+    fn where_a_slice_begins_changes_no_bits() {
+        let x: Vec<f32> = (0..200).map(|i| (i as f32 * 0.37).sin()).collect();
+        for isa in Isa::available() {
+            for (first, len) in (0..17).flat_map(|first| [0, 1, 7, 16, 33, 100].map(|len| (first, len))) {
+                let part = first..first + len;
+                let results = [false, true].map(|aligned| {
+                    let (mut a, mut b) = (x.clone(), x.clone());
+                    let y = [&mut a[part.clone()], &mut b[part.clone()]];
+                    isa.dispatch(Visits { aligned, x: &x[50..][..len], y });
+                    [a, b].concat().into_iter().map(f32::to_bits).collect::<Vec<_>>()
+                });
+                assert_eq!(results[0], results[1], "{isa} {first} {len}");
             }
         }
     }

@@ -85,7 +85,7 @@ impl WithSimd for Update<'_> {
         let (scale, rate, root_scale) = (splat(grad_scale), splat(rate), splat(root_scale));
         let (step_m, step_v) = (splat(1.0 - spec.beta1), splat(1.0 - spec.beta2));
         let (eps, decay) = (splat(spec.eps), splat(1.0 - spec.lr * spec.weight_decay));
-        lanes::visit(
+        lanes::visit_aligned(
             simd,
             [grad],
             [param, m, v],
