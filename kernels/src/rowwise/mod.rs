@@ -12,6 +12,7 @@ pub mod embedding;
 pub mod gated;
 pub mod layernorm;
 pub mod log_softmax;
+pub mod masked_softmax;
 pub mod projected_cross_entropy;
 pub mod reduce;
 pub mod residual_norm;

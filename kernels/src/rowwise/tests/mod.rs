@@ -3,6 +3,7 @@
 
 mod elements;
 mod gated;
+mod masked_softmax;
 mod norms;
 mod projected;
 mod residual_norm;
