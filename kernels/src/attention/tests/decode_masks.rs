@@ -1,5 +1,7 @@
 //! Decoding under masks: the bits of the full pass, and no look at keys that nobody sees.
 
+use std::num::NonZeroUsize;
+
 use super::decode::{Owned, are_the_last_rows, cases, run};
 use super::*;
 use crate::attention::cache::CacheLayout;
@@ -60,6 +62,84 @@ fn keys_that_no_query_sees_are_not_read() {
             assert!(out.iter().chain(&lse).all(|x| x.is_finite()), "{:?}", case.shape);
         }
     });
+}
+
+/// Lists of blocks of 16 positions, one for all heads or one for each: what a row of blocks sees does not depend on how many rows there are.
+fn listed(positions: usize, lists: usize) -> Vec<BlockList> {
+    let blocks = positions.div_ceil(16);
+    let rows = |head: usize| (0..blocks).map(move |row| vec![row / 3, (row / 2).saturating_sub(head), row]);
+    (0..lists).map(|head| BlockList::new(16, blocks, &rows(head).collect::<Vec<_>>()).unwrap()).collect()
+}
+
+/// Masks for three beams of up to 150 keys.
+fn beamed() -> Vec<Case> {
+    let plain = Case { causal: Some(0), ..Case::new(Shape { kv_heads: 2, ..shape(3, 4, 150, 150, 8) }) };
+    let window = |left| Some(Window { offset: 0, left, right: 0 });
+    let slopes = (vec![0.5, 0.25, 0.0, 0.01], 0);
+    vec![
+        Case { window: window(33), ..plain.clone() },
+        Case { slopes: slopes.clone(), ..plain.clone() },
+        Case { bias_heads: 4, window: window(120), ..plain.clone() }.filled(),
+        Case { lists: listed(150, 1), ..plain.clone() },
+        Case { lists: listed(150, 4), slopes, window: window(60), ..plain },
+    ]
+}
+
+/// The full pass of the beam whose query is that of sequence `b`, over `n` keys: those of a prefix and those of a tail.
+fn full_pass_of_beam(case: &Case, b: usize, n: usize, keys: [Vec<f32>; 2]) -> Case {
+    let Shape { heads, seq_q, seq_k, dim, .. } = case.shape;
+    let query = &case.data.q[((b + 1) * seq_q - 1) * heads * dim..][..heads * dim];
+    let bias = |head: usize| &case.data.bias[((head + 1) * seq_q * seq_k - n)..][..n];
+    let [k, v] = keys;
+    let bias = (0..case.bias_heads).flat_map(|head| bias(head).repeat(n)).collect();
+    let data = Data { q: query.repeat(n), k, v, bias, d_out: vec![0.0; n * heads * case.shape.v_dim] };
+    let shape = Shape { batch: 1, seq_q: n, seq_k: n, ..case.shape };
+    Case { shape, lists: listed(n, case.lists.len()), data, ..case.clone() }
+}
+
+#[test]
+fn beams_under_masks_give_the_last_rows_of_their_own_passes() {
+    const PREFIX: usize = 40;
+    let (beams, tails) = ([2, 0, 2], [110, 77, 0]);
+    for case in beamed() {
+        let Shape { heads, kv_heads, seq_k, dim, v_dim, .. } = case.shape;
+        let layout = CacheLayout { sequences: 3, kv_heads, capacity: 128, dim, v_dim };
+        let (mut prefix, mut tail) = (Owned::new(layout), Owned::new(layout));
+        prefix.append(1, 0, &case, 0..PREFIX);
+        (0..3).for_each(|b| tail.append(b, 0, &case, PREFIX..seq_k));
+        let parts = [
+            Part { cache: prefix.view(), sequences: &[1; 3], lengths: &[PREFIX; 3] },
+            Part { cache: tail.view(), sequences: &beams, lengths: &tails },
+        ];
+        let keys = |data: &[f32], width: usize, b: usize| {
+            let rows = |sequence: usize, keys: std::ops::Range<usize>| {
+                &data[(sequence * seq_k + keys.start) * width..][..keys.len() * width]
+            };
+            [rows(1, 0..PREFIX), rows(beams[b], PREFIX..PREFIX + tails[b])].concat()
+        };
+        let alone: Vec<Case> = (0..3)
+            .map(|b| {
+                let keys = [keys(&case.data.k, kv_heads * dim, b), keys(&case.data.v, kv_heads * v_dim, b)];
+                full_pass_of_beam(&case, b, PREFIX + tails[b], keys)
+            })
+            .collect();
+        everywhere(|ctx| {
+            for threads in [1, 3] {
+                let ctx = ctx.threads(NonZeroUsize::new(threads).unwrap());
+                let (out, lse) = run(&ctx, &case, 1, &parts);
+                for (b, alone) in alone.iter().enumerate() {
+                    let (full, full_lse) = alone.forward(&ctx);
+                    let n = alone.shape.seq_q;
+                    assert_same_bits(
+                        &out[b * heads * v_dim..][..heads * v_dim],
+                        &full[(n - 1) * heads * v_dim..],
+                    );
+                    let last: Vec<f32> = full_lse.iter().skip(n - 1).step_by(n).copied().collect();
+                    assert_same_bits(&lse[b * heads..][..heads], &last);
+                }
+            }
+        });
+    }
 }
 
 #[test]
