@@ -9,10 +9,11 @@ use pulp::Simd;
 
 use super::backward_weights::{HeadWeights, Scores, Weights, columns};
 use super::chunk::groups;
-use super::flash_backward::{Backward, clear};
+use super::flash_backward::{Backward, TILE, clear};
 use super::mask::Sight;
 use super::problem::Shape;
-use super::tile::{Dest, Extent, Left, Onto, Right, dest, left, product, right};
+use super::stage::Coming;
+use super::tile::{Dest, Extent, GROUP, Left, Onto, Right, dest, left, product, right};
 use crate::view::{MatMut, MatRef};
 
 /// The operands of one query head.
@@ -80,10 +81,16 @@ pub(super) struct Tile<'t, 'h, 'b> {
 }
 
 impl Tile<'_, '_, '_> {
-    /// All gradients that the tile gives.
+    /// How often a whole tile asks for what comes, against so many keys.
+    pub(super) fn shares(keys: usize) -> usize {
+        2 * TILE.div_ceil(GROUP) + keys.div_ceil(GROUP)
+    }
+
+    /// All gradients that the tile gives; on the way asks for what comes.
     #[inline(always)]
-    pub(super) fn run<S: Simd>(&mut self, simd: S, bias: bool) {
+    pub(super) fn run<S: Simd>(mut self, simd: S, bias: bool, coming: &mut Coming<'_, 2>) {
         for rows in groups(&self.rows) {
+            coming.ask();
             let seen = self.block.sight.rows(&rows, &self.block.keys);
             self.products(simd, &rows, &seen);
             let weights = Weights {
@@ -98,10 +105,10 @@ impl Tile<'_, '_, '_> {
             weights.make(simd, &mut self.scores, (rows, &seen), bias);
         }
         if self.block.d_k.is_some() {
-            self.keys_and_values(simd);
+            self.keys_and_values(simd, coming);
         }
         if self.head.d_q.is_some() {
-            self.queries(simd);
+            self.queries(simd, coming);
         }
     }
 
@@ -130,7 +137,7 @@ impl Tile<'_, '_, '_> {
 
     /// `dV += Pᵀ·dO` and `dK += dSᵀ·Q`, six keys at a time.
     #[inline(always)]
-    fn keys_and_values<S: Simd>(&mut self, simd: S) {
+    fn keys_and_values<S: Simd>(&mut self, simd: S, coming: &mut Coming<'_, 2>) {
         let Shape { dim, v_dim, .. } = self.problem.shape;
         let (stride, start) = (self.block.stride, self.block.keys.start);
         let onto = Onto::sum_if(!self.block.fresh);
@@ -141,6 +148,7 @@ impl Tile<'_, '_, '_> {
         }
         let (Some(d_k), Some(d_v)) = (&mut self.block.d_k, &mut self.block.d_v) else { return };
         for keys in groups(&self.seen) {
+            coming.ask();
             let rows = self.block.sight.seers(&keys, &self.rows);
             let first = rows.start.min(self.rows.end) - self.rows.start;
             let place = first * stride + keys.start - start;
@@ -159,12 +167,13 @@ impl Tile<'_, '_, '_> {
 
     /// `dQ += dS·K`, six rows at a time.
     #[inline(always)]
-    fn queries<S: Simd>(&mut self, simd: S) {
+    fn queries<S: Simd>(&mut self, simd: S, coming: &mut Coming<'_, 2>) {
         let (stride, start) = (self.block.stride, self.block.keys.start);
         let add = self.problem.spec.mask.blocks.is_some()
             || self.block.sight.rows(&self.rows, &(0..self.block.keys.end)).start < start;
         let Some(d_q) = &mut self.head.d_q else { return };
         for rows in groups(&self.rows) {
+            coming.ask();
             let keys = self.block.sight.rows(&rows, &self.block.keys);
             if keys.is_empty() && add {
                 continue;

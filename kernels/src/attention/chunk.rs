@@ -12,7 +12,7 @@ use super::dropout::{HeadDropout, SPACE};
 use super::flash::Forward;
 use super::mask::{Coverage, Mask, Sight};
 use super::online::{self, Carried, Row};
-use super::problem::{KEY_BLOCK, Shape, piece};
+use super::problem::Shape;
 use super::stage;
 use super::tile::GROUP;
 use crate::gemm::microkernel::prefetch;
@@ -79,14 +79,12 @@ impl<'a> Chunk<'a> {
 
     /// The blocks of keys that the rows go through, up to the last key that one of them sees.
     pub(super) fn blocks(&self) -> impl Iterator<Item = Range<usize>> + use<'a> {
-        let seen = self.sight.rows(&self.rows, &(0..self.problem.shape.seq_k));
-        let end = seen.end;
-        let list = self.problem.spec.mask.list(self.head);
-        let listed = list.map(|list| list.pieces(self.rows.start / list.block(), KEY_BLOCK));
-        let all = seen.start / KEY_BLOCK..end.div_ceil(KEY_BLOCK);
-        let all = listed.is_none().then(|| all.map(move |block| piece(block, KEY_BLOCK, end)));
-        let listed = listed.into_iter().flatten().map(move |keys| keys.start..keys.end.min(end));
-        listed.chain(all.into_iter().flatten()).filter(move |keys| !seen.is_empty() && !keys.is_empty())
+        self.problem.blocks(&self.sight, self.head, self.rows.clone())
+    }
+
+    /// The rows of the output, which are written in the end.
+    pub(super) fn out(&self) -> MatRef<'_> {
+        self.out.as_ref()
     }
 
     /// Turns the scores of at most six rows, in `columns` of a block of keys, into `P`; their new m, l and α.

@@ -7,7 +7,7 @@
 //! ```
 //! That is the naive form, with three matrices of the size of the scores. Here P is made again, block by
 //! block, from the saved log-sum-exp, and nothing of that size is stored:
-//! - As many rows of a head as fit [`HELD`] are taken against all blocks of keys, tile by tile of [`TILE`] rows. Kᵀ and Vᵀ of a block are
+//! - As many rows as fit [`super::problem::HELD`], of a head or of several that share their keys, are taken against all blocks of keys, tile by tile of [`TILE`] rows. Kᵀ and Vᵀ of a block are
 //!   transposed once for these rows, and the five products are [`product`](super::tile::product), Pᵀ and dSᵀ read across.
 //! - Q and dO of the held rows, and the sums dQ, dK and dV, stand in gapless scratch where heads interleave: their rows lie a power of two
 //!   apart, meet in few sets of the first- and second-level cache, and would come from the third for every block.
@@ -24,13 +24,14 @@ use std::ops::Range;
 
 use pulp::{Simd, WithSimd};
 
+use super::backward_held::{Held, RowScratch};
 use super::backward_tile::{Block, Head, Tile};
 use super::backward_weights::{HeadWeights, Scores};
-use super::mask::Sight;
 use super::on_tiles::{self, OnTiles};
-use super::problem::{KEY_BLOCK, Shape, Shared, cut, deal, pieces_of};
+use super::problem::{KEY_BLOCK, Shape, Shared, cut, deal, pieces_of, take_first};
 use super::regions::{Cut, Region, row_tiles};
-use super::{AttentionSpec, Saved, stage};
+use super::stage::{self, Coming};
+use super::{AttentionSpec, Saved};
 use crate::context::Context;
 use crate::gemm::microkernel::prefetch;
 use crate::lanes;
@@ -38,10 +39,7 @@ use crate::scratch::ScratchBuf;
 use crate::view::{HeadsMut, HeadsRef, MatMut, MatRef};
 
 /// Query rows of a tile.
-const TILE: usize = 48;
-
-/// Elements of Q, dO and dQ together that the rows of a head hold while keys stream past.
-const HELD: usize = 192 * 1024;
+pub(super) const TILE: usize = 48;
 
 /// A checked problem.
 #[derive(Clone, Copy)]
@@ -114,7 +112,8 @@ impl Backward<'_> {
     fn run<S: Simd>(&self, simd: S, cut_into: Cut, units: Range<usize>) {
         let Shape { seq_q, dim, v_dim, .. } = self.shape;
         let stride = KEY_BLOCK.next_multiple_of(S::F32_LANES);
-        let (held, tile) = (self.held_rows().min(seq_q), TILE.min(seq_q));
+        let held = self.rows_of_region(cut_into).min(self.most_held());
+        let tile = TILE.min(seq_q);
         let of_rows = [held * dim, held * v_dim, held * dim, held];
         let of_keys = [dim * stride, v_dim * stride, KEY_BLOCK * dim, KEY_BLOCK * dim, KEY_BLOCK * v_dim];
         let of_tile = [tile * stride, tile * stride];
@@ -129,20 +128,6 @@ impl Backward<'_> {
             self.region(simd, &region, &mut state);
         }
     }
-
-    /// Rows of a head that are held together: whole tiles.
-    fn held_rows(&self) -> usize {
-        let Shape { dim, v_dim, .. } = self.shape;
-        (HELD / (2 * dim + v_dim).max(1) / TILE * TILE).max(TILE)
-    }
-}
-
-/// Of the rows that are held: scale·Q, dO, dQ and D.
-struct RowScratch<'a> {
-    q: &'a mut [f32],
-    d_out: &'a mut [f32],
-    d_q: &'a mut [f32],
-    delta: &'a mut [f32],
 }
 
 /// Of a block of keys: Kᵀ and Vᵀ [dim, stride], scale·K, dK and dV; P and dS of a tile [TILE, stride].
@@ -154,18 +139,6 @@ struct KeyScratch<'a> {
     d_v: &'a mut [f32],
     p: &'a mut [f32],
     d_s: &'a mut [f32],
-}
-
-/// Some rows of one head, which are held while keys stream past.
-struct Held<'a> {
-    rows: Range<usize>,
-    /// scale·Q.
-    q: MatRef<'a>,
-    d_out: MatRef<'a>,
-    head: Head<'a>,
-    sight: Sight,
-    /// Nothing has been added to dK and dV before.
-    fresh: bool,
 }
 
 impl Backward<'_> {
@@ -190,7 +163,7 @@ impl Backward<'_> {
         if seen.is_empty() { keys.end..keys.end } else { before..seen.end }
     }
 
-    /// As many rows of a head as are held at a time against all keys. Where there are more, dK and dV begin with zeros.
+    /// As many rows of heads as are held at a time against all keys. Where there are more, dK and dV begin with zeros.
     #[inline(always)]
     fn region<S: Simd>(&self, simd: S, region: &Region, state: &mut (RowScratch<'_>, KeyScratch<'_>)) {
         let keys = self.open(region, TILE);
@@ -198,21 +171,22 @@ impl Backward<'_> {
             return;
         }
         let Region { batch, kv, ref heads, ref rows, parts, .. } = *region;
-        let held = self.held_rows();
-        let fresh = heads.len() == 1 && rows.len() <= held;
+        let together = (self.most_held() / rows.len()).clamp(1, heads.len());
+        let held = if together > 1 { rows.len() } else { self.held_rows(rows.len()) };
+        let fresh = together == heads.len() && rows.len() <= held;
         if !fresh && parts.kv {
             self.clear_keys(region, keys.clone());
         }
-        for head in heads.clone() {
+        for head in heads.clone().step_by(together) {
             for first in rows.clone().step_by(held) {
                 let rows = first..(first + held).min(rows.end);
-                let heads = head..head + 1;
+                let heads = head..(head + together).min(heads.end);
                 self.rows(simd, &Region { batch, kv, heads, rows, keys: keys.clone(), parts }, fresh, state);
             }
         }
     }
 
-    /// Some rows of one head against the keys of a region.
+    /// Some rows of heads against the keys of a region.
     #[inline(always)]
     fn rows<S: Simd>(
         &self,
@@ -222,62 +196,54 @@ impl Backward<'_> {
         (scratch, key_scratch): &mut (RowScratch<'_>, KeyScratch<'_>),
     ) {
         let Shape { dim, v_dim, seq_k, .. } = self.shape;
-        let Region { rows, keys, .. } = region;
-        let head = region.heads.start;
-        let sight = self.spec.mask.sight(region.batch, seq_k);
-        let d_out = self.d_out.head(region.batch, head).sub(rows.clone(), 0..v_dim);
-        let d_out = stage::gather(simd, d_out, scratch.d_out);
-        let delta = &mut scratch.delta[..rows.len()];
-        self.deltas(simd, (region.batch, head), (rows, d_out), delta);
-        let mut head = self.head(region, head, delta);
-        let q = stage::scaled(simd, self.spec.scale, head.q, rows.clone(), scratch.q);
-        let listed = self.spec.mask.blocks.is_some();
-        let several = self.key_blocks(keys.clone()).nth(1).is_some();
-        let mut apart = None;
-        if let Some(d_q) = head.d_q.take_if(|d_q| several && stage::spreads(d_q.as_ref())) {
-            let held = &mut scratch.d_q[..rows.len() * dim];
-            if listed {
-                held.fill(0.0);
-            }
-            head.d_q = Some(MatMut::new(held, rows.len(), dim).expect("cut to rows × dim"));
-            apart = Some(d_q);
+        let Region { batch, kv, ref rows, ref keys, parts, .. } = *region;
+        let sight = self.spec.mask.sight(batch, seq_k);
+        let RowScratch { q, d_out, d_q, delta } = scratch;
+        let (mut q, mut d_out, mut d_q, mut delta) = (&mut **q, &mut **d_out, &mut **d_q, &mut **delta);
+        let mut held = Vec::with_capacity(region.heads.len());
+        for head in region.heads.clone() {
+            let scratch = RowScratch {
+                q: take_first(&mut q, rows.len() * dim),
+                d_out: take_first(&mut d_out, rows.len() * v_dim),
+                d_q: take_first(&mut d_q, rows.len() * dim),
+                delta: take_first(&mut delta, rows.len()),
+            };
+            let of_head =
+                Region { batch, kv, heads: head..head + 1, rows: rows.clone(), keys: keys.clone(), parts };
+            held.push(self.hold(simd, &of_head, (sight, fresh), scratch));
         }
-        let mut held = Held { rows: rows.clone(), q, d_out, head, sight, fresh };
-        for keys in self.key_blocks(keys.clone()) {
+        let mut blocks = self.key_blocks(keys.clone()).peekable();
+        while let Some(keys) = blocks.next() {
             if !sight.rows(rows, &keys).is_empty() {
-                self.keys(simd, region, &mut held, keys, key_scratch);
-            } else if fresh && region.parts.kv {
+                let next = blocks.peek().cloned().unwrap_or(0..0);
+                self.keys(simd, region, &mut held, (keys, next), key_scratch);
+            } else if fresh && parts.kv {
                 self.clear_keys(region, keys);
             }
         }
-        let (Some(mut d_q), Some(held)) = (apart, &held.head.d_q) else { return };
-        for tile in rows.clone().step_by(TILE).map(|first| first..(first + TILE).min(rows.end)) {
-            if listed || !sight.rows(&tile, keys).is_empty() {
-                let tile = tile.start - rows.start..tile.end - rows.start;
-                stage::copy(held.as_ref().sub(tile.clone(), 0..dim), d_q.reborrow().sub(tile, 0..dim));
-            }
-        }
+        held.into_iter().for_each(|held| self.release(held, keys));
     }
 
-    /// Rows that are held against a block of keys.
+    /// Rows of some heads that are held against a block of keys; on the way asks for the next ones.
     #[inline(always)]
     fn keys<S: Simd>(
         &self,
         simd: S,
         region: &Region,
-        held: &mut Held<'_>,
-        keys: Range<usize>,
+        held: &mut [Held<'_>],
+        (keys, next): (Range<usize>, Range<usize>),
         scratch: &mut KeyScratch<'_>,
     ) {
         let Shape { dim, v_dim, .. } = self.shape;
         let Region { batch, kv, parts, .. } = *region;
+        let Some(&Held { sight, fresh, .. }) = held.first() else { return };
         let stride = keys.len().next_multiple_of(S::F32_LANES);
-        let k = self.saved.k.head(batch, kv).sub(keys.clone(), 0..dim);
-        let v = self.saved.v.head(batch, kv).sub(keys.clone(), 0..v_dim);
+        let (k_head, v_head) = (self.saved.k.head(batch, kv), self.saved.v.head(batch, kv));
+        let (k, v) = (k_head.sub(keys.clone(), 0..dim), v_head.sub(keys.clone(), 0..v_dim));
         stage::transpose(k, scratch.kt, stride);
         stage::transpose(v, scratch.vt, stride);
         let k = if parts.q { stage::scaled(simd, self.spec.scale, k, 0..k.rows(), scratch.k) } else { k };
-        let several = held.rows.len() > TILE;
+        let several = held.len() * region.rows.len() > TILE;
         let [mut apart_k, mut apart_v] = [None, None];
         // SAFETY (both): a unit that owns dK and dV owns these keys of this key head alone, and blocks are disjoint.
         let grads = [
@@ -292,26 +258,33 @@ impl Backward<'_> {
             }
             let mut held_grad =
                 MatMut::new(&mut scratch[..keys.len() * dim], keys.len(), dim).expect("cut to keys × dim");
-            if !held.fresh {
+            if !fresh {
                 stage::copy(grad.as_ref(), held_grad.reborrow());
             }
             *apart = Some(grad);
             Some(held_grad)
         });
         let [d_k, d_v] = grads;
-        let (kt, vt, sight) = (&*scratch.kt, &*scratch.vt, held.sight);
-        let mut block = Block { keys, stride, kt, vt, k, d_k, d_v, sight, fresh: held.fresh };
-        let list = self.spec.mask.list(held.head.fixed.index);
-        for rows in row_tiles(list, block.keys.start, held.rows.clone(), TILE) {
-            let seen = sight.rows(&rows, &block.keys);
-            if seen.is_empty() {
-                continue;
+        let tiles = held.len() * region.rows.len().div_ceil(TILE);
+        let next = if stage::spreads(k_head) { next } else { 0..0 };
+        let coming = [k_head.sub(next.clone(), 0..dim), v_head.sub(next, 0..v_dim)];
+        let mut coming = Coming::new(coming, tiles * Tile::shares(keys.len()));
+        let (kt, vt) = (&*scratch.kt, &*scratch.vt);
+        let mut block = Block { keys, stride, kt, vt, k, d_k, d_v, sight, fresh };
+        for held in held {
+            let list = self.spec.mask.list(held.head.fixed.index);
+            for rows in row_tiles(list, block.keys.start, held.rows.clone(), TILE) {
+                let seen = sight.rows(&rows, &block.keys);
+                if seen.is_empty() {
+                    continue;
+                }
+                let local = rows.start - held.rows.start..rows.end - held.rows.start;
+                let (q, d_out) = (held.q.sub(local.clone(), 0..dim), held.d_out.sub(local, 0..v_dim));
+                let scores = Scores { p: scratch.p, d_s: scratch.d_s };
+                let (head, block) = (&mut held.head, &mut block);
+                let tile = Tile { problem: self, head, block, rows, seen, q, d_out, scores };
+                tile.run(simd, parts.bias, &mut coming);
             }
-            let local = rows.start - held.rows.start..rows.end - held.rows.start;
-            let (q, d_out) = (held.q.sub(local.clone(), 0..dim), held.d_out.sub(local, 0..v_dim));
-            let scores = Scores { p: scratch.p, d_s: scratch.d_s };
-            let (head, block) = (&mut held.head, &mut block);
-            Tile { problem: self, head, block, rows, seen, q, d_out, scores }.run(simd, parts.bias);
         }
         block.clear_if_fresh();
         for (apart, held) in [(apart_k, &block.d_k), (apart_v, &block.d_v)] {

@@ -24,7 +24,7 @@ use pulp::Simd;
 use super::chunk::{Chunk, Rows, groups, vectors};
 use super::flash::Forward;
 use super::on_tiles::{self, OnTiles, Operands, left_words, product, right_words};
-use super::problem::{KEY_BLOCK, Shape, cut};
+use super::problem::{KEY_BLOCK, Shape, cut, take_first};
 use super::stage;
 use crate::gemm::microkernel::amx::{BLOCK, SIDE, STEP, TileUnit};
 use crate::gemm::split::Magnitudes;
@@ -184,13 +184,6 @@ impl Forward<'_> {
             state.exchange(held);
         }
     }
-}
-
-/// Takes the first `len` elements off a slice.
-fn take_first<'a, T>(slice: &mut &'a mut [T], len: usize) -> &'a mut [T] {
-    let (first, rest) = std::mem::take(slice).split_at_mut(len);
-    *slice = rest;
-    first
 }
 
 impl Chunk<'_> {

@@ -32,6 +32,7 @@
 //! (tests `attention::tests`). On tiles, with ε = 2⁻⁷ (`Medium`) or 2⁻¹⁵ (`High`) and δ = ε·scale·max_j Σ_d |q_d|·|k_d|, up to terms of higher order and f32's
 //! roundings: a score δ, the log-sum-exp δ, the output (2·δ + ε)·Σ_j P_j·|v_j| (tests `attention::tests::tiles`); for gradients see `attention::backward_tiles`.
 
+mod backward_held;
 mod backward_sums;
 mod backward_tile;
 mod backward_tiles;
@@ -47,6 +48,7 @@ mod dropout;
 mod flash;
 mod flash_backward;
 mod flash_tiles;
+mod flash_vectors;
 mod mask;
 mod on_tiles;
 mod online;

@@ -19,9 +19,10 @@ pub(super) const ROW_TILE: usize = 48;
 /// Query rows of one task of a split head.
 pub(super) const ROW_CHUNK: usize = 192;
 
-/// Elements of Q and O together that the rows of a forward pass hold while keys stream past: 288 KiB, a little
-/// more than half of the second-level cache here. Rows that share the staging of a key block pay it once.
-pub(super) const HELD: usize = 72 * 1024;
+/// Elements of Q and O together, and in the backward pass of Q, dO and dQ, that rows hold while keys stream past: 768 KiB, more than a
+/// second-level cache of 512. Rows that share the staging of a key block pay it once, and their own come back from the third-level
+/// cache one tile after the other, which the hardware foresees. 288 KiB and 576 KiB were slower in the forward pass (docs/decisions/003-attention.md).
+pub(super) const HELD: usize = 192 * 1024;
 
 /// A task should hold at least this many multiplications, about 20 µs.
 const TASK_WORK: usize = 1 << 20;
@@ -101,11 +102,11 @@ impl Shape {
     }
 
     /// Query rows that share one staging of a key block in the forward pass, whole tiles of `tile` rows, when Q and O of all of
-    /// them may have `held` elements. No bit depends on it.
+    /// them may have about `held` elements. No bit depends on it.
     pub(super) fn row_chunk(&self, threads: usize, (held, tile): (usize, usize)) -> usize {
-        let held = held / (self.dim + self.v_dim).max(1) / tile * tile;
-        let few = threads > 1 && self.batch * self.heads * self.seq_q.div_ceil(held.max(1)) < 4 * threads;
-        if few { ROW_CHUNK } else { held.max(ROW_CHUNK) }
+        let rows = even_parts(self.seq_q, held / (self.dim + self.v_dim).max(1), tile).max(ROW_CHUNK);
+        let few = threads > 1 && self.batch * self.heads * self.seq_q.div_ceil(rows) < 4 * threads;
+        if few { ROW_CHUNK } else { rows }
     }
 
     /// Query heads that share one key head.
@@ -119,6 +120,12 @@ impl Shape {
 #[inline]
 pub(super) fn piece(index: usize, size: usize, len: usize) -> Range<usize> {
     index * size..((index + 1) * size).min(len)
+}
+
+/// Rows of a part when `rows` rows go by equal parts of about `most` rows at most, whole tiles of `tile` rows: no part is a remainder, for which
+/// all keys would be staged once more.
+pub(super) fn even_parts(rows: usize, most: usize, tile: usize) -> usize {
+    rows.div_ceil(rows.div_ceil(most.max(1)).max(1)).next_multiple_of(tile).max(tile)
 }
 
 /// Runs `units` units of about `work` multiplications each: several to a task when they are small, each task
@@ -168,6 +175,14 @@ pub(super) fn cut<T, const N: usize>(mut memory: &mut [T], lens: [usize; N]) -> 
         memory = rest;
         part
     })
+}
+
+/// Takes the first `len` elements off a slice.
+#[inline(always)]
+pub(super) fn take_first<'a, T>(slice: &mut &'a mut [T], len: usize) -> &'a mut [T] {
+    let (first, rest) = std::mem::take(slice).split_at_mut(len);
+    *slice = rest;
+    first
 }
 
 /// A pointer to an output that tasks write to in disjoint places.

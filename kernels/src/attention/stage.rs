@@ -82,6 +82,41 @@ pub(super) fn spreads(view: MatRef<'_>) -> bool {
     view.row_stride() != cols && rows * view.row_stride() > SPREAD && cols > 0
 }
 
+/// Rows that will be staged or written next, asked for share by share while products run. Left to the moment when they are staged, rows
+/// that lie kilobytes apart are waited for: each is a page of its own, and the core asks for so many lines at once and no more.
+pub(super) struct Coming<'a, const VIEWS: usize> {
+    views: [MatRef<'a>; VIEWS],
+    /// The next row: that of `views[view]`.
+    view: usize,
+    row: usize,
+    /// Rows of one share.
+    share: usize,
+}
+
+impl<'a, const VIEWS: usize> Coming<'a, VIEWS> {
+    /// All rows of `views`, in this order, in at most `shares` shares.
+    #[inline(always)]
+    pub(super) fn new(views: [MatRef<'a>; VIEWS], shares: usize) -> Self {
+        let rows: usize = views.iter().map(|view| view.rows()).sum();
+        Coming { views, view: 0, row: 0, share: rows.div_ceil(shares.max(1)) }
+    }
+
+    /// Asks for the next share.
+    #[inline(always)]
+    pub(super) fn ask(&mut self) {
+        for _ in 0..self.share {
+            while self.row == self.views[self.view].rows() {
+                if self.view + 1 == VIEWS {
+                    return;
+                }
+                (self.view, self.row) = (self.view + 1, 0);
+            }
+            prefetch::row_for_later(self.views[self.view].row(self.row));
+            self.row += 1;
+        }
+    }
+}
+
 /// Copies `src` to `dst`, which has the same shape.
 #[inline(always)]
 pub(super) fn copy(src: MatRef<'_>, mut dst: MatMut<'_>) {

@@ -23,6 +23,27 @@ pub(super) fn check_threads(ctx: &Context, case: &Case) {
     }
 }
 
+#[test]
+fn heads_that_share_keys_have_the_bits_of_heads_with_copies() {
+    for (seq, dim, kv_heads, causal) in
+        [(20, 8, 1, None), (130, 12, 2, Some(0)), (140, 64, 3, None), (150, 400, 2, Some(0))]
+    {
+        let case = Case { causal, ..Case::new(Shape { kv_heads, ..shape(2, 6, seq, seq, dim) }) };
+        let copies = |x: &[f32]| x.chunks_exact(dim).flat_map(|row| row.repeat(6 / kv_heads)).collect();
+        let data = Data { k: copies(&case.data.k), v: copies(&case.data.v), ..case.data.clone() };
+        let apart = Case { shape: shape(2, 6, seq, seq, dim), data, ..case.clone() };
+        for_each_isa(|ctx| {
+            let apart = apart.run(ctx);
+            for threads in [1, 2] {
+                let shared = case.run(&ctx.threads(NonZeroUsize::new(threads).unwrap()));
+                assert_same_bits(&shared.out, &apart.out);
+                assert_same_bits(&shared.lse, &apart.lse);
+                assert_same_bits(&shared.grads.d_q, &apart.grads.d_q);
+            }
+        });
+    }
+}
+
 /// Rows `rows` of every sequence and head of a [batch, seq, width] buffer.
 fn rows_of(data: &[f32], seq: usize, width: usize, rows: std::ops::Range<usize>) -> Vec<f32> {
     data.chunks_exact(seq * width).flat_map(|s| s[rows.start * width..rows.end * width].to_vec()).collect()

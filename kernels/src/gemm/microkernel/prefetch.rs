@@ -73,9 +73,18 @@ impl Share {
 /// Asks for all of a row, into the first-level cache. For rows that lie far apart, which no hardware foresees.
 #[inline(always)]
 pub(crate) fn row(row: &[f32]) {
-    for part in row.chunks(LINE) {
-        line(part.as_ptr());
+    for at in (0..row.len()).step_by(LINE) {
+        line(row.as_ptr().wrapping_add(at));
     }
+    // A row that does not begin with a line ends in one more.
+    line(row.as_ptr().wrapping_add(row.len().saturating_sub(1)));
+}
+
+/// Asks for all of a row, into the second-level cache: what is wanted later, while the first is full of what runs now.
+#[inline(always)]
+pub(crate) fn row_for_later(row: &[f32]) {
+    Ahead::from(row.as_ptr()).fetch(row.len().div_ceil(LINE));
+    Ahead::from(row.as_ptr().wrapping_add(row.len().saturating_sub(1))).fetch(1);
 }
 
 /// Elements of a cache line.
