@@ -73,7 +73,14 @@ impl<A: Paired> Bf16Visitor for Part<'_, A> {
                                     pack_columns::<_, _, NR>(kernel.products(), b, panel);
                                 }
                                 let (ptr, panel_stride) = (panel.as_ptr(), panel.len());
-                                Rhs { ptr, depth_stride: NR, panel_stride, group: depth.len(), far }
+                                Rhs {
+                                    ptr,
+                                    depth_stride: NR,
+                                    panel_stride,
+                                    group: depth.len(),
+                                    far,
+                                    tail: None,
+                                }
                             }
                         };
                         let strip = Bf16Strip {

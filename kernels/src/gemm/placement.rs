@@ -27,6 +27,15 @@ const TRANSPOSED_MAX_STRIDE: usize = 512;
 /// (AMD Zen 5, medians of two runs), where 64³ and 512 × 512 × 4096 lose.
 const NEAR_B: std::ops::RangeInclusive<usize> = 64 * 1024..=256 * 1024;
 
+/// Bytes of a page of memory.
+const PAGE: usize = 4096;
+/// Pages that the rows of a panel in place may lie in for many rows of C: the first-level table of translations has 64 entries, for A and C too.
+/// Packed instead, minima of alternating calls: 255×257×251 1.10 times as fast, 96×1000×250 1.09, 192×264×256 1.06, 511×513×509, 96×264×256 and 64×264×256
+/// 0.99 to 1.01 (Zen 3). Vectors of 512 bits were not timed.
+const PAGES_AT_HAND: usize = 48;
+/// Rows of C that are many.
+const MANY_ROWS: usize = 64;
+
 /// Bytes of panels that a core keeps near from one pass over them to the next: the second-level cache of the core at hand.
 const NEAR: usize = 512 * 1024;
 
@@ -61,6 +70,11 @@ pub(super) fn left<K: Microkernel>(a: &MatRef<'_>, cols: usize) -> Left {
     }
 }
 
+/// Whether the kernel reads the columns of a B in place that fill no vector. On wider vectors and narrower ones it was not timed.
+pub(super) const fn masked<K: Microkernel>() -> bool {
+    <K::Simd as Simd>::F32_LANES == 8 && K::Rhs::PER_WORD == 1
+}
+
 /// Whether to read `b` where it is, `depth` rows of it at a time, for a product with `rows` rows.
 pub(super) fn right_in_place<K: Microkernel>(b: &MatRef<'_>, depth: usize, rows: usize) -> bool {
     if b.col_stride() != 1 {
@@ -70,6 +84,10 @@ pub(super) fn right_in_place<K: Microkernel>(b: &MatRef<'_>, depth: usize, rows:
         && NEAR_B.contains(&(size_of::<f32>() * b.rows() * b.cols()))
     {
         return true;
+    }
+    let pages = size_of::<f32>() * depth * b.row_stride() / PAGE;
+    if const { <K::Simd as Simd>::F32_LANES == 8 } && rows >= MANY_ROWS && pages > PAGES_AT_HAND {
+        return false;
     }
     let sets = sets_reached(b.row_stride());
     let lines = depth * K::NR.div_ceil(LINE);

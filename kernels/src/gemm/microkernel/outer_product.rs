@@ -18,11 +18,16 @@
 //!   the hardware, the first tile of each panel waits for weights that lie in the third-level cache.
 //! - One or two rows have too few chains to hide the latency, so they take several panels of rhs at a time (4 or 2):
 //!   the chains of more columns, each as it was. With 32 registers up to four rows do: streams of weights that lie far away arrive sooner together.
+//! - One or two rows over far panels of int8 or int4 ask for the panels after these (AVX2): they compute too long between two lines for the hardware to
+//!   keep ahead of them. f32 and bf16 lose a third and a fifth by it.
 //! - A row-major left operand is read in place (depth stride 1): where few panels of rhs follow, packing
 //!   it costs more than it saves.
 //! - A stored form that is narrower than f32 is widened where it is loaded: MR rows share the widening, and memory
 //!   is read once in the small form. Such kernels exist for decoding, so they have fewer instances: panels
 //!   are always NR wide, the left operand has depth stride 1, and the epilogue is the one of ragged tiles.
+//! - With sixteen registers a tile of several rows has none left for the constants of widening. From some rows on such a panel is widened once, into
+//!   scratch that stays near ([`widened_from`]), and every tile reads it as groups of f32. A widened element is exact, so the bits are those of
+//!   widening where it is loaded.
 
 use std::marker::PhantomData;
 
@@ -30,7 +35,9 @@ use pulp::{Simd, WithSimd};
 
 use super::finish::Tile;
 use super::prefetch::{self, ALL, Ahead, HALF, NOTHING, Share};
-use super::{Lhs, Microkernel, Out, Rhs, Stored, Strip, kernel_with_lanes};
+use super::stored::{Masked, Widened};
+use super::{F32, Lhs, Microkernel, Out, Rhs, Stored, Strip, kernel_with_lanes};
+use crate::scratch::ScratchBuf;
 
 /// Independent multiply-adds that hide their latency on the cores at hand.
 const CHAINS: usize = 8;
@@ -39,8 +46,13 @@ const CHAINS: usize = 8;
 const UNROLL: usize = 4;
 
 /// Cache lines that a turn of the loop reads of a panel of `width` vectors.
-const fn lines_a_turn<S: Simd>(width: usize) -> usize {
-    (UNROLL * width * S::F32_LANES).div_ceil(prefetch::LINE)
+const fn lines_a_turn<S: Simd, T: Stored, const U: usize>(width: usize) -> usize {
+    (words_a_turn::<T, U>() * width * S::F32_LANES).div_ceil(prefetch::LINE)
+}
+
+/// Rows of words of a turn of about U steps.
+const fn words_a_turn<T: Stored, const U: usize>() -> usize {
+    if T::PER_WORD < U { U / T::PER_WORD } else { 1 }
 }
 
 /// The kernel with tiles of MR rows and VECS vectors, rhs stored as T.
@@ -95,39 +107,71 @@ impl<S: Simd, T: Stored, const MR: usize, const VECS: usize, const W: usize> Wit
         if const { W > VECS } {
             unreachable!("a strip is at most {VECS} vectors wide");
         }
+        if const { S::F32_LANES == 8 && T::PER_WORD > 1 } && widens::<T>(self.strip.rows) {
+            return if const { T::SCALED } { self.widened::<Widened>() } else { self.widened::<F32>() };
+        }
+        if const { S::F32_LANES == 8 && T::PER_WORD == 1 } && self.strip.rhs.tail.is_some() {
+            return self.all::<Masked>(self.strip.rhs);
+        }
+        self.all::<T>(self.strip.rhs);
+    }
+}
+
+/// Whether a panel is widened before its tiles run: where tiles of so many rows have registers left, they widen what they load. (Seven and eight rows
+/// are two tiles of four.)
+const fn widens<T: Stored>(rows: usize) -> bool {
+    match T::PER_WORD {
+        8 => rows >= 4,
+        _ => rows > 4 && rows != 7 && rows != 8,
+    }
+}
+
+impl<S: Simd, T: Stored, const MR: usize, const VECS: usize, const W: usize> Tiles<'_, S, T, MR, VECS, W> {
+    /// All tiles over the panel in f32.
+    #[inline(always)]
+    fn widened<R: Stored>(&self) {
+        let (Strip { depth, rhs, .. }, width) = (self.strip, W * S::F32_LANES);
+        let rows = depth + if const { T::SCALED } { depth.div_ceil(rhs.group) } else { 0 };
+        let mut wide = ScratchBuf::take(rows * width);
+        // SAFETY: `run`'s contract: the panel reaches `depth` rows of W whole vectors, in groups with their scales where it is scaled.
+        unsafe { widen::<S, T, W>(self.kernel.0, *depth, *rhs, &mut wide) };
+        self.all::<R>(Rhs { ptr: wide.as_ptr().cast(), depth_stride: width, far: false, ..*rhs });
+    }
+
+    /// All tiles, with a panel that is stored as R.
+    #[inline(always)]
+    fn all<R: Stored>(&self, rhs: Rhs) {
         let rows = self.strip.rows;
         let mut first = 0;
         // One vector a row is too few chains for MR rows. (A packed left operand is cut where it was packed.)
         let Lhs { tile_stride, row_stride, .. } = self.strip.lhs;
         if const { W == 1 && MR == 8 && T::PER_WORD == 1 } && tile_stride == MR * row_stride {
             while first + 16 <= rows {
-                self.tile::<16>(first);
+                self.tile::<R, 16>(first, rhs);
                 first += 16;
             }
         }
         let whole = first + self.whole_tiles(rows - first) * MR;
         while first < whole {
-            self.tile::<MR>(first);
+            self.tile::<R, MR>(first, rhs);
             first += MR;
         }
         while first < rows {
             let rest = rows - first;
             let height = if rest > MR { rest.div_ceil(2) } else { rest };
             match height {
-                1 => self.tile::<1>(first),
-                2 => self.tile::<2>(first),
-                3 => self.tile::<3>(first),
-                4 => self.tile::<4>(first),
-                5 => self.tile::<5>(first),
-                6 => self.tile::<6>(first),
-                _ => self.tile::<7>(first),
+                1 => self.tile::<R, 1>(first, rhs),
+                2 => self.tile::<R, 2>(first, rhs),
+                3 => self.tile::<R, 3>(first, rhs),
+                4 => self.tile::<R, 4>(first, rhs),
+                5 => self.tile::<R, 5>(first, rhs),
+                6 => self.tile::<R, 6>(first, rhs),
+                _ => self.tile::<R, 7>(first, rhs),
             }
             first += height;
         }
     }
-}
 
-impl<S: Simd, T: Stored, const MR: usize, const VECS: usize, const W: usize> Tiles<'_, S, T, MR, VECS, W> {
     /// How many tiles have MR rows: all that can, unless so few rows would follow that they had to wait for their own sums;
     /// then the last of these tiles shares its rows with them. A packed left operand is cut where it was packed.
     #[inline(always)]
@@ -143,14 +187,14 @@ impl<S: Simd, T: Stored, const MR: usize, const VECS: usize, const W: usize> Til
     fn ahead<const H: usize>(&self, first: usize) -> Option<(Share, Ahead)> {
         let Rhs { ptr, panel_stride, far, .. } = self.strip.rhs;
         let share = Share::of(H, self.strip.rows, MR);
-        let lines = share.lines(const { lines_a_turn::<S>(W) });
+        let lines = share.lines(const { lines_a_turn::<S, F32, UNROLL>(W) });
         let start = first / H * (self.strip.depth / UNROLL * lines * prefetch::LINE);
         (far && start < panel_stride).then(|| (share, Ahead::from(ptr.wrapping_add(panel_stride + start))))
     }
 
     /// The tile of H rows that starts at row `first` of the strip.
     #[inline(always)]
-    fn tile<const H: usize>(&self, first: usize) {
+    fn tile<R: Stored, const H: usize>(&self, first: usize, rhs: Rhs) {
         if const { H > MR && (H != 16 || W > 1) } {
             unreachable!("a tile is at most {MR} rows high, of one vector 16");
         }
@@ -166,21 +210,29 @@ impl<S: Simd, T: Stored, const MR: usize, const VECS: usize, const W: usize> Til
                 prefetch::line(row.wrapping_add(strip.cols - 1));
             }
         }
-        // SAFETY: `run`'s contract: H rows of lhs and W whole vectors of rhs, `depth` deep.
+        // SAFETY: `run`'s contract: H rows of lhs and W whole vectors of rhs, `depth` deep, or those widened.
         let [acc] = unsafe {
             if const { T::PER_WORD == 1 } && lhs.row_stride == 1 {
-                accumulate::<S, T, 1, H, W, 1>(simd, depth, (a, 1, lhs.depth_stride), strip.rhs)
+                accumulate::<S, R, 1, H, W, 1, NOTHING>(
+                    simd,
+                    depth,
+                    (a, 1, lhs.depth_stride),
+                    rhs,
+                    Ahead::from(a),
+                )
             } else {
                 debug_assert!(lhs.depth_stride == 1 || strip.depth <= 1);
                 let a_rows = (a, lhs.row_stride, 1);
                 match self.ahead::<H>(first) {
                     Some((Share::All, ahead)) if const { T::PER_WORD == 1 } => {
-                        chain::<S, T, 1, H, W, UNROLL, ALL>(simd, depth, a_rows, strip.rhs, ahead)
+                        chain::<S, R, 1, H, W, UNROLL, ALL>(simd, depth, a_rows, rhs, &mut { ahead })
                     }
                     Some((Share::Half, ahead)) if const { T::PER_WORD == 1 } => {
-                        chain::<S, T, 1, H, W, UNROLL, HALF>(simd, depth, a_rows, strip.rhs, ahead)
+                        chain::<S, R, 1, H, W, UNROLL, HALF>(simd, depth, a_rows, rhs, &mut { ahead })
                     }
-                    _ => accumulate::<S, T, 1, H, W, UNROLL>(simd, depth, a_rows, strip.rhs),
+                    _ => {
+                        accumulate::<S, R, 1, H, W, UNROLL, NOTHING>(simd, depth, a_rows, rhs, Ahead::from(a))
+                    }
                 }
             }
         };
@@ -249,7 +301,14 @@ impl<S: Simd, T: Stored, const MR: usize, const VECS: usize> Thin<'_, S, T, MR, 
         let rhs = Rhs { ptr: strip.rhs.ptr.wrapping_add(first * strip.rhs.panel_stride), ..strip.rhs };
         let lhs = (lhs.ptr, lhs.row_stride, lhs.depth_stride);
         // SAFETY: `run`'s contract: H rows of lhs and P whole panels of rhs, `depth` deep.
-        let acc = unsafe { accumulate::<S, T, P, H, VECS, UNROLL>(simd, depth, lhs, rhs) };
+        let acc = unsafe {
+            if const { S::F32_LANES == 8 && T::PER_WORD >= 4 } && rhs.far {
+                let next = Ahead::from(rhs.ptr.wrapping_add(P * rhs.panel_stride));
+                accumulate::<S, T, P, H, VECS, UNROLL, ALL>(simd, depth, lhs, rhs, next)
+            } else {
+                accumulate::<S, T, P, H, VECS, UNROLL, NOTHING>(simd, depth, lhs, rhs, Ahead::from(rhs.ptr))
+            }
+        };
         for (panel, acc) in (first..).zip(acc) {
             let out = strip.out.ptr.wrapping_add(panel * width * strip.out.col_stride);
             let (out, finish) = (Out { ptr: out, ..strip.out }, strip.finish.after_col(panel * width));
@@ -265,17 +324,25 @@ impl<S: Simd, T: Stored, const MR: usize, const VECS: usize> Thin<'_, S, T, MR, 
 /// # Safety
 /// `a` (pointer, row stride, depth stride) reaches H × depth, `b` P panels of depth × W vectors.
 #[inline(always)]
-unsafe fn accumulate<S: Simd, T: Stored, const P: usize, const H: usize, const W: usize, const U: usize>(
+unsafe fn accumulate<
+    S: Simd,
+    T: Stored,
+    const P: usize,
+    const H: usize,
+    const W: usize,
+    const U: usize,
+    const AHEAD: usize,
+>(
     simd: S,
     depth: usize,
     (mut a, row_stride, depth_stride): (*const f32, usize, usize),
     mut b: Rhs,
+    mut ahead: Ahead,
 ) -> [[[S::f32s; W]; H]; P] {
-    let nothing = Ahead::from(a);
     if const { !T::SCALED } {
         // SAFETY: the contract.
         return unsafe {
-            chain::<S, T, P, H, W, U, NOTHING>(simd, depth, (a, row_stride, depth_stride), b, nothing)
+            chain::<S, T, P, H, W, U, AHEAD>(simd, depth, (a, row_stride, depth_stride), b, &mut ahead)
         };
     }
     let mut sum = [[[simd.splat_f32s(0.0); W]; H]; P];
@@ -284,7 +351,7 @@ unsafe fn accumulate<S: Simd, T: Stored, const P: usize, const H: usize, const W
         let words = Rhs { ptr: b.ptr.wrapping_add(b.depth_stride), ..b };
         // SAFETY: the contract, for one group; its words follow the row of its scales.
         let group = unsafe {
-            chain::<S, T, P, H, W, U, NOTHING>(simd, depth, (a, row_stride, depth_stride), words, nothing)
+            chain::<S, T, P, H, W, U, AHEAD>(simd, depth, (a, row_stride, depth_stride), words, &mut ahead)
         };
         for (panel, (sum, group)) in sum.iter_mut().zip(group).enumerate() {
             let scales = b.ptr.wrapping_add(panel * b.panel_stride).cast::<S::f32s>();
@@ -300,6 +367,58 @@ unsafe fn accumulate<S: Simd, T: Stored, const P: usize, const H: usize, const W
         b.ptr = words.ptr.wrapping_add(depth.div_ceil(T::PER_WORD) * b.depth_stride);
     }
     sum
+}
+
+/// Writes a panel of W vectors as f32, group by group; where T is scaled, each behind its row of scales.
+///
+/// # Safety
+/// `b` reaches `depth` rows of W vectors.
+#[inline(always)]
+unsafe fn widen<S: Simd, T: Stored, const W: usize>(simd: S, depth: usize, mut b: Rhs, to: &mut [f32]) {
+    let mut to = to.chunks_exact_mut(W * S::F32_LANES);
+    // SAFETY: the contract, for each row of scales and of words.
+    unsafe {
+        for first in (0..depth).step_by(b.group) {
+            let depth = b.group.min(depth - first);
+            if const { T::SCALED } {
+                widen_row::<S, F32, W>(simd, b.ptr, 0, to.next());
+                b.ptr = b.ptr.wrapping_add(b.depth_stride);
+            }
+            for _ in 0..depth / T::PER_WORD {
+                for at in 0..T::PER_WORD {
+                    widen_row::<S, T, W>(simd, b.ptr, at, to.next());
+                }
+                b.ptr = b.ptr.wrapping_add(b.depth_stride);
+            }
+            for at in 0..depth % T::PER_WORD {
+                widen_row::<S, T, W>(simd, b.ptr, at, to.next());
+            }
+            if !depth.is_multiple_of(T::PER_WORD) {
+                b.ptr = b.ptr.wrapping_add(b.depth_stride);
+            }
+        }
+    }
+}
+
+/// Element `at` of each of W vectors of words.
+///
+/// # Safety
+/// They are readable.
+#[inline(always)]
+unsafe fn widen_row<S: Simd, T: Stored, const W: usize>(
+    simd: S,
+    from: *const u32,
+    at: usize,
+    to: Option<&mut [f32]>,
+) {
+    let to = to.expect("a row for each row of the panel");
+    for (w, to) in to.chunks_exact_mut(S::F32_LANES).enumerate().take(W) {
+        // SAFETY: the contract.
+        let words = unsafe { from.add(w * S::F32_LANES).cast::<S::u32s>().read_unaligned() };
+        let row = T::widen_alone(simd, words, at);
+        // SAFETY: `to` is one vector long.
+        unsafe { to.as_mut_ptr().cast::<S::f32s>().write_unaligned(row) };
+    }
 }
 
 /// As [`accumulate`], one chain over `p` for each element, no scales.
@@ -320,13 +439,13 @@ unsafe fn chain<
     depth: usize,
     (mut a, row_stride, depth_stride): (*const f32, usize, usize),
     mut b: Rhs,
-    mut ahead: Ahead,
+    ahead: &mut Ahead,
 ) -> [[[S::f32s; W]; H]; P] {
     let mut acc = [[[simd.splat_f32s(0.0); W]; H]; P];
-    let words = const { if T::PER_WORD < U { U / T::PER_WORD } else { 1 } };
+    let words = const { words_a_turn::<T, U>() };
     let unrolled = words * T::PER_WORD;
     for _ in 0..depth / unrolled {
-        ahead.fetch_share::<AHEAD>(const { lines_a_turn::<S>(W) });
+        ahead.fetch_share::<AHEAD>(const { P * lines_a_turn::<S, T, U>(W) });
         for word in 0..words {
             for at in 0..T::PER_WORD {
                 let a = a.wrapping_add((word * T::PER_WORD + at) * depth_stride);
@@ -360,12 +479,13 @@ unsafe fn step<S: Simd, T: Stored, const P: usize, const H: usize, const W: usiz
     b: Rhs,
     at: usize,
 ) {
+    let tail = b.tail;
     for (panel, acc) in acc.iter_mut().enumerate() {
         let b = b.ptr.wrapping_add(panel * b.panel_stride);
         let mut row = [simd.splat_f32s(0.0); W];
         for (w, row) in row.iter_mut().enumerate() {
             // SAFETY: the contract on `b`.
-            let words = unsafe { b.add(w * S::F32_LANES).cast::<S::u32s>().read_unaligned() };
+            let words = unsafe { T::load(simd, b.add(w * S::F32_LANES), tail.filter(|_| w + 1 == W)) };
             *row = T::widen(simd, words, at);
         }
         for (i, acc) in acc.iter_mut().enumerate() {

@@ -17,7 +17,7 @@
 //! last place at them is 1; subtracting `2^e` plus the offset is exact. AND, OR and a subtraction run on more ports
 //! than two shifts and a conversion do.
 
-use pulp::Simd;
+use pulp::{MemMask, Simd};
 
 use crate::gemm::WeightFormat;
 
@@ -32,6 +32,22 @@ pub(crate) trait Stored: Copy {
 
     /// Element `at` of each word.
     fn widen<S: Simd>(simd: S, words: S::u32s, at: usize) -> S::f32s;
+
+    /// The same with the fewest constants, for a pass that does nothing else.
+    #[inline(always)]
+    fn widen_alone<S: Simd>(simd: S, words: S::u32s, at: usize) -> S::f32s {
+        Self::widen(simd, words, at)
+    }
+
+    /// A vector of words, the last one of a row if `tail` is given: the lanes that may be read where the rest may not.
+    ///
+    /// # Safety
+    /// Its lanes are readable, or the first `tail`.
+    #[inline(always)]
+    unsafe fn load<S: Simd>(_: S, words: *const u32, _tail: Option<usize>) -> S::u32s {
+        // SAFETY: the contract.
+        unsafe { words.cast::<S::u32s>().read_unaligned() }
+    }
 }
 
 /// What a word holds: the part of a [`WeightFormat`] that decides which kernel runs.
@@ -111,6 +127,44 @@ impl Stored for F32 {
 /// Pairs of bf16, the upper halves of f32.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Bf16;
+/// Words that are f32 and end within the last vector of a row.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Masked;
+
+impl Stored for Masked {
+    const STORAGE: Storage = Storage::F32;
+    const PER_WORD: usize = 1;
+    const SCALED: bool = false;
+
+    #[inline(always)]
+    fn widen<S: Simd>(simd: S, words: S::u32s, _: usize) -> S::f32s {
+        simd.transmute_f32s_u32s(words)
+    }
+
+    #[inline(always)]
+    unsafe fn load<S: Simd>(simd: S, words: *const u32, tail: Option<usize>) -> S::u32s {
+        let lanes = tail.unwrap_or(S::F32_LANES) as u32;
+        // The mask alone: with it pulp keeps routines for so many lanes, two jumps for each load.
+        // SAFETY: the contract: the mask leaves the first `tail` lanes.
+        unsafe { simd.mask_load_ptr_u32s(MemMask::new(simd.mask_between_m32s(0, lanes).mask()), words) }
+    }
+}
+
+/// Words that were widened to f32 in scratch, in groups with their scales.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Widened;
+
+impl Stored for Widened {
+    const STORAGE: Storage = Storage::F32;
+    const PER_WORD: usize = 1;
+    const SCALED: bool = true;
+
+    #[inline(always)]
+    fn widen<S: Simd>(simd: S, words: S::u32s, _: usize) -> S::f32s {
+        simd.transmute_f32s_u32s(words)
+    }
+}
+
 
 impl Stored for Bf16 {
     const STORAGE: Storage = Storage::Bf16;
@@ -159,6 +213,11 @@ impl Stored for Int4 {
 }
 
 /// Bits `BITS·at ..` of each word, less `2^(BITS − 1)`. PLACES neighbours are taken out of the word after one shift.
+
+    #[inline(always)]
+    fn widen_alone<S: Simd>(simd: S, words: S::u32s, at: usize) -> S::f32s {
+        widen_integer::<S, 4, 1>(simd, words, at)
+    }
 ///
 /// Each place has constants of its own (a mask, a power, an offset), so more places are fewer shifts and more
 /// registers. With one for bytes a tile keeps its words in registers: 1.1 times as fast for one row, 1.3 for four, 1.7 for
