@@ -5,6 +5,8 @@ use kavanam_kernels::gemm::WeightFormat;
 
 use crate::cases::{Case, Op, Work, rounding};
 use crate::error::HarnessError;
+use crate::measure::fingerprint::Machine;
+use crate::measure::roofline;
 use crate::measure::statistics::SplitMix64;
 
 /// How the operands lie in memory. C is always row-major.
@@ -22,8 +24,17 @@ pub(crate) enum Layout {
     Stored(WeightFormat),
     /// As `Packed`, and A, B and C hold bf16: each peer's operands are converted before the clock runs.
     Halves,
-    /// As `Stored`; A arrives as f32 and is rounded to int8 within the clock.
-    Rounded(WeightFormat),
+    /// As `Stored`; A arrives as f32 and is rounded to integers within the clock.
+    Rounded(RowBits, WeightFormat),
+}
+
+/// The bits to which rows are rounded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum RowBits {
+    /// ±127.
+    Eight,
+    /// ±63, as PyTorch has them where the CPU has no dot products of bytes.
+    Seven,
 }
 
 /// The shape of one product.
@@ -37,6 +48,9 @@ pub(crate) struct Shape {
     pub(crate) k: usize,
     /// How A and B lie.
     pub(crate) layout: Layout,
+    /// Whether each call takes another copy of B, more of them than the caches hold: a model's layers follow each other, and
+    /// when a layer's turn comes again its weights lie in memory.
+    pub(crate) cold: bool,
 }
 
 impl Shape {
@@ -52,7 +66,7 @@ impl Shape {
         let Shape { n, k, .. } = *self;
         let bytes = match self.layout {
             Layout::Halves => 2 * k * n,
-            Layout::Stored(format) | Layout::Rounded(format) => match format {
+            Layout::Stored(format) | Layout::Rounded(_, format) => match format {
                 WeightFormat::F32 => 4 * k * n,
                 WeightFormat::Bf16 => 2 * k * n,
                 WeightFormat::Int8 => k * n + 4 * n,
@@ -65,7 +79,7 @@ impl Shape {
 
     /// Whether B is stored in fewer bits than f32.
     pub(crate) fn in_fewer_bits(&self) -> bool {
-        matches!(self.layout, Layout::Stored(_) | Layout::Rounded(_) | Layout::Halves)
+        matches!(self.layout, Layout::Stored(_) | Layout::Rounded(..) | Layout::Halves)
     }
 
     /// The bytes that bound the time: the weights that one row needs, where they lie in their reusable form.
@@ -107,10 +121,22 @@ const STORED_ROWS: [usize; 5] = [1, 4, 8, 16, 32];
 /// Rows of products of rows in int8 with weights in int8, and in int4.
 const INT8_ROWS: [usize; 7] = [1, 4, 8, 16, 32, 128, 512];
 /// As [`FORMATS`], for rows in int8.
-const ROUNDED: [(&str, WeightFormat, &[usize]); 2] = [
-    ("int8", WeightFormat::Int8, &INT8_ROWS),
-    ("int8_int4w", WeightFormat::Int4 { group: 32 }, &STORED_ROWS),
+const ROUNDED: [(&str, RowBits, WeightFormat, &[usize]); 3] = [
+    ("int8", RowBits::Eight, WeightFormat::Int8, &INT8_ROWS),
+    ("int7", RowBits::Seven, WeightFormat::Int8, &INT8_ROWS),
+    ("int8_int4w", RowBits::Eight, WeightFormat::Int4 { group: 32 }, &STORED_ROWS),
 ];
+/// Weights whose copies are decoded with in turn, by the name of their group.
+const COLD: [(&str, Layout); 6] = [
+    ("cold-f32", Layout::Packed),
+    ("cold-bf16w", Layout::Stored(WeightFormat::Bf16)),
+    ("cold-int8w", Layout::Stored(WeightFormat::Int8)),
+    ("cold-int4w", Layout::Stored(WeightFormat::Int4 { group: 32 })),
+    ("cold-int8", Layout::Rounded(RowBits::Eight, WeightFormat::Int8)),
+    ("cold-int8_int4w", Layout::Rounded(RowBits::Eight, WeightFormat::Int4 { group: 32 })),
+];
+/// (n, k) of those: layers of a size that a call takes long enough, and few enough copies fill the memory.
+const COLD_LAYERS: [[usize; 2]; 3] = [[3072, 768], [1024, 4096], [32000, 512]];
 /// The group is the smallest that PyTorch has too.
 const FORMATS: [(&str, WeightFormat); 3] = [
     ("bf16w", WeightFormat::Bf16),
@@ -142,7 +168,7 @@ const LONG_SUMS: [[usize; 3]; 6] = [
 pub(crate) fn cases() -> Vec<Case> {
     let case = |group: &str, [m, n, k]: [usize; 3], layout, quick| Case {
         name: if group == "square" { format!("square/{m}") } else { format!("{group}/{m}x{n}x{k}") },
-        op: Op::Gemm(Shape { m, n, k, layout }),
+        op: Op::Gemm(Shape { m, n, k, layout, cold: group.starts_with("cold") }),
         quick,
     };
     let mut all = Vec::new();
@@ -176,12 +202,17 @@ pub(crate) fn cases() -> Vec<Case> {
             }
         }
     }
-    for (group, format, rows) in ROUNDED {
+    for (group, bits, format, rows) in ROUNDED {
         for [n, k] in MODEL_LAYERS {
             for &m in rows {
                 let quick = [n, k] == [512, 512] && matches!(m, 1 | 32);
-                all.push(case(group, [m, n, k], Layout::Rounded(format), quick));
+                all.push(case(group, [m, n, k], Layout::Rounded(bits, format), quick));
             }
+        }
+    }
+    for (group, layout) in COLD {
+        for [n, k] in COLD_LAYERS {
+            all.push(case(group, [1, n, k], layout, false));
         }
     }
     for mnk in LONG_SUMS {
@@ -209,6 +240,8 @@ pub(crate) struct Problem {
     pub(crate) a: Vec<f32>,
     /// B, as the layout says.
     pub(crate) b: Vec<f32>,
+    /// The copies of B in its reusable form, of which successive calls take the next one.
+    pub(crate) copies: usize,
 }
 
 /// Elements of C that are compared with the reference.
@@ -219,7 +252,12 @@ impl Problem {
     pub(crate) fn new(shape: Shape) -> Problem {
         let mut random = SplitMix64(((shape.m as u64) << 42) ^ ((shape.n as u64) << 21) ^ shape.k as u64);
         let mut fill = |len: usize| (0..len).map(|_| random.signed_unit()).collect::<Vec<f32>>();
-        Problem { shape, a: fill(shape.m * shape.k), b: fill(shape.k * shape.n) }
+        let copies = if shape.cold {
+            roofline::uncached_bytes(&Machine::detect()).div_ceil(shape.weight_bytes() as u64) as usize
+        } else {
+            1
+        };
+        Problem { shape, a: fill(shape.m * shape.k), b: fill(shape.k * shape.n), copies }
     }
 
     /// Compares elements of C, picked at random and the corners, with sums in f64:
@@ -259,12 +297,12 @@ impl Problem {
     ///
     /// An integer is off by half a step, the largest element of its group over 2·127 or 2·7. PyTorch's counterparts
     /// round A, C and the scales to bf16, each by at most 2⁻⁸; its int8 has one scale for all of A, and 7 bits so that
-    /// its sums do not saturate. All are held to that.
+    /// its sums do not saturate, as ours have where a case says so. All are held to that.
     fn storing(&self, i: usize, j: usize, magnitude: f64) -> f64 {
         let Shape { k, layout, .. } = self.shape;
         let (group, steps) = match layout {
             Layout::Halves => (k, f64::INFINITY),
-            Layout::Stored(format) | Layout::Rounded(format) => match format {
+            Layout::Stored(format) | Layout::Rounded(_, format) => match format {
                 WeightFormat::F32 | WeightFormat::Bf16 => (k, f64::INFINITY),
                 WeightFormat::Int8 => (k, 254.0),
                 WeightFormat::Int4 { group } => (group, 14.0),
@@ -280,9 +318,9 @@ impl Problem {
             let of_a: f64 = rows.map(|p| f64::from(self.a[i * a_row + p * a_col].abs())).sum();
             off += of_a * largest / steps;
         }
-        if let Layout::Rounded(_) = layout {
+        if let Layout::Rounded(..) = layout {
             let largest = self.a.iter().fold(0.0, |top: f32, x| top.max(x.abs()));
-            off += f64::from(largest) / 127.0 * (0..k).map(of_b).sum::<f64>();
+            off += f64::from(largest) / 126.0 * (0..k).map(of_b).sum::<f64>();
         }
         (1.0 + 2f64.powi(-6)) * off + 2f64.powi(-6) * magnitude
     }
@@ -298,9 +336,20 @@ mod tests {
     }
 
     #[test]
+    fn copies_are_more_than_caches_hold() {
+        let layout = Layout::Stored(WeightFormat::Int8);
+        for cold in [false, true] {
+            let problem = Problem::new(Shape { m: 1, n: 512, k: 256, layout, cold });
+            let bytes = problem.copies as f64 * problem.shape.weight_bytes();
+            let beyond = Machine::detect().caches.iter().all(|cache| bytes > 2.0 * cache.bytes as f64);
+            assert_eq!((problem.copies > 1, beyond), (cold, cold));
+        }
+    }
+
+    #[test]
     fn the_check_sees_a_wrong_element_and_an_unwritten_one() {
         for layout in [Layout::Plain, Layout::TransposedA, Layout::TransposedB] {
-            let problem = Problem::new(Shape { m: 3, n: 2, k: 5, layout });
+            let problem = Problem::new(Shape { m: 3, n: 2, k: 5, layout, cold: false });
             let ([a_row, a_col], [b_row, b_col]) = (problem.shape.a_strides(), problem.shape.b_strides());
             let mut c = vec![0.0f32; 6];
             for (index, c) in c.iter_mut().enumerate() {

@@ -131,6 +131,14 @@ impl Case {
 }
 
 impl Problem {
+    /// The copies of what bounds a call that successive calls read in turn.
+    pub(crate) fn copies(&self) -> usize {
+        match self {
+            Problem::Gemm(problem) => problem.copies,
+            Problem::Rowwise(_) | Problem::Attention(_) | Problem::Rnn(_) | Problem::RnnSearch(_) => 1,
+        }
+    }
+
     /// Compares one call's outputs with a reference in f64. The precision is that of matrix products, so rows
     /// without one are always held to f32.
     ///

@@ -151,7 +151,8 @@ impl<'a> Bench<'a> {
         }
         let mut work: Vec<&mut dyn Workload> =
             ready.iter_mut().map(|(_, workload)| workload.as_mut() as _).collect();
-        let mut reading = case.read_bytes().map(|bytes| Reading::new(&context(Isa::best()), bytes));
+        let mut reading =
+            case.read_bytes().map(|bytes| Reading::new(&context(Isa::best()), bytes, problem.copies()));
         work.extend(reading.as_mut().map(|reading| reading as &mut dyn Workload));
         let samples = sampler::interleave(&Monotonic::start(), &self.plan, &mut work)?;
         let read_ns = reading.and(samples.last()).map(|ns| statistics::median(ns));

@@ -99,9 +99,13 @@ pub(crate) fn peak_fma_gflops(context: &Context) -> f64 {
 
 /// Bytes read from memory in GB/s over all threads of the context, through a buffer that no cache holds.
 pub(crate) fn read_gbps(context: &Context, machine: &Machine) -> f64 {
+    read_buffer_gbps(context, uncached_bytes(machine) as usize)
+}
+
+/// So many bytes no cache holds.
+pub(crate) fn uncached_bytes(machine: &Machine) -> u64 {
     let largest_cache = machine.caches.iter().map(|cache| cache.bytes).max().unwrap_or(0);
-    let bytes = (largest_cache * CACHE_MULTIPLE).clamp(*BUFFER_BYTES.start(), *BUFFER_BYTES.end());
-    read_buffer_gbps(context, bytes as usize)
+    (largest_cache * CACHE_MULTIPLE).clamp(*BUFFER_BYTES.start(), *BUFFER_BYTES.end())
 }
 
 fn read_buffer_gbps(context: &Context, bytes: usize) -> f64 {
@@ -118,26 +122,34 @@ fn read_buffer_gbps(context: &Context, bytes: usize) -> f64 {
 }
 
 /// Reads a buffer from one end to the other, again and again: what bounds a computation that must read as many
-/// bytes. A buffer that fits a cache is read from it, as the computation's operand is.
+/// bytes. A buffer that fits a cache is read from it, as the computation's operand is. Of several buffers each run reads the next one, as the
+/// computation does.
 pub(crate) struct Reading {
     context: Context,
-    buffer: ScratchBuf,
+    buffers: Vec<ScratchBuf>,
+    next: usize,
 }
 
 impl Reading {
     /// On the context's threads, with the widest vectors that there are.
-    pub(crate) fn new(context: &Context, bytes: f64) -> Reading {
-        let mut buffer = ScratchBuf::take(bytes as usize / size_of::<f32>());
-        buffer.fill(1.0);
+    pub(crate) fn new(context: &Context, bytes: f64, copies: usize) -> Reading {
+        let filled = || {
+            let mut buffer = ScratchBuf::take(bytes as usize / size_of::<f32>());
+            buffer.fill(1.0);
+            buffer
+        };
+        let buffers = (0..copies).map(|_| filled()).collect();
         let context = Context::with_isa(Isa::best()).threads(threads::count(context.thread_count()));
-        Reading { context, buffer }
+        Reading { context, buffers, next: 0 }
     }
 }
 
 impl Workload for Reading {
     fn run(&mut self) -> Result<(), HarnessError> {
-        let share = self.buffer.len().div_ceil(self.context.thread_count());
-        let parts: Vec<&[f32]> = self.buffer.chunks(share.max(1)).collect();
+        let buffer = &self.buffers[self.next];
+        self.next = (self.next + 1) % self.buffers.len();
+        let share = buffer.len().div_ceil(self.context.thread_count());
+        let parts: Vec<&[f32]> = buffer.chunks(share.max(1)).collect();
         self.context.for_each_task(parts.len(), |task| {
             black_box(self.context.isa().dispatch(Sum(parts[task])));
         });

@@ -36,6 +36,7 @@ impl Peer for Gemm {
         };
         match problem {
             Problem::Gemm(problem) if problem.shape.in_fewer_bits() => Err(Unready::fewer_bits()),
+            Problem::Gemm(problem) if problem.shape.cold => Err(Unready::cold()),
             Problem::Gemm(problem) => {
                 let c = vec![f32::NAN; problem.shape.m * problem.shape.n];
                 Ok(Box::new(Product { problem, c, parallelism }))
@@ -53,7 +54,7 @@ struct Product<'a> {
 
 impl Workload for Product<'_> {
     fn run(&mut self) -> Result<(), HarnessError> {
-        let GemmProblem { shape, a, b } = self.problem;
+        let GemmProblem { shape, a, b, .. } = self.problem;
         let ([a_row, a_col], [b_row, b_col]) = (shape.a_strides(), shape.b_strides());
         let product = gemm_f32::gemm::f32::get_gemm_fn();
         // A column of C has the stride 1 here; where that is the smaller one, Cᵀ = Bᵀ·Aᵀ is computed.

@@ -34,6 +34,7 @@ impl Peer for GemmKit {
         };
         match problem {
             Problem::Gemm(problem) if problem.shape.in_fewer_bits() => Err(Unready::fewer_bits()),
+            Problem::Gemm(problem) if problem.shape.cold => Err(Unready::cold()),
             Problem::Gemm(problem) => {
                 let Shape { m, n, .. } = problem.shape;
                 let mut product = Product { problem, packed: None, c: vec![f32::NAN; m * n], parallelism };
@@ -78,7 +79,7 @@ impl Product<'_> {
     }
 
     fn multiply(&mut self) {
-        let GemmProblem { shape, a, b } = self.problem;
+        let GemmProblem { shape, a, b, .. } = self.problem;
         let Shape { m, n, k, .. } = *shape;
         let ([a_row, a_col], [b_row, b_col]) = (shape.a_strides(), shape.b_strides());
         let a = gemmkit::MatRef::new(a, m, k, a_row as isize, a_col as isize);

@@ -35,6 +35,7 @@ impl Peer for MatrixMultiply {
         }
         match problem {
             Problem::Gemm(problem) if problem.shape.in_fewer_bits() => Err(Unready::fewer_bits()),
+            Problem::Gemm(problem) if problem.shape.cold => Err(Unready::cold()),
             Problem::Gemm(problem) => {
                 let c = vec![f32::NAN; problem.shape.m * problem.shape.n];
                 Ok(Box::new(Product { problem, c }))
@@ -51,7 +52,7 @@ struct Product<'a> {
 
 impl Workload for Product<'_> {
     fn run(&mut self) -> Result<(), HarnessError> {
-        let gemm::Problem { shape, a, b } = self.problem;
+        let gemm::Problem { shape, a, b, .. } = self.problem;
         let ([a_row, a_col], [b_row, b_col]) = (shape.a_strides(), shape.b_strides());
         // SAFETY: `Problem::new` gave A m·k and B k·n elements and the strides step through exactly these;
         // C is row-major with m·n elements and belongs to this workload alone.

@@ -55,6 +55,11 @@ impl Unready {
         Unready::Declined("it computes matrix products only".into())
     }
 
+    /// Of a peer that would read one copy of its operands again and again.
+    fn cold() -> Unready {
+        Unready::Declined("its weights are one copy, which caches hold".into())
+    }
+
     /// Of a peer whose operands are f32 alone.
     fn fewer_bits() -> Unready {
         Unready::Declined("its weights are f32 only".into())
@@ -110,7 +115,7 @@ fn locked_version(package: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cases::gemm::{Layout, Problem as GemmProblem, Shape};
+    use crate::cases::gemm::{Layout, Problem as GemmProblem, RowBits, Shape};
     use crate::cases::{self, Family};
     use crate::measure::threads;
     use kavanam_kernels::gemm::WeightFormat;
@@ -147,9 +152,11 @@ mod tests {
         let stored =
             [WeightFormat::Bf16, WeightFormat::Int8, WeightFormat::Int4 { group: 8 }].map(Layout::Stored);
         let in_f32 = [Layout::Plain, Layout::TransposedA, Layout::TransposedB, Layout::Packed];
-        let rounded = [WeightFormat::Int8, WeightFormat::Int4 { group: 8 }].map(Layout::Rounded);
+        let rounded = [WeightFormat::Int8, WeightFormat::Int4 { group: 8 }]
+            .into_iter()
+            .flat_map(|format| [RowBits::Eight, RowBits::Seven].map(|bits| Layout::Rounded(bits, format)));
         for layout in in_f32.into_iter().chain(stored).chain(rounded).chain([Layout::Halves]) {
-            let problem = Problem::Gemm(GemmProblem::new(Shape { m: 19, n: 35, k: 23, layout }));
+            let problem = Problem::Gemm(GemmProblem::new(Shape { m: 19, n: 35, k: 23, layout, cold: false }));
             for count in [1, 2] {
                 let context = Context::with_isa(Isa::best()).threads(threads::count(count));
                 for peer in built_in() {
@@ -163,6 +170,28 @@ mod tests {
                     problem.check(&workload.outputs().unwrap(), Precision::Strict).unwrap_or_else(|error| {
                         panic!("{} {layout:?} on {count} threads: {error}", peer.name())
                     });
+                }
+            }
+        }
+    }
+
+    /// Every call gives the result, whichever copy it takes; the peers that keep one decline.
+    #[test]
+    fn cold_weights_are_copies() {
+        for layout in [Layout::Packed, Layout::Rounded(RowBits::Eight, WeightFormat::Int8)] {
+            let shape = Shape { m: 1, n: 2048, k: 2048, layout, cold: true };
+            let problem = Problem::Gemm(GemmProblem { copies: 2, ..GemmProblem::new(shape) });
+            let context = Context::with_isa(Isa::best());
+            for peer in built_in() {
+                let mut workload = match peer.prepare(&problem, &context) {
+                    Ok(workload) if peer.name() == "ours" => workload,
+                    Ok(_) => panic!("{} reads one copy", peer.name()),
+                    Err(Unready::Declined(_)) => continue,
+                    Err(Unready::Failed(error)) => panic!("{}: {error}", peer.name()),
+                };
+                for _ in 0..3 {
+                    workload.run().unwrap();
+                    problem.check(&workload.outputs().unwrap(), Precision::Strict).unwrap();
                 }
             }
         }

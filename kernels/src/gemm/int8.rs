@@ -3,7 +3,7 @@
 //! # Naive form
 //! ```text
 //! for i in 0..m {
-//!     s[i] = max_p |a[i][p]| / 127, rounded up to 16 significant bits
+//!     s[i] = max_p |a[i][p]| / 127 (or 63), rounded up to 16 significant bits
 //!     for p in 0..k { q[i][p] = round(a[i][p] / s[i]) }
 //!     for j in 0..n { c[i][j] = s[i] * t[j] * (Σ_p q[i][p] * r[p][j]) }      // r: the weights' integers, t: their scales
 //! }
@@ -26,7 +26,7 @@ use super::int8_int4::{GroupPart, GroupProduct};
 use super::int8_rows::{Int8Rows, Integers, quantise_row};
 use super::microkernel::{
     ByteKernel, ByteProducts, ByteStrip, ByteVisitor, KernelInfo, Out, Rhs, RowScale, Sink, Storage,
-    WordBlock, int8_kernel_of, kernel_of, with_byte_kernel, with_nibble_kernel,
+    WordBlock, int8_kernel_of, kernel_of, with_byte_kernel, with_nibble_kernel, with_seven_kernel,
 };
 use super::packed::PackedWeights;
 use super::placement::lies_far;
@@ -60,8 +60,9 @@ pub(super) fn rows_at_once(rows: usize, row_words: usize) -> usize {
 ///
 /// # Accuracy
 /// `|ĉ − s[i]·t[j]·sum| ≤ γ_4·|s[i]·t[j]·sum|` before the epilogue: the sum becomes an f32 and is scaled. Rounding A
-/// adds at most `max|A[i]|/254·(1 + 2⁻¹³)·Σ_p |B[p][j]|`. Asserted by `gemm::tests::int8::sums_are_exact` and
-/// `gemm::tests::int8::rounding_the_rows_is_within_half_a_step`. With int4 in G groups it is `γ_{2G+3}·s[i]·Σ_g |t[g][j]·sum_g|`: each sum
+/// adds at most `max|A[i]|/254·(1 + 2⁻¹³)·Σ_p |B[p][j]|`, to 7 bits ([`Int8Rows::Quantise7`]) `max|A[i]|/126·(1 + 2⁻¹³)·Σ_p |B[p][j]|`.
+/// Asserted by `gemm::tests::int8::sums_are_exact`, `gemm::tests::int8::rounding_the_rows_is_within_half_a_step` and
+/// `gemm::tests::int7::rounding_the_rows_is_within_half_a_step`. With int4 in G groups it is `γ_{2G+3}·s[i]·Σ_g |t[g][j]·sum_g|`: each sum
 /// becomes an f32, a chain adds them up, and the row's scale comes last. Asserted by `gemm::tests::int8_int4::the_error_is_that_of_a_chain_of_groups`.
 pub fn gemm_int8(
     ctx: &Context,
@@ -126,15 +127,16 @@ fn run(ctx: &Context, a: Int8Rows<'_>, b: &PackedWeights, target: Target<'_>) {
     if m == 0 || b.cols() == 0 {
         return;
     }
-    let kernel = int8_kernel_of(ctx.isa(), Storage::Int8);
+    let kernel = int8_kernel_of(ctx.isa(), a.storage(), Storage::Int8);
     let product = Product { a, b, target, kernel };
     let grid = Grid::of(ctx, kernel, [m, b.cols(), k], true);
     ctx.for_each_task(grid.parts(), |task| {
         let (rows, cols) = grid.part(task);
         let part = Part { product: &product, rows, cols };
-        match ctx.isa().tiles() {
-            Some(tiles) => ctx.isa().dispatch(TilePart { part, tiles }),
-            None => with_byte_kernel(ctx.isa(), part),
+        match (ctx.isa().tiles(), kernel.left) {
+            (Some(tiles), _) => ctx.isa().dispatch(TilePart { part, tiles }),
+            (None, Storage::Int7) => with_seven_kernel(ctx.isa(), part),
+            (None, _) => with_byte_kernel(ctx.isa(), part),
         }
     });
 }
@@ -145,19 +147,19 @@ fn run_groups(ctx: &Context, product: GroupProduct<'_>) {
     if m == 0 || n == 0 {
         return;
     }
-    let grid = Grid::of(ctx, int8_kernel_of(ctx.isa(), Storage::Int4), [m, n, k], true);
+    let grid = Grid::of(ctx, int8_kernel_of(ctx.isa(), product.a.storage(), Storage::Int4), [m, n, k], true);
     ctx.for_each_task(grid.parts(), |task| {
         let (rows, cols) = grid.part(task);
         with_nibble_kernel(ctx.isa(), GroupPart { product, rows, cols });
     });
 }
 
-/// The name of the kernel that [`gemm_int8`] runs under `ctx` with weights in `format`, for example `int8_6x16_avx2`.
+/// The name of the kernel that [`gemm_int8`] runs under `ctx` with those rows and weights in `format`, for example `int8_6x16_avx2`.
 ///
 /// # Panics
 /// When it takes no such weights.
-pub fn int8_kernel_name(ctx: &Context, format: WeightFormat) -> &'static str {
-    int8_kernel_of(ctx.isa(), format.storage()).name
+pub fn int8_kernel_name(ctx: &Context, a: &Int8Rows<'_>, format: WeightFormat) -> &'static str {
+    int8_kernel_of(ctx.isa(), a.storage(), format.storage()).name
 }
 
 /// The operands against each other and against the context.
@@ -324,7 +326,12 @@ mod tests {
                     gemm_int8(ctx, a, b, c, Accum::Overwrite, &Epilogue::new()).unwrap();
                     let out = Out { ptr: found.as_mut_ptr(), row_stride: n, col_stride: 1 };
                     let target = Target::Scaled { out, accum: Accum::Overwrite, epilogue: Epilogue::new() };
-                    let product = &Product { a, b, target, kernel: int8_kernel_of(ctx.isa(), Storage::Int8) };
+                    let product = &Product {
+                        a,
+                        b,
+                        target,
+                        kernel: int8_kernel_of(ctx.isa(), Storage::Int8, Storage::Int8),
+                    };
                     with_plain_dots(ctx.isa(), Part { product, rows: 0..m, cols: 0..n });
                     assert_same_bits(&found, &expected);
 
@@ -333,7 +340,12 @@ mod tests {
                     gemm_int8_sums(ctx, values, b, c, Accum::Overwrite).unwrap();
                     let out = Out { ptr: found.as_mut_ptr(), row_stride: n, col_stride: 1 };
                     let target = Target::Integers { out, accum: Accum::Overwrite };
-                    let product = &Product { a, b, target, kernel: int8_kernel_of(ctx.isa(), Storage::Int8) };
+                    let product = &Product {
+                        a,
+                        b,
+                        target,
+                        kernel: int8_kernel_of(ctx.isa(), Storage::Int8, Storage::Int8),
+                    };
                     with_plain_dots(ctx.isa(), Part { product, rows: 0..m, cols: 0..n });
                     assert_eq!(found, expected);
                 });

@@ -22,6 +22,7 @@ use super::int8::rows_at_once;
 use super::int8_rows::{Int8Rows, quantise_blocks};
 use super::microkernel::{ByteKernel, ByteProducts, ByteVisitor, GroupStrip, Order, Out, Rhs, WordBlock};
 use super::packed::PackedWeights;
+use super::placement::lies_far;
 use crate::scratch::{ScratchBuf, Words};
 
 /// One product with checked shapes; every task sees the whole of it.
@@ -74,8 +75,16 @@ impl ByteVisitor for GroupPart<'_> {
                     |sum| *of_groups.next().expect("one sum a group") = sum.wrapping_mul(8),
                 );
             }
-            for j in cols.clone().step_by(nr) {
-                let panel = j..(j + nr).min(cols.end);
+            let mut j = cols.start;
+            while j < cols.end {
+                // One panel; or, for few rows, all whole ones.
+                let whole = (cols.end - j) / nr;
+                let several = block.len() <= ByteKernel::<P, MR, VECS>::THIN_GROUP_ROWS;
+                let panel = match if several { whole } else { whole.min(1) } {
+                    0 => j..cols.end,
+                    panels => j..j + panels * nr,
+                };
+                j = panel.end;
                 blocks.clear();
                 for depth in b.depths() {
                     let Rhs { mut ptr, panel_stride, .. } = b.panels(depth.clone(), panel.clone());
@@ -89,13 +98,14 @@ impl ByteVisitor for GroupPart<'_> {
                 let strip = GroupStrip {
                     rows: &scales[..block.len()],
                     cols: panel.len(),
+                    far: lies_far(b.bytes()),
                     lhs: &left[..block.len() * row_words],
                     groups: &blocks,
                     excess: &excess[..block.len() * depths.len()],
                     out: out.from(block.start, panel.start),
                     finish: epilogue.finish(block.clone(), panel, (accum == Accum::Add, true)),
                 };
-                // SAFETY: the groups are those of this panel, each with its scales; this task alone writes these rows and columns of C,
+                // SAFETY: the groups are those of these panels, each with its scales; this task alone writes these rows and columns of C,
                 // and the shapes of the epilogue were checked.
                 unsafe { kernel.run_groups(&strip) };
             }

@@ -91,6 +91,7 @@ pub(crate) fn encode(storage: Storage, x: f32, scale: f32) -> u32 {
             (integer + largest as i32 + 1) as u32
         }
         Storage::Split2 | Storage::Split3 => unreachable!("parts are made by gemm::split"),
+        Storage::Int7 => unreachable!("no weights are stored so"),
     }
 }
 
@@ -106,6 +107,7 @@ pub(super) fn decode(storage: Storage, word: u32, at: usize, scale: f32) -> f32 
             integer as f32 * scale
         }
         Storage::Split2 | Storage::Split3 => unreachable!("parts are read by gemm::split"),
+        Storage::Int7 => unreachable!("no weights are stored so"),
     }
 }
 

@@ -8,24 +8,25 @@ use kavanam_kernels::gemm::{
 };
 use kavanam_kernels::{Context, MatMut, MatRef, Precision, ShapeError};
 
-use crate::cases::gemm::{Layout, Problem, Shape};
+use crate::cases::gemm::{Layout, Problem, RowBits, Shape};
 use crate::error::HarnessError;
 use crate::measure::workload::Workload;
 
 /// Packs B where the case says so; the rest of the work is inside the clock.
 pub(super) fn prepare(problem: &Problem, context: Context) -> Result<Box<dyn Workload + '_>, ShapeError> {
-    let Shape { m, n, k, layout } = problem.shape;
+    let Shape { m, n, k, layout, .. } = problem.shape;
     let ([a_row, a_col], [b_row, b_col]) = (problem.shape.a_strides(), problem.shape.b_strides());
     let a = MatRef::with_strides(&problem.a, m, k, a_row, a_col)?;
     let b = MatRef::with_strides(&problem.b, k, n, b_row, b_col)?;
     let format = match layout {
         Layout::Packed => Some(WeightFormat::F32),
-        Layout::Stored(format) | Layout::Rounded(format) => Some(format),
+        Layout::Stored(format) | Layout::Rounded(_, format) => Some(format),
         Layout::Halves => return halves(problem, context),
         _ => None,
     };
     let packed = format.map(|format| PackedWeights::pack_as(&context, b, format)).transpose()?;
-    Ok(Box::new(Product { context, a, b, packed, shape: problem.shape, c: vec![f32::NAN; m * n] }))
+    let packed = packed.map_or_else(Vec::new, |packed| vec![packed; problem.copies]);
+    Ok(Box::new(Product { context, a, b, packed, next: 0, shape: problem.shape, c: vec![f32::NAN; m * n] }))
 }
 
 /// All in bf16, which is what Medium rounds to.
@@ -72,11 +73,22 @@ impl Workload for Halves {
     }
 }
 
+/// A, to be rounded to so many bits.
+fn rows(a: MatRef<'_>, bits: RowBits) -> Int8Rows<'_> {
+    match bits {
+        RowBits::Eight => Int8Rows::Quantise(a),
+        RowBits::Seven => Int8Rows::Quantise7(a),
+    }
+}
+
 struct Product<'a> {
     context: Context,
     a: MatRef<'a>,
     b: MatRef<'a>,
-    packed: Option<PackedWeights>,
+    /// Copies of B, none where it is used as it is.
+    packed: Vec<PackedWeights>,
+    /// The one for the next call.
+    next: usize,
     shape: Shape,
     c: Vec<f32>,
 }
@@ -85,14 +97,14 @@ impl Workload for Product<'_> {
     fn run(&mut self) -> Result<(), HarnessError> {
         let c = MatMut::new(&mut self.c, self.shape.m, self.shape.n);
         let epilogue = Epilogue::default();
-        let done = c.and_then(|c| match &self.packed {
-            Some(packed) if matches!(self.shape.layout, Layout::Rounded(_)) => {
-                let a = Int8Rows::Quantise(self.a);
-                gemm_int8(&self.context, a, packed, c, Accum::Overwrite, &epilogue)
+        let done = c.and_then(|c| match (self.packed.get(self.next), self.shape.layout) {
+            (Some(packed), Layout::Rounded(bits, _)) => {
+                gemm_int8(&self.context, rows(self.a, bits), packed, c, Accum::Overwrite, &epilogue)
             }
-            Some(packed) => gemm_packed(&self.context, self.a, packed, c, Accum::Overwrite, &epilogue),
-            None => gemm(&self.context, self.a, self.b, c, Accum::Overwrite, &epilogue),
+            (Some(packed), _) => gemm_packed(&self.context, self.a, packed, c, Accum::Overwrite, &epilogue),
+            (None, _) => gemm(&self.context, self.a, self.b, c, Accum::Overwrite, &epilogue),
         });
+        self.next = (self.next + 1) % self.packed.len().max(1);
         Ok(done?)
     }
 
@@ -101,10 +113,10 @@ impl Workload for Product<'_> {
     }
 
     fn kernel(&self) -> String {
-        if let Layout::Rounded(format) = self.shape.layout {
-            return int8_kernel_name(&self.context, format).to_owned();
+        if let Layout::Rounded(bits, format) = self.shape.layout {
+            return int8_kernel_name(&self.context, &rows(self.a, bits), format).to_owned();
         }
         let of_context = || kavanam_kernels::gemm::kernel_name(&self.context);
-        self.packed.as_ref().map_or_else(of_context, PackedWeights::kernel_name).to_owned()
+        self.packed.first().map_or_else(of_context, PackedWeights::kernel_name).to_owned()
     }
 }

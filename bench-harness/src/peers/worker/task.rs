@@ -43,15 +43,15 @@ fn f32s<'a>(name: &'a str, dims: &[usize], values: &'a [f32]) -> Tensor<'a> {
 }
 
 fn gemm_task(problem: &gemm::Problem) -> Task<'_> {
-    let gemm::Shape { m, n, k, layout } = problem.shape;
+    let gemm::Shape { m, n, k, layout, .. } = problem.shape;
     let (operation, a, b) = match layout {
         gemm::Layout::Plain => ("plain", [m, k], [k, n]),
         gemm::Layout::TransposedA => ("transposed_a", [k, m], [k, n]),
         gemm::Layout::TransposedB => ("transposed_b", [m, k], [n, k]),
         gemm::Layout::Packed => ("packed", [m, k], [k, n]),
-        gemm::Layout::Rounded(WeightFormat::Int8) => ("int8", [m, k], [k, n]),
+        gemm::Layout::Rounded(_, WeightFormat::Int8) => ("int8", [m, k], [k, n]),
         // PyTorch has no rows in int8 beside int4: its own form of these weights takes part.
-        gemm::Layout::Stored(_) | gemm::Layout::Rounded(_) | gemm::Layout::Halves => {
+        gemm::Layout::Stored(_) | gemm::Layout::Rounded(..) | gemm::Layout::Halves => {
             ("stored", [m, k], [k, n])
         }
     };
@@ -59,10 +59,10 @@ fn gemm_task(problem: &gemm::Problem) -> Task<'_> {
         gemm::Layout::Stored(WeightFormat::Bf16) | gemm::Layout::Halves => ("bf16", k),
         gemm::Layout::Stored(WeightFormat::Int8) => ("int8", k),
         gemm::Layout::Stored(WeightFormat::Int4 { group })
-        | gemm::Layout::Rounded(WeightFormat::Int4 { group }) => ("int4", group),
+        | gemm::Layout::Rounded(_, WeightFormat::Int4 { group }) => ("int4", group),
         _ => ("f32", k),
     };
-    let shape = json!({"m": m, "n": n, "k": k, "weights": weights, "group": group});
+    let shape = json!({"m": m, "n": n, "k": k, "weights": weights, "group": group, "copies": problem.copies});
     let tensors = vec![f32s("a", &a, &problem.a), f32s("b", &b, &problem.b)];
     task(["gemm", operation], shape, tensors, vec![m * n])
 }

@@ -398,7 +398,7 @@ impl TileUnit {
                 (Storage::Split2, false) => split2_two(block, sums, stride),
                 (Storage::Split3, true) => split3_four(block, sums, stride),
                 (Storage::Split3, false) => split3_two(block, sums, stride),
-                (Storage::F32 | Storage::Int8 | Storage::Int4, _) => {
+                (Storage::F32 | Storage::Int8 | Storage::Int4 | Storage::Int7, _) => {
                     unreachable!("tiles hold no {storage:?}")
                 }
             }

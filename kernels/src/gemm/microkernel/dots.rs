@@ -168,7 +168,7 @@ impl<D: ByteDots> Dots<D> {
         let simd = self.0.simd();
         let mut local = *sums;
         for q in 0..block.words {
-            ahead.fetch_share::<AHEAD>(const { (VECS * D::Simd::F32_LANES).div_ceil(prefetch::LINE) });
+            ahead.fetch_share::<AHEAD>(const { P * (VECS * D::Simd::F32_LANES).div_ceil(prefetch::LINE) });
             for (panel, sums) in local.iter_mut().enumerate() {
                 let words = block.ptr.wrapping_add(panel * block.panel_stride);
                 // SAFETY: the contract on the block.

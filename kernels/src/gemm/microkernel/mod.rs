@@ -19,6 +19,8 @@ mod nibbles;
 mod outer_product;
 mod pairs;
 pub(crate) mod prefetch;
+#[cfg(target_arch = "x86_64")]
+mod sevens;
 mod stored;
 
 use std::marker::PhantomData;
@@ -30,7 +32,7 @@ pub(crate) use bf16_dots::{
 };
 pub(crate) use bytes::{
     ByteKernel, ByteProducts, ByteStrip, ByteVisitor, Order, PROOF, RowScale, Sink, WordBlock,
-    with_byte_kernel, with_nibble_kernel,
+    with_byte_kernel, with_nibble_kernel, with_seven_kernel,
 };
 #[cfg(all(test, target_arch = "x86_64"))]
 pub(crate) use dots::plain::with_plain_dots;
@@ -53,7 +55,7 @@ pub struct KernelInfo {
     pub name: &'static str,
     /// The instruction set that it needs.
     pub isa: IsaName,
-    /// How it reads A: as f32, as int8 with a scale a row, or as bf16 parts.
+    /// How it reads A: as f32, as integers of 8 or 7 bits with a scale a row, or as bf16 parts.
     pub left: Storage,
     /// How it reads B.
     pub storage: Storage,
@@ -109,7 +111,7 @@ const fn i32_sums(name: &'static str, storage: Storage, tile: (IsaName, [usize; 
 }
 
 /// Every kernel of this crate, whether or not this CPU can run it.
-pub(crate) const KERNELS: [KernelInfo; 33] = [
+pub(crate) const KERNELS: [KernelInfo; 34] = [
     f32_sums("f32_4x4_scalar", Storage::F32, SCALAR),
     f32_sums("f32_8x12_neon", Storage::F32, NEON),
     f32_sums("f32_6x16_avx2", Storage::F32, AVX2),
@@ -132,6 +134,7 @@ pub(crate) const KERNELS: [KernelInfo; 33] = [
     i32_sums("int8_6x16_avx2vnni", Storage::Int8, AVX2_VNNI),
     i32_sums("int8_8x48_avx512", Storage::Int8, AVX512),
     i32_sums("int8_8x48_avx512vnni", Storage::Int8, AVX512_VNNI),
+    KernelInfo { left: Storage::Int7, ..i32_sums("int7_6x16_avx2", Storage::Int8, AVX2) },
     i32_sums("int8_int4w_4x4_scalar", Storage::Int4, SCALAR),
     i32_sums("int8_int4w_8x12_neon", Storage::Int4, NEON),
     i32_sums("int8_int4w_4x16_avx2", Storage::Int4, AVX2_NIBBLES),
@@ -145,14 +148,15 @@ pub(crate) const KERNELS: [KernelInfo; 33] = [
     i32_sums("int8_32x48_amx", Storage::Int8, (IsaName::Amx, [amx::BLOCK, AVX512.1[1], 16])),
 ];
 
-/// The kernel of that instruction set for rows in int8 and weights in int8 or int4.
-pub(crate) fn int8_kernel_of(isa: Isa, weights: Storage) -> &'static KernelInfo {
+/// The kernel of that instruction set for rows of 8 or 7 bits and weights in int8 or int4: where there is none for 7, the one for 8 has the
+/// same bits.
+pub(crate) fn int8_kernel_of(isa: Isa, rows: Storage, weights: Storage) -> &'static KernelInfo {
     let on_tiles = isa.tiles().is_some() && weights == Storage::Int8;
     let name = if on_tiles { IsaName::Amx } else { isa.bytes() };
-    let found = KERNELS
-        .iter()
-        .find(|kernel| (kernel.isa, kernel.left, kernel.storage) == (name, Storage::Int8, weights));
-    found.expect("the table has one for each instruction set")
+    let of = |rows: Storage| {
+        KERNELS.iter().find(|kernel| (kernel.isa, kernel.left, kernel.storage) == (name, rows, weights))
+    };
+    of(rows).or_else(|| of(Storage::Int8)).expect("the table has one for each instruction set")
 }
 
 /// The depth from which on tiles keep the bound of f32 for [`Precision::Highest`]; below it a step would be padding too.
@@ -232,12 +236,12 @@ pub(crate) struct Rhs {
     pub(crate) group: usize,
     /// Whether the next panel follows this one and lies in no near cache.
     pub(crate) far: bool,
+    /// The columns of the last vector, where those beyond may not be read.
+    pub(crate) tail: Option<usize>,
 }
 
 /// The part of C that a strip writes.
 #[derive(Debug, Clone, Copy)]
-    /// The columns of the last vector, where those beyond may not be read.
-    pub(crate) tail: Option<usize>,
 pub(crate) struct Out<T> {
     pub(crate) ptr: *mut T,
     pub(crate) row_stride: usize,
@@ -337,6 +341,7 @@ pub(crate) fn with_kernel<V: KernelVisitor>(isa: Isa, storage: Storage, visitor:
         Storage::Bf16 => isa.dispatch(Select::<V, Bf16>(visitor, PhantomData)),
         Storage::Int8 => isa.dispatch(Select::<V, Int8>(visitor, PhantomData)),
         Storage::Int4 => isa.dispatch(Select::<V, Int4>(visitor, PhantomData)),
+        Storage::Int7 => unreachable!("no weights are stored so"),
         Storage::Split2 | Storage::Split3 => unreachable!("{storage:?} is for tiles"),
     }
 }
@@ -399,7 +404,8 @@ mod tests {
             if isa.tiles().is_some() {
                 continue;
             }
-            let (info, weights) = (int8_kernel_of(isa, Storage::Int8), kernel_of(isa, Storage::Int8));
+            let rows = Storage::Int8;
+            let (info, weights) = (int8_kernel_of(isa, rows, Storage::Int8), kernel_of(isa, Storage::Int8));
             assert_eq!((info.mr, info.nr, info.lanes), (weights.mr, weights.nr, weights.lanes));
             let mut shape = [0; 3];
             with_byte_kernel(isa, ByteShape(&mut shape));
@@ -409,9 +415,27 @@ mod tests {
     }
 
     #[test]
+    fn rows_of_seven_bits_have_a_kernel_of_their_own_where_it_is_faster() {
+        for isa in Isa::available() {
+            let [of_seven, of_eight] =
+                [Storage::Int7, Storage::Int8].map(|rows| int8_kernel_of(isa, rows, Storage::Int8));
+            assert_eq!(int8_kernel_of(isa, Storage::Int7, Storage::Int4).left, Storage::Int8);
+            if isa.bytes() != IsaName::Avx2 {
+                assert_eq!(of_seven, of_eight);
+                continue;
+            }
+            assert_eq!(of_seven.name, "int7_6x16_avx2");
+            let mut shape = [0; 3];
+            with_seven_kernel(isa, ByteShape(&mut shape));
+            assert_eq!(shape, [of_seven.mr, of_seven.nr, of_seven.lanes]);
+        }
+    }
+
+    #[test]
     fn int8_beside_int4_has_the_panels_of_int4_weights() {
         for isa in Isa::available() {
-            let (info, weights) = (int8_kernel_of(isa, Storage::Int4), kernel_of(isa, Storage::Int4));
+            let rows = Storage::Int8;
+            let (info, weights) = (int8_kernel_of(isa, rows, Storage::Int4), kernel_of(isa, Storage::Int4));
             assert_eq!((info.nr, info.lanes), (weights.nr, weights.lanes));
             let mut shape = [0; 3];
             with_nibble_kernel(isa, ByteShape(&mut shape));

@@ -21,7 +21,7 @@
 use pulp::Simd;
 
 use super::bytes::{ByteProducts, Order, WordBlock, for_each_part, lane, lane_mut, part_of};
-use super::prefetch::{Ahead, Share};
+use super::prefetch::{self, Ahead, Share};
 
 /// Words of integers of 4 bits whose products a sum of 16 bits holds: four a word and half, each at most `15·128`.
 const WORDS_OF_16_BITS: usize = 4;
@@ -117,30 +117,38 @@ impl<S: PairProducts> ByteProducts for S {
         sums: &mut [[[S::u32s; W]; H]; P],
         (lhs, row_words): (*const u32, usize),
         block: WordBlock,
-        _: Option<(Share, Ahead)>,
+        ahead: Option<(Share, Ahead)>,
     ) {
         let lowest = self.splat_u32s(0x00ff_00ff);
-        for (panel, sums) in sums.iter_mut().enumerate() {
-            let words = block.ptr.wrapping_add(panel * block.panel_stride);
-            let mut local = *sums;
-            for_each_part::<H>(
-                block.words,
-                2,
-                #[inline(always)]
-                |q, odd| {
+        let lines = const { P * (VECS * S::F32_LANES).div_ceil(prefetch::LINE) };
+        let (lines, mut ahead) = match ahead {
+            Some((share, ahead)) => (share.lines(lines), ahead),
+            None => (0, Ahead::from(block.ptr)),
+        };
+        let mut local = *sums;
+        for_each_part::<H>(
+            block.words,
+            2,
+            #[inline(always)]
+            |q, odd| {
+                if lines > 0 && odd == 0 {
+                    ahead.fetch(lines);
+                }
+                for (panel, sums) in local.iter_mut().enumerate() {
+                    let words = block.ptr.wrapping_add(panel * block.panel_stride);
                     // SAFETY: the contract on the block.
                     let row = unsafe { part_of::<S, W, VECS>(self, words, q, (8 * odd, lowest)) };
-                    for (i, sums) in local.iter_mut().enumerate() {
+                    for (i, sums) in sums.iter_mut().enumerate() {
                         // SAFETY: the contract on lhs.
                         let pair = self.splat_u32s(unsafe { *lhs.wrapping_add(i * row_words + 2 * q + odd) });
                         for (sum, row) in sums.iter_mut().zip(row) {
                             *sum = self.add_pair_products(*sum, pair, row);
                         }
                     }
-                },
-            );
-            *sums = local;
-        }
+                }
+            },
+        );
+        *sums = local;
     }
 
     #[inline(always)]

@@ -65,6 +65,8 @@ pub enum Storage {
     Split2,
     /// Three times two bf16: all of an f32.
     Split3,
+    /// Four integers of 7 bits, a byte each: rows of a left operand alone.
+    Int7,
 }
 
 impl Storage {
@@ -73,7 +75,7 @@ impl Storage {
         match self {
             Storage::F32 => 1,
             Storage::Bf16 | Storage::Split2 | Storage::Split3 => 2,
-            Storage::Int8 => 4,
+            Storage::Int8 | Storage::Int7 => 4,
             Storage::Int4 => 8,
         }
     }
@@ -92,6 +94,7 @@ impl Storage {
         match self {
             Storage::F32 | Storage::Bf16 | Storage::Split2 | Storage::Split3 => 0,
             Storage::Int8 => 127,
+            Storage::Int7 => 63,
             Storage::Int4 => 7,
         }
     }
@@ -124,9 +127,6 @@ impl Stored for F32 {
     }
 }
 
-/// Pairs of bf16, the upper halves of f32.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Bf16;
 /// Words that are f32 and end within the last vector of a row.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Masked;
@@ -165,6 +165,9 @@ impl Stored for Widened {
     }
 }
 
+/// Pairs of bf16, the upper halves of f32.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Bf16;
 
 impl Stored for Bf16 {
     const STORAGE: Storage = Storage::Bf16;
@@ -210,14 +213,14 @@ impl Stored for Int4 {
     fn widen<S: Simd>(simd: S, words: S::u32s, at: usize) -> S::f32s {
         widen_integer::<S, 4, 4>(simd, words, at)
     }
-}
-
-/// Bits `BITS·at ..` of each word, less `2^(BITS − 1)`. PLACES neighbours are taken out of the word after one shift.
 
     #[inline(always)]
     fn widen_alone<S: Simd>(simd: S, words: S::u32s, at: usize) -> S::f32s {
         widen_integer::<S, 4, 1>(simd, words, at)
     }
+}
+
+/// Bits `BITS·at ..` of each word, less `2^(BITS − 1)`. PLACES neighbours are taken out of the word after one shift.
 ///
 /// Each place has constants of its own (a mask, a power, an offset), so more places are fewer shifts and more
 /// registers. With one for bytes a tile keeps its words in registers: 1.1 times as fast for one row, 1.3 for four, 1.7 for

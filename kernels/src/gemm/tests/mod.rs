@@ -1,6 +1,7 @@
 //! The properties of the product, on every ISA of the machine.
 
 mod bf16;
+mod int7;
 mod int8;
 mod int8_int4;
 mod mixed;

@@ -245,7 +245,9 @@ fn shallow_products_are_those_of_vectors() {
 #[test]
 fn bytes_on_tiles_have_the_bits_of_bytes_on_vectors() {
     let Some(isa) = amx() else { return };
-    assert_eq!(int8_kernel_name(&Context::with_isa(isa), WeightFormat::Int8), "int8_32x48_amx");
+    let rows = [0.0];
+    let rows = Int8Rows::Quantise(row_major(&rows, 1, 1));
+    assert_eq!(int8_kernel_name(&Context::with_isa(isa), &rows, WeightFormat::Int8), "int8_32x48_amx");
     let vectors = Context::with_isa(Isa::new(isa.vectors()).unwrap());
     for (m, n, k) in [(1, 1, 1), (5, 16, 64), (16, 17, 63), (17, 49, 65), (33, 100, 200), (40, 33, 0)] {
         let (a, b, old) = (uniform(m * k, 1), uniform(k * n, 2), uniform(m * n, 3));
