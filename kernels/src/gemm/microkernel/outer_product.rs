@@ -186,7 +186,9 @@ impl<S: Simd, T: Stored, const MR: usize, const VECS: usize, const W: usize> Til
     #[inline(always)]
     fn ahead<const H: usize>(&self, first: usize) -> Option<(Share, Ahead)> {
         let Rhs { ptr, panel_stride, far, .. } = self.strip.rhs;
-        let share = Share::of(H, self.strip.rows, MR);
+        // Seven to ten rows are two tiles of which one or both are low: half each, where the first alone would ask too fast.
+        let two = const { S::F32_LANES == 8 } && self.strip.rows > MR;
+        let share = if two { Share::Half } else { Share::of(H, self.strip.rows, MR) };
         let lines = share.lines(const { lines_a_turn::<S, F32, UNROLL>(W) });
         let start = first / H * (self.strip.depth / UNROLL * lines * prefetch::LINE);
         (far && start < panel_stride).then(|| (share, Ahead::from(ptr.wrapping_add(panel_stride + start))))
