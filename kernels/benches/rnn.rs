@@ -164,12 +164,13 @@ fn attention(c: &mut Criterion) {
                     d_query: HeadsMut::new(&mut d_q, layout(queries, width)).unwrap(),
                     d_keys: HeadsMut::new(&mut d_k, layout(keys, width)).unwrap(),
                     d_v: &mut d_v,
-                    d_values: HeadsMut::new(&mut d_values, layout(keys, width)).unwrap(),
                 };
                 let d_context = HeadsRef::new(&out, layout(queries, width)).unwrap();
                 let upstream = additive_attention::OutputGrads { d_context, d_alpha: None };
                 let alpha = HeadsRef::new(&alpha, layout(queries, keys)).unwrap();
                 additive_attention::backward(&ctx, &inputs, alpha, upstream, grads).unwrap();
+                let d_values = HeadsMut::new(&mut d_values, layout(keys, width)).unwrap();
+                additive_attention::values_gradient(&ctx, alpha, d_context, &lengths, d_values).unwrap();
             });
         });
     }

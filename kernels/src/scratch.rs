@@ -95,16 +95,27 @@ impl Drop for ScratchBuf {
 }
 
 /// 64-byte aligned 32-bit words that stay with their owner: no load of a vector crosses a cache line.
-#[derive(Clone, Default)]
+#[derive(Default)]
 pub(crate) struct Words {
     lines: Vec<Line>,
     len: usize,
+    /// Whether the memory goes to the free list of the thread that drops it.
+    lent: bool,
 }
 
 impl Words {
+    /// `len` words out of the thread's free list, with unspecified values: for an owner that lives for one call.
+    pub(crate) fn lent(len: usize) -> Words {
+        let lines = std::mem::take(&mut ScratchBuf::take(len).lines);
+        Words { lines, len, lent: true }
+    }
+
     /// Makes it `len` words; those it had keep their values, new ones are 0 or what they were before.
     pub(crate) fn resize(&mut self, len: usize) {
-        self.lines.resize(len.div_ceil(Line::LEN), Line([0.0; Line::LEN]));
+        let needed = len.div_ceil(Line::LEN);
+        if !self.lent || needed > self.lines.len() {
+            self.lines.resize(needed, Line([0.0; Line::LEN]));
+        }
         self.len = len;
     }
 
@@ -120,6 +131,21 @@ impl Words {
         // SAFETY: `resize` made sure that `lines` holds at least `len` initialised f32; `&mut self` makes
         // the access unique.
         unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast::<f32>(), self.len) }
+    }
+}
+
+impl Clone for Words {
+    /// A copy that is nobody's scratch memory.
+    fn clone(&self) -> Words {
+        Words { lines: self.lines[..self.len.div_ceil(Line::LEN)].to_vec(), len: self.len, lent: false }
+    }
+}
+
+impl Drop for Words {
+    fn drop(&mut self) {
+        if self.lent {
+            drop(ScratchBuf { lines: std::mem::take(&mut self.lines), len: self.len });
+        }
     }
 }
 
@@ -161,6 +187,23 @@ mod tests {
         let again = ScratchBuf::take(900);
         assert_eq!(again.as_ptr() as usize, address);
         assert_eq!(again.len(), 900);
+    }
+
+    #[test]
+    fn lent_words_go_back_and_their_copies_do_not() {
+        let buffer = ScratchBuf::take(5000);
+        let address = buffer.as_ptr().cast::<u32>();
+        drop(buffer);
+        let mut words = Words::lent(4990);
+        assert_eq!((words.as_ptr(), words.len()), (address, 4990));
+        words.resize(100);
+        words[99] = 7;
+        let copy = words.clone();
+        assert_eq!((copy.len(), copy[99]), (100, 7));
+        drop(words);
+        drop(copy);
+        let again = ScratchBuf::take(5000);
+        assert_eq!(again.as_ptr().cast::<u32>(), address, "the whole buffer came back");
     }
 
     #[test]

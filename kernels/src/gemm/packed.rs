@@ -61,6 +61,15 @@ impl PackedWeights {
         PackedWeights::pack_as(ctx, b, WeightFormat::F32)
     }
 
+    /// As [`PackedWeights::pack`], into memory of the thread's scratch list: for a call that packs, multiplies and forgets. Fresh memory
+    /// would be cleared first, and new pages mapped.
+    pub(crate) fn pack_for_call(ctx: &Context, b: MatRef<'_>) -> Result<Self, ShapeError> {
+        let (mut packed, len) = PackedWeights::shaped(ctx, [b.rows(), b.cols()], WeightFormat::F32)?;
+        packed.words = Words::lent(len);
+        packed.repack(ctx, b)?;
+        Ok(packed)
+    }
+
     /// Packs `b` in that format for the kernel that `ctx` selects for it. What is smaller is read faster: a product
     /// of few rows takes as long as reading its weights.
     ///

@@ -21,6 +21,7 @@ use pulp::{Simd, WithSimd};
 
 use crate::context::Context;
 use crate::error::{ShapeError, expect_dim};
+use crate::gemm::{Accum, Epilogue, gemm};
 use crate::lanes;
 use crate::math;
 use crate::rowwise::reduce;
@@ -60,7 +61,7 @@ pub struct OutputGrads<'a> {
 }
 
 /// The gradients that [`backward`] gives, shaped like [`Inputs`]. The query's is overwritten; the others are **added
-/// to**, because a decoder comes back once a step.
+/// to**, because a decoder comes back once a step. That of the values is [`values_gradient`], for all steps at once.
 #[derive(Debug)]
 pub struct InputGrads<'a> {
     /// Of the queries, overwritten.
@@ -69,8 +70,6 @@ pub struct InputGrads<'a> {
     pub d_keys: HeadsMut<'a>,
     /// Of v, added to.
     pub d_v: &'a mut [f32],
-    /// Of the values, added to.
-    pub d_values: HeadsMut<'a>,
 }
 
 impl Inputs<'_> {
@@ -225,12 +224,12 @@ fn add_scaled<S: Simd>(simd: S, a: f32, x: &[f32], y: &mut [f32]) {
     );
 }
 
-/// The gradients of [`forward`], from the α that it gave.
+/// The gradients of [`forward`] for all but the values, from the α that it gave.
 ///
 /// ```text
 /// d_α[s]     = d_context·values[s] (+ d_alpha)       d_score[s] = α[s]·(d_α[s] − Σ α·d_α)
-/// d_values[s] += α[s]·d_context                      d_v += Σ_s d_score[s]·tanh(q + k[s])
 /// d_k[s] += d_score[s]·v·(1 − tanh²(q + k[s]))       d_q = Σ_s of the same
+/// d_v += Σ_s d_score[s]·tanh(q + k[s])
 /// ```
 /// # Shapes
 /// See [`Inputs`], [`OutputGrads`], [`InputGrads`]. A row of length 0 has zero gradients.
@@ -250,12 +249,12 @@ pub fn backward(
 ) -> Result<(), ShapeError> {
     check_backward(inputs, &alpha, &upstream, &grads)?;
     let (batch, width) = (inputs.lengths.len(), inputs.v.len());
-    let InputGrads { d_query, d_keys, d_v, d_values } = grads;
+    let InputGrads { d_query, d_keys, d_v } = grads;
     let mut d_v_parts = ScratchBuf::zeroed(batch * width);
     let mut rest = matrix_mut(&mut d_v_parts, batch, width);
-    let outputs = d_query.into_heads().into_iter().zip(d_keys.into_heads()).zip(d_values.into_heads());
+    let outputs = d_query.into_heads().into_iter().zip(d_keys.into_heads());
     let mut entries = Vec::with_capacity(batch);
-    for (b, ((d_query, d_keys), d_values)) in outputs.enumerate() {
+    for (b, (d_query, d_keys)) in outputs.enumerate() {
         let (d_v, below) = rest.split_rows(1);
         rest = below;
         entries.push(Backward {
@@ -263,7 +262,7 @@ pub fn backward(
             alpha: alpha.head(b, 0),
             d_context: upstream.d_context.head(b, 0),
             d_alpha: upstream.d_alpha.map(|d| d.head(b, 0)),
-            grads: EntryGrads { d_query, d_keys, d_v, d_values },
+            grads: EntryGrads { d_query, d_keys, d_v },
         });
     }
     inputs.context(ctx).for_each_owned(entries, |entry| ctx.isa().dispatch(entry));
@@ -286,7 +285,6 @@ fn check_backward(
     }
     expect_shape("d_query", grads.d_query.layout(), [batch, queries, width])?;
     expect_shape("d_keys", grads.d_keys.layout(), [batch, keys, width])?;
-    expect_shape("d_values", grads.d_values.layout(), [batch, keys, dim])?;
     expect_dim("d_v", "length", width, grads.d_v.len())
 }
 
@@ -295,7 +293,6 @@ struct EntryGrads<'a> {
     d_query: MatMut<'a>,
     d_keys: MatMut<'a>,
     d_v: MatMut<'a>,
-    d_values: MatMut<'a>,
 }
 
 struct Backward<'a> {
@@ -312,14 +309,13 @@ impl WithSimd for Backward<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(mut self, simd: S) {
         let Entry { query, keys, v, values, len } = self.entry;
-        let EntryGrads { d_query, d_keys, d_v, d_values } = &mut self.grads;
+        let EntryGrads { d_query, d_keys, d_v } = &mut self.grads;
         let mut d_scores = ScratchBuf::take(len);
         for t in 0..query.rows() {
             let (alpha, d_context) = (&self.alpha.row(t)[..len], self.d_context.row(t));
             for (s, d_score) in d_scores.iter_mut().enumerate() {
                 let direct = self.d_alpha.map_or(0.0, |d| d.row(t)[s]);
                 *d_score = lanes::dot(simd, d_context, values.row(s)) + direct;
-                add_scaled(simd, alpha[s], d_context, d_values.row_mut(s));
             }
             let mean = simd.splat_f32s(lanes::dot(simd, alpha, &d_scores));
             lanes::update(
@@ -349,4 +345,44 @@ impl WithSimd for Backward<'_> {
             }
         }
     }
+}
+
+/// The gradient of the values: `d_values[s] += Σ_t α[t, s]·d_context[t]`.
+///
+/// A decoder goes back step by step and calls it once, with α and `d_context` of all steps: a product for each batch entry, where a pass
+/// for each step would read and write all of `d_values` every time.
+///
+/// # Shapes
+/// α `[batch, T, 1, S]`, d_context `[batch, T, 1, E]`, d_values `[batch, S, 1, E]`, **added to**; lengths `[batch]`, each at most S. What stands from
+/// the length on is neither read nor written.
+///
+/// # Errors
+/// [`ShapeError`] when shapes do not fit or a length exceeds S; nothing is written then.
+///
+/// # Accuracy
+/// As [`backward`]. A row's sum over t goes in order; threads and batch change no bit.
+pub fn values_gradient(
+    ctx: &Context,
+    alpha: HeadsRef<'_>,
+    d_context: HeadsRef<'_>,
+    lengths: &[usize],
+    d_values: HeadsMut<'_>,
+) -> Result<(), ShapeError> {
+    let (batch, steps) = (lengths.len(), d_context.layout().seq);
+    let (keys, dim) = (d_values.layout().seq, d_values.layout().dim);
+    expect_shape("alpha", alpha.layout(), [batch, steps, keys])?;
+    expect_shape("d_context", d_context.layout(), [batch, steps, dim])?;
+    expect_shape("d_values", d_values.layout(), [batch, keys, dim])?;
+    check_lengths(lengths, keys)?;
+    let work = lengths.iter().sum::<usize>() * steps * dim;
+    let threads = if work < MIN_PARALLEL_WORK { ctx.single_threaded() } else { *ctx };
+    let alone = ctx.single_threaded();
+    let entries: Vec<_> = d_values.into_heads().into_iter().enumerate().collect();
+    threads.for_each_owned(entries, |(b, d_values)| {
+        let alpha = alpha.head(b, 0).sub(0..steps, 0..lengths[b]).t();
+        let d_values = d_values.sub(0..lengths[b], 0..dim);
+        gemm(&alone, alpha, d_context.head(b, 0), d_values, Accum::Add, &Epilogue::default())
+            .expect("shapes were checked above");
+    });
+    Ok(())
 }

@@ -50,10 +50,12 @@ use crate::view::{MatMut, MatRef};
 
 pub mod additive_attention;
 mod columns;
+mod columns_backward;
 mod elman;
 mod gates;
 mod gru;
 mod gru_reset_before;
+mod input_product;
 mod lstm;
 mod lstm_peephole;
 pub mod min_rnn;
@@ -68,12 +70,11 @@ mod team;
 mod tests;
 mod weights;
 
+pub use input_product::{input_gradient, project};
 pub use sequence::{Saved, forward};
 pub use sequence_backward::backward;
 pub use side_by_side::{BackwardPass, ForwardPass, backward_all, forward_all};
-pub use step::{
-    PackedBackward, PackedCell, StepInput, project, project_with, step, step_backward, weight_gradients,
-};
+pub use step::{PackedBackward, PackedCell, StepInput, project_with, step, step_backward, weight_gradients};
 
 pub use weights::{WeightGrads, Weights};
 
@@ -185,14 +186,6 @@ impl Cell {
             Cell::GruResetBefore => gru_reset_before::state_windows(hidden).map(Some),
         };
         windows.into_iter().flatten()
-    }
-
-    /// The columns that the state's product is added to, for a cell that has one product.
-    fn recurrent_columns(self, hidden: usize) -> Range<usize> {
-        let mut windows = self.state_windows(hidden).map(|window| window.columns);
-        let columns = windows.next().expect("every cell multiplies its state");
-        debug_assert!(windows.next().is_none(), "{self:?} has two products");
-        columns
     }
 }
 

@@ -4,12 +4,13 @@ use std::ops::Range;
 
 use crate::context::Context;
 use crate::error::{ShapeError, expect_dim};
+use crate::gemm::PackedWeights;
 use crate::scratch::ScratchBuf;
 use crate::view::{MatMut, MatRef};
 
+use super::input_product::project;
 use super::plan::{Plan, gates_matrix_mut, gates_stride, matrix, matrix_mut};
 use super::state_product::{StateWeights, Step};
-use super::step::project;
 use super::weights::Sizes;
 use super::{Output, Sequence, State, Weights, columns};
 
@@ -108,7 +109,10 @@ pub fn forward(
         last_c: matrix_mut(&mut last_c, batch, cell_columns),
     };
     match columns::team_size(ctx, plan, sizes) {
-        1 => by_rows(ctx, plan, &StateWeights::forward(ctx, weights)?, recurrence),
+        1 => {
+            let weights = StateWeights::forward(ctx, weights, PackedWeights::pack_for_call)?;
+            by_rows(ctx, plan, &weights, recurrence);
+        }
         team => {
             let layer = columns::Layer { ctx: ctx.single_threaded(), plan, weights };
             columns::forward(team, &layer, recurrence);

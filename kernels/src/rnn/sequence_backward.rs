@@ -5,19 +5,19 @@ use std::ops::Range;
 
 use crate::context::Context;
 use crate::error::{ShapeError, expect_dim};
-use crate::gemm::{Accum, Epilogue, gemm};
 use crate::lanes;
 use crate::scratch::ScratchBuf;
 use crate::view::{MatMut, MatRef};
 
 use pulp::{Simd, WithSimd};
 
+use super::input_product::input_gradient;
 use super::plan::{Plan, gates_matrix, gates_matrix_mut, matrix, matrix_mut};
 use super::sequence::{Saved, part_context, split, split_rows, unrank};
 use super::state_product::{BackStep, StateWeights};
 use super::step::weight_gradients;
 use super::weights::Sizes;
-use super::{InputGrads, OutputGrads, Sequence, StateMut, Weights, Window, columns};
+use super::{InputGrads, OutputGrads, Sequence, StateMut, Weights, columns, columns_backward};
 
 /// Rows by batch entry to rows by rank; zeros for `None`.
 fn rank(plan: &Plan, by_entry: Option<MatRef<'_>>, mut by_rank: MatMut<'_>) {
@@ -76,7 +76,7 @@ pub fn backward(
     rank(&plan, upstream.d_last.and_then(|s| s.c), matrix_mut(&mut d_c, batch, cell_columns));
 
     let (h, c) = (matrix(&h, rows, width), matrix(&c, rows, cell_columns));
-    let recurrence = columns::BackBuffers {
+    let recurrence = columns_backward::BackBuffers {
         gates: gates_matrix_mut(&mut gates, rows, gate_columns),
         h,
         c,
@@ -88,7 +88,7 @@ pub fn backward(
         1 => by_rows(ctx, &plan, StateWeights::backward(ctx, weights)?, recurrence),
         team => {
             let layer = columns::Layer { ctx: ctx.single_threaded(), plan: &plan, weights };
-            columns::backward(team, &layer, recurrence);
+            columns_backward::backward(team, &layer, recurrence);
         }
     }
 
@@ -103,14 +103,14 @@ pub fn backward(
     let mut gathered = None;
     weight_gradients(ctx, sizes.cell, d_gates, plan.gather(sequence.x, &mut gathered), h, d_weights)?;
     match d_x {
-        Some(d_x) => input_gradient(ctx, weights, &plan, d_gates, d_x),
+        Some(d_x) => padded_input_gradient(ctx, weights, &plan, d_gates, d_x),
         None => Ok(()),
     }
 }
 
 /// The recurrence backward with rows dealt to the threads.
-fn by_rows(ctx: &Context, plan: &Plan, weights: StateWeights, buffers: columns::BackBuffers<'_>) {
-    let columns::BackBuffers { gates, h, c, d_h, d_c, d_y } = buffers;
+fn by_rows(ctx: &Context, plan: &Plan, weights: StateWeights, buffers: columns_backward::BackBuffers<'_>) {
+    let columns_backward::BackBuffers { gates, h, c, d_h, d_c, d_y } = buffers;
     let ranges = split(ctx, plan, weights.sizes());
     let back = Back { plan, weights, h, c, d_y };
     let strands: Vec<BackStrand<'_>> = plan
@@ -220,29 +220,19 @@ impl<F: Fn(usize) -> usize> WithSimd for AddRows<'_, F> {
 }
 
 /// `d_x = d_sums · W_ih`, in the time-major order.
-fn input_gradient(
+fn padded_input_gradient(
     ctx: &Context,
     weights: &Weights<'_>,
     plan: &Plan,
     d_gates: MatRef<'_>,
     d_x: MatMut<'_>,
 ) -> Result<(), ShapeError> {
-    let (rows, input) = (plan.rows(), weights.input());
-    let product = |mut d_x: MatMut<'_>| {
-        let mut accum = Accum::Overwrite;
-        for Window { columns, rows: gate_rows } in weights.cell.input_windows(weights.hidden()) {
-            let d_sums = d_gates.sub(0..rows, columns);
-            let w = weights.w_ih.sub(gate_rows, 0..input);
-            gemm(ctx, d_sums, w, d_x.reborrow(), accum, &Epilogue::default())?;
-            accum = Accum::Add;
-        }
-        Ok(())
-    };
     if plan.is_identity() {
-        return product(d_x);
+        return input_gradient(ctx, weights, d_gates, d_x);
     }
+    let (rows, input) = (plan.rows(), weights.input());
     let mut gapless = ScratchBuf::take(rows * input);
-    product(matrix_mut(&mut gapless, rows, input))?;
+    input_gradient(ctx, weights, d_gates, matrix_mut(&mut gapless, rows, input))?;
     let gapless = matrix(&gapless, rows, input);
     plan.scatter(ctx, d_x, |t, rank| gapless.row(plan.rows_at(t, &(rank..rank + 1)).start));
     Ok(())

@@ -49,15 +49,22 @@ pub(super) struct StateWeights {
     projection: Option<PackedWeights>,
 }
 
+/// How weights are packed: to stay, or for one call.
+pub(super) type Pack = fn(&Context, MatRef<'_>) -> Result<PackedWeights, ShapeError>;
+
 impl StateWeights {
     /// To go forward: `W_hhᵀ` and `W_hrᵀ`.
-    pub(super) fn forward(ctx: &Context, weights: &Weights<'_>) -> Result<StateWeights, ShapeError> {
-        StateWeights::pack(weights, |w| PackedWeights::pack(ctx, w.t()))
+    pub(super) fn forward(
+        ctx: &Context,
+        weights: &Weights<'_>,
+        pack: Pack,
+    ) -> Result<StateWeights, ShapeError> {
+        StateWeights::pack(weights, |w| pack(ctx, w.t()))
     }
 
-    /// To go backward: `W_hh` and `W_hr`.
+    /// To go backward: `W_hh` and `W_hr`, for one call.
     pub(super) fn backward(ctx: &Context, weights: &Weights<'_>) -> Result<StateWeights, ShapeError> {
-        StateWeights::pack(weights, |w| PackedWeights::pack(ctx, w))
+        StateWeights::pack(weights, |w| PackedWeights::pack_for_call(ctx, w))
     }
 
     fn pack(

@@ -9,7 +9,7 @@ use crate::Context;
 use crate::reference::{
     AdditiveAttention, AdditiveAttentionGrads, Real, additive_attention_backward, additive_attention_forward,
 };
-use crate::rnn::additive_attention::{InputGrads, Inputs, OutputGrads, backward, forward};
+use crate::rnn::additive_attention::{InputGrads, Inputs, OutputGrads, backward, forward, values_gradient};
 use crate::testing::{assert_same_bits, for_each_isa, uniform};
 use crate::view::{HeadsLayout, HeadsMut, HeadsRef};
 
@@ -92,10 +92,11 @@ impl Case {
             d_query: HeadsMut::new(&mut grads.d_query, self.layout(queries, width)).unwrap(),
             d_keys: HeadsMut::new(&mut grads.d_keys, self.layout(keys_len, width)).unwrap(),
             d_v: &mut grads.d_v,
-            d_values: HeadsMut::new(&mut grads.d_values, self.layout(keys_len, dim)).unwrap(),
         };
         let alpha_view = HeadsRef::new(&alpha, alpha_layout).unwrap();
         backward(ctx, &self.inputs(), alpha_view, upstream, into).unwrap();
+        let into = HeadsMut::new(&mut grads.d_values, self.layout(keys_len, dim)).unwrap();
+        values_gradient(ctx, alpha_view, upstream.d_context, &self.lengths, into).unwrap();
         (alpha, context, grads)
     }
 
@@ -216,6 +217,7 @@ fn both_memory_orders_any_threads_and_any_batch_give_the_same_bits() {
         assert_same_bits(&one.0[3 * queries * keys_len..4 * queries * keys_len], &alone.0);
         assert_same_bits(&one.1[3 * queries * dim..4 * queries * dim], &alone.1);
         assert_same_bits(&one.2.d_query[3 * queries * width..4 * queries * width], &alone.2.d_query);
+        assert_same_bits(&one.2.d_values[3 * keys_len * dim..4 * keys_len * dim], &alone.2.d_values);
     });
 }
 
@@ -237,4 +239,17 @@ fn bad_shapes_are_typed_errors() {
     let context = HeadsMut::new(&mut context, good.layout(2, 5)).unwrap();
     let error = forward(&ctx, &inputs, alpha, context).unwrap_err();
     assert_eq!(error.to_string(), "query: dim is 4, expected 3");
+
+    let (alpha, d_context, mut d_values) = (vec![0.0; 12], vec![0.0; 20], vec![7.0; 30]);
+    let mut values = |lengths: &[usize], keys, dim| {
+        let alpha = HeadsRef::new(&alpha, good.layout(2, 3)).unwrap();
+        let d_context = HeadsRef::new(&d_context, good.layout(2, 5)).unwrap();
+        let into = HeadsMut::new(&mut d_values[..2 * keys * dim], good.layout(keys, dim)).unwrap();
+        values_gradient(&ctx, alpha, d_context, lengths, into).unwrap_err().to_string()
+    };
+    assert_eq!(values(&[3, 4], 3, 5), "lengths[1] is 4, but the table has 3 rows");
+    assert_eq!(values(&[3], 3, 5), "alpha: batch is 2, expected 1");
+    assert_eq!(values(&[3, 3], 2, 5), "alpha: dim is 3, expected 2");
+    assert_eq!(values(&[3, 3], 3, 4), "d_context: dim is 5, expected 4");
+    assert!(d_values.iter().all(|&x| x == 7.0));
 }

@@ -89,8 +89,7 @@ fn bits_do_not_depend_on_which_thread_owns_a_unit() {
                 let (out, grads) = case.run(ctx);
                 for threads in 2..=4 {
                     let many = ctx.threads(NonZeroUsize::new(threads).unwrap());
-                    let two_products = kind.projected || kind.cell == Cell::GruResetBefore;
-                    let team = if two_products { 1 } else { threads };
+                    let team = if kind.projected { 1 } else { threads };
                     assert_eq!(columns::team_size(&many, &plan, &case.weights().sizes()), team);
                     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads - 1).build().unwrap();
                     for (out_n, grads_n) in [case.run(&many), pool.install(|| case.run(&many))] {

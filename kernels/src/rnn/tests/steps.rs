@@ -2,7 +2,9 @@
 
 use super::*;
 use crate::gemm::Accum;
-use crate::rnn::{PackedBackward, PackedCell, StepInput, project, step, step_backward, weight_gradients};
+use crate::rnn::{
+    PackedBackward, PackedCell, StepInput, input_gradient, project, step, step_backward, weight_gradients,
+};
 use crate::testing::{assert_same_bits, for_each_isa};
 
 /// Steps through a case whose rows all have full length; gives y, final state, the gates of all steps and the
@@ -71,8 +73,29 @@ fn steps_backward_give_the_bits_of_the_whole_sequence() {
             assert_same_bits(&grads.layer.d_c0, &d_c);
             assert_same_bits(&grads.layer.d_x, &d_x);
             check_weight_gradients(ctx, &case, &gates, &h_prev, &grads);
+            let d_gates = MatRef::new(&gates, case.seq * batch, columns).unwrap();
+            for part in [0..input, 0..2, 2..input] {
+                let expected: Vec<f32> =
+                    d_x.chunks_exact(input).flat_map(|row| &row[part.clone()]).copied().collect();
+                assert_same_bits(&expected, &input_gradient_of(ctx, &case, d_gates, part));
+            }
         });
     }
+}
+
+/// The gradient of some columns of the input, from the gates' gradients of all steps.
+fn input_gradient_of(
+    ctx: &Context,
+    case: &Case,
+    d_gates: MatRef<'_>,
+    columns: std::ops::Range<usize>,
+) -> Vec<f32> {
+    let (weights, rows) = (case.weights(), d_gates.rows());
+    let mut d_x = vec![f32::NAN; rows * columns.len()];
+    let into = MatMut::new(&mut d_x, rows, columns.len()).unwrap();
+    let w_ih = weights.w_ih.sub(0..weights.w_ih.rows(), columns);
+    input_gradient(ctx, &Weights { w_ih, ..weights }, d_gates, into).unwrap();
+    d_x
 }
 
 fn check_weight_gradients(
@@ -143,4 +166,15 @@ fn bad_shapes_are_typed_errors() {
     let all = MatMut::new(&mut gates, 2, 16).unwrap();
     let error = step(&ctx, &packed, input, with_cell, all, next).unwrap_err();
     assert!(error.to_string().starts_with("state.c: columns (this cell has no such state)"), "{error}");
+
+    let mut d_x = vec![7.0; 8];
+    let mut refused = |gate_columns: usize, [rows, input]: [usize; 2]| {
+        let d_gates = MatRef::new(&gates[..2 * gate_columns], 2, gate_columns).unwrap();
+        let d_x = MatMut::new(&mut d_x[..rows * input], rows, input).unwrap();
+        input_gradient(&ctx, &case.weights(), d_gates, d_x).unwrap_err().to_string()
+    };
+    assert_eq!(refused(12, [2, 3]), "gates: columns is 12, expected 16");
+    assert_eq!(refused(16, [1, 3]), "gates: rows is 2, expected 1");
+    assert_eq!(refused(16, [2, 4]), "d_x: columns is 4, expected 3");
+    assert!(d_x.iter().all(|&x| x == 7.0));
 }

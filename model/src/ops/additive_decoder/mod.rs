@@ -32,7 +32,7 @@ use backward::Saved;
 pub struct AdditiveDecoder {
     /// The cell; its input is `[embedded token, context]`.
     pub cell: RecurrentWeights,
-    /// `[attention, hidden]`: projects the state.
+    /// `[attention, output]`: projects the state h.
     pub query: ParamId,
     /// `[attention]`: turns tanh into a score.
     pub v: ParamId,
@@ -61,6 +61,9 @@ struct Sizes {
     source: usize,
     embedding: usize,
     context: usize,
+    /// Columns of the state h.
+    output: usize,
+    /// Columns of the state c, if there is one.
     hidden: usize,
     attention: usize,
     /// Columns of the gates.
@@ -101,7 +104,7 @@ impl Sizes {
 /// Runs the layer over all steps.
 ///
 /// # Shapes
-/// See [`AdditiveInputs`]; gives the states `[steps · batch, hidden]` and the cell's inputs `[embedded, context]`
+/// See [`AdditiveInputs`]; gives the states `[steps · batch, output]` and the cell's inputs `[embedded, context]`
 /// `[steps · batch, embedding + annotation]`, which a deep output reads again.
 ///
 /// # Errors
@@ -116,11 +119,11 @@ pub fn additive_decoder(
 ) -> Result<[Var; 2], ShapeError> {
     let sizes = sizes(tape, weights, inputs)?;
     let mut memory = Memory::take(&sizes, |len| tape.buffer(len));
-    let mut y = tape.buffer(sizes.rows() * sizes.hidden);
+    let mut y = tape.buffer(sizes.rows() * sizes.output);
     let mut x = tape.buffer(sizes.rows() * sizes.input());
     run(tape, weights, inputs, &sizes, (&mut memory, &mut y, &mut x))?;
     let op = Saved { weights: *weights, inputs: inputs.clone(), sizes, memory };
-    Ok(tape.push_all([(y, sizes.rows(), sizes.hidden), (x, sizes.rows(), sizes.input())], || op))
+    Ok(tape.push_all([(y, sizes.rows(), sizes.output), (x, sizes.rows(), sizes.input())], || op))
 }
 
 fn sizes(tape: &Tape<'_>, weights: &AdditiveDecoder, inputs: &AdditiveInputs) -> Result<Sizes, ShapeError> {
@@ -138,6 +141,7 @@ fn sizes(tape: &Tape<'_>, weights: &AdditiveDecoder, inputs: &AdditiveInputs) ->
         source: source_rows / batch.max(1),
         embedding,
         context,
+        output: weights.cell.output(params),
         hidden: weights.cell.hidden(params),
         attention: params.shape(weights.query)[0],
         gates: weights.cell.views(params).gate_columns(),
@@ -149,9 +153,9 @@ fn sizes(tape: &Tape<'_>, weights: &AdditiveDecoder, inputs: &AdditiveInputs) ->
 struct Memory {
     /// `[rows, gates]`.
     gates: Buffer,
-    /// The state before each step, `[rows, hidden]`.
+    /// The state before each step, `[rows, output]`.
     h: Buffer,
-    /// As h, for a cell that has it.
+    /// As h, `[rows, hidden]`, for a cell that has it.
     c: Buffer,
     /// The projected states, `[rows, attention]`.
     query: Buffer,
@@ -164,7 +168,7 @@ impl Memory {
         let rows = sizes.rows();
         Memory {
             gates: buffer(rows * sizes.gates),
-            h: buffer(rows * sizes.hidden),
+            h: buffer(rows * sizes.output),
             c: buffer(if sizes.with_c { rows * sizes.hidden } else { 0 }),
             query: buffer(rows * sizes.attention),
             alpha: buffer(rows * sizes.source),
@@ -190,27 +194,27 @@ fn run(
     (memory, y, x): (&mut Memory, &mut Buffer, &mut Buffer),
 ) -> Result<(), ShapeError> {
     let (ctx, params) = (tape.context(), tape.params());
-    let (e, width, hidden) = (s.embedding, s.input(), s.hidden);
+    let (e, width, output, hidden) = (s.embedding, s.input(), s.output, s.hidden);
     for (x, embedded) in x.chunks_exact_mut(width).zip(tape.value(inputs.embedded).chunks_exact(e)) {
         x[..e].copy_from_slice(embedded);
     }
     let of_tokens = cell_part(weights, params, 0..e);
     let gates = MatMut::new(&mut memory.gates, s.rows(), s.gates)?;
     rnn::project(ctx, &of_tokens, tape.matrix(inputs.embedded), gates)?;
-    let cell = PackedCell::pack(ctx, &cell_part(weights, params, e..width))?;
+    let cell = PackedCell::pack_for_call(ctx, &cell_part(weights, params, e..width))?;
     let query = PackedWeights::pack(ctx, params.matrix(weights.query).t())?;
 
-    let mut h = tape.buffer(s.batch * hidden);
+    let mut h = tape.buffer(s.batch * output);
     h.copy_from_slice(tape.value(inputs.initial.h));
     let mut c = tape.buffer(if s.with_c { s.batch * hidden } else { 0 });
     if let Some(initial) = inputs.initial.c {
         c.copy_from_slice(tape.value(initial));
     }
     for t in 0..s.steps {
-        memory.h[s.at(t, hidden)].copy_from_slice(&h);
+        memory.h[s.at(t, output)].copy_from_slice(&h);
         let x_t = &mut x[s.at(t, width)];
         let q_t = &mut memory.query[s.at(t, s.attention)];
-        let h_prev = MatRef::new(&h, s.batch, hidden)?;
+        let h_prev = MatRef::new(&h, s.batch, output)?;
         let q_mat = MatMut::new(q_t, s.batch, s.attention)?;
         gemm::gemm_packed(ctx, h_prev, &query, q_mat, Accum::Overwrite, &Epilogue::default())?;
         let looked_at = attention_inputs(s, q_t, inputs, params.get(weights.v), |var| tape.value(var))?;
@@ -219,7 +223,7 @@ fn run(
 
         let context = MatRef::new(x_t, s.batch, width)?.sub(0..s.batch, e..width);
         let gates = MatMut::new(&mut memory.gates[s.at(t, s.gates)], s.batch, s.gates)?;
-        let h_prev = MatRef::new(&memory.h[s.at(t, hidden)], s.batch, hidden)?;
+        let h_prev = MatRef::new(&memory.h[s.at(t, output)], s.batch, output)?;
         let mut c_next = None;
         let c_prev = if s.with_c {
             memory.c[s.at(t, hidden)].copy_from_slice(&c);
@@ -228,10 +232,10 @@ fn run(
         } else {
             None
         };
-        let next = StateMut { h: MatMut::new(&mut h, s.batch, hidden)?, c: c_next };
+        let next = StateMut { h: MatMut::new(&mut h, s.batch, output)?, c: c_next };
         let input = StepInput { x: context, accum: Accum::Add };
         rnn::step(ctx, &cell, input, State { h: h_prev, c: c_prev }, gates, next)?;
-        y[s.at(t, hidden)].copy_from_slice(&h);
+        y[s.at(t, output)].copy_from_slice(&h);
     }
     Ok(())
 }
@@ -262,23 +266,25 @@ mod tests {
     use super::*;
     use crate::ops::concat_cols;
     use crate::ops::gradient_check::{Case, check};
-    use crate::ops::recurrent::tests::recurrent_weights;
+    use crate::ops::recurrent::tests::projected_weights;
     use crate::param::Init;
 
     #[test]
     fn gradients_of_every_weight_and_input() {
-        for cell in [Cell::Lstm, Cell::LstmPeephole, Cell::Gru, Cell::GruResetBefore, Cell::Tanh] {
+        let plain = [Cell::Lstm, Cell::LstmPeephole, Cell::Gru, Cell::GruResetBefore, Cell::Tanh];
+        let projected = [(Cell::Lstm, 2), (Cell::LstmPeephole, 3)];
+        for (cell, output) in plain.map(|cell| (cell, 4)).into_iter().chain(projected) {
             let (batch, steps, source, e, annotation, hidden, attention) = (3, 4, 5, 2, 3, 4, 6);
             let mut case = Case::new(12);
             let weights = AdditiveDecoder {
-                cell: recurrent_weights(&mut case.store, cell, e + annotation, hidden),
-                query: case.store.add("query", &[attention, hidden], Init::Uniform(0.7)),
+                cell: projected_weights(&mut case.store, cell, e + annotation, [hidden, output]),
+                query: case.store.add("query", &[attention, output], Init::Uniform(0.7)),
                 v: case.store.add("v", &[attention], Init::Uniform(0.7)),
             };
             case.input(steps * batch, e);
             case.input(source * batch, attention);
             case.input(source * batch, annotation);
-            case.input(batch, hidden);
+            case.input(batch, output);
             case.input(batch, hidden);
             check(&case, |tape, v| {
                 let c = cell.has_cell_state().then_some(v[4]);

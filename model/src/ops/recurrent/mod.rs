@@ -280,7 +280,7 @@ pub(crate) mod tests {
     }
 
     /// With a projection where the widths of gates and state differ.
-    fn projected_weights(
+    pub(crate) fn projected_weights(
         store: &mut ParamStore,
         cell: Cell,
         input: usize,
