@@ -147,7 +147,8 @@ pub(crate) fn recipe(
         Preset::Full => (128, 256),
     };
     let (cell, layers) = (CellKind::Lstm, 1);
-    let encoder = ClassifierEncoder::Recurrent { cell, hidden, layers, bidirectional: true };
+    let encoder =
+        ClassifierEncoder::Recurrent { cell, hidden, projection: None, layers, bidirectional: true };
     let model = ClassifierConfig { vocab, classes, embedding, encoder, pooling: Pooling::Mean, dropout: 0.3 };
     let schedule = Schedule {
         peak_lr: 3e-3,
@@ -178,9 +179,10 @@ pub(crate) fn describe(model: &ClassifierConfig) -> String {
         Pooling::Last => "last state",
     };
     let encoder = match model.encoder {
-        ClassifierEncoder::Recurrent { cell, hidden, layers, bidirectional } => {
+        ClassifierEncoder::Recurrent { cell, hidden, projection, layers, bidirectional } => {
             let direction = if bidirectional { "bidirectional" } else { "forward" };
-            format!("{direction} {}, {layers} × {hidden}", cell_name(cell))
+            let projected = projection.map_or(String::new(), |width| format!(" projected to {width}"));
+            format!("{direction} {}, {layers} × {hidden}{projected}", cell_name(cell))
         }
         ClassifierEncoder::Transformer { heads, feed_forward, layers, .. } => {
             let width = model.embedding;

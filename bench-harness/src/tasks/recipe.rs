@@ -252,9 +252,10 @@ pub(crate) fn describe(model: &ModelConfig) -> String {
                 Implementation::Fast => "",
                 Implementation::Naive => ", computed naively",
             };
+            let projected = c.projection.map_or(String::new(), |width| format!(" projected to {width}"));
             let residual = if c.is_residual(c.layers - 1) { "residual " } else { "" };
             format!(
-                "{cell} encoder ({direction}, {}) and decoder ({}), {} + {} {residual}layers, {attention}{context}{computed}",
+                "{cell} encoder ({direction}, {}) and decoder ({}{projected}), {} + {} {residual}layers, {attention}{context}{computed}",
                 c.annotation(),
                 c.hidden,
                 c.layers,

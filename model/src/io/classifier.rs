@@ -77,13 +77,25 @@ mod tests {
     use super::*;
     use crate::models::{CellKind, ClassifierEncoder, Pooling};
 
-    fn configs() -> [ClassifierConfig; 2] {
-        let (cell, hidden) = (CellKind::Gru, 5);
-        let recurrent = ClassifierEncoder::Recurrent { cell, hidden, layers: 1, bidirectional: true };
+    fn configs() -> [ClassifierConfig; 3] {
+        let recurrent = |cell, projection| ClassifierEncoder::Recurrent {
+            cell,
+            hidden: 5,
+            projection,
+            layers: 1,
+            bidirectional: true,
+        };
+        let (plain, projected) = (recurrent(CellKind::Gru, None), recurrent(CellKind::Lstm, Some(3)));
         let transformer =
             ClassifierEncoder::Transformer { heads: 2, feed_forward: 6, layers: 1, max_positions: 8 };
-        [(recurrent, Pooling::Last), (transformer, Pooling::Mean)].map(|(encoder, pooling)| {
-            ClassifierConfig { vocab: 6, classes: 3, embedding: 4, encoder, pooling, dropout: 0.0 }
+        let all = [(plain, Pooling::Last), (projected, Pooling::Last), (transformer, Pooling::Mean)];
+        all.map(|(encoder, pooling)| ClassifierConfig {
+            vocab: 6,
+            classes: 3,
+            embedding: 4,
+            encoder,
+            pooling,
+            dropout: 0.0,
         })
     }
 
@@ -109,7 +121,7 @@ mod tests {
     #[test]
     fn files_that_disagree_are_named() {
         let folder = TestFolder::new("classifier-classes");
-        let [config, _] = configs();
+        let [config, ..] = configs();
         let fewer = Labels { classes: vec!["x".to_owned()], ..labels() };
         save_config(&folder.0, &config, &fewer).unwrap();
         let error = load(&folder.0).unwrap_err().to_string();

@@ -21,7 +21,7 @@ use crate::nn::attention::Sequences;
 use crate::nn::embedding::Embedding;
 use crate::nn::encoder_layer::EncoderLayer;
 use crate::nn::positional::position_table;
-use crate::nn::rnn::RecurrentLayer;
+use crate::nn::rnn::{CellWidths, RecurrentLayer};
 use crate::nn::{Linear, Norm};
 use crate::ops::{self, Tokens};
 use crate::param::ParamStore;
@@ -58,10 +58,11 @@ impl Classifier {
         let width = config.embedding;
         let mut embedding = Embedding::new(&mut store, "embedding", config.vocab, width);
         let encoder = match (config.encoder, config.transformer()) {
-            (ClassifierEncoder::Recurrent { cell, hidden, layers, bidirectional }, _) => {
+            (ClassifierEncoder::Recurrent { cell, hidden, projection, layers, bidirectional }, _) => {
                 let layer = |l| {
                     let input = if l == 0 { width } else { config.pooled() };
-                    RecurrentLayer::new(&mut store, "encoder.rnn", l, cell, [input, hidden], bidirectional)
+                    let widths = CellWidths { input, hidden, projection };
+                    RecurrentLayer::new(&mut store, "encoder.rnn", l, cell, widths, bidirectional)
                 };
                 Encoder::Recurrent((0..layers).map(layer).collect())
             }

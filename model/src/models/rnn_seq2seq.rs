@@ -73,7 +73,7 @@ pub(crate) struct Layers {
 
 impl Layers {
     fn new(store: &mut ParamStore, config: &RnnSeq2SeqConfig) -> Layers {
-        let RnnSeq2SeqConfig { cell, embedding, hidden, encoder_hidden, .. } = *config;
+        let RnnSeq2SeqConfig { cell, embedding, .. } = *config;
         let annotation = config.annotation();
         let implemented = |layer: RecurrentLayer| match config.implementation {
             Implementation::Fast => layer,
@@ -82,38 +82,45 @@ impl Layers {
         let source = Embedding::new(store, "source_embedding", config.source_vocab, embedding);
         let target = Embedding::new(store, "target_embedding", config.target_vocab, embedding);
         let encoder = (0..config.layers).map(|l| {
-            let input = if l == 0 { embedding } else { config.encoder_width(l - 1) };
-            let sizes = [input, encoder_hidden];
-            implemented(RecurrentLayer::new(store, "encoder.rnn", l, cell, sizes, config.is_bidirectional(l)))
+            let widths = config.encoder_cell(l);
+            implemented(RecurrentLayer::new(
+                store,
+                "encoder.rnn",
+                l,
+                cell,
+                widths,
+                config.is_bidirectional(l),
+            ))
         });
         let encoder = encoder.collect();
         let mut bridge = Vec::new();
         if config.bridge == Bridge::Tanh {
-            let states = &["h", "c"][..cell.states()];
             for l in 0..config.layers {
-                let last = config.encoder_width(l);
-                let linear = |state| Linear::new(store, &format!("bridge.{state}_l{l}"), last, hidden, 1);
-                bridge.push(states.iter().map(linear).collect());
+                let linear = |(state, [last, first]): (&str, [usize; 2])| {
+                    Linear::new(store, &format!("bridge.{state}_l{l}"), last, first, 1)
+                };
+                bridge.push(["h", "c"].into_iter().zip(config.bridged(l)).map(linear).collect());
             }
         }
         let decoder = (0..config.layers).map(|l| {
-            let sizes = [config.decoder_input(l), hidden];
-            implemented(RecurrentLayer::new(store, "decoder.rnn", l, cell, sizes, false))
+            let widths = config.decoder_cell(l);
+            implemented(RecurrentLayer::new(store, "decoder.rnn", l, cell, widths, false))
         });
         let decoder = decoder.collect();
         let (mut attention, mut readout) = (None, None);
+        let state = config.decoder_width();
         match config.attention {
             AttentionKind::None => (),
             AttentionKind::Additive => {
-                let sizes = [hidden, annotation, config.attention_width];
+                let sizes = [state, annotation, config.attention_width];
                 attention = Some(AdditiveAttention::new(store, "attention", sizes));
                 if config.has_readout() {
-                    let input = hidden + embedding + annotation;
+                    let input = state + embedding + annotation;
                     readout = Some(Linear::new(store, "readout", input, config.readout, 1).weights);
                 }
             }
             AttentionKind::Dot => {
-                let input = annotation + hidden;
+                let input = annotation + state;
                 readout = Some(Linear::without_bias(store, "readout", input, config.readout).weights);
             }
         }
@@ -322,7 +329,7 @@ impl Seq2Seq for RnnSeq2Seq {
         let memory = Tensor::new(&shape, tape.value(encoded.annotations).to_vec())?;
         let vars = encoded.states.iter().flat_map(StateVars::vars);
         let states =
-            vars.map(|var| Tensor::new(&[lengths.len(), self.config.hidden], tape.value(var).to_vec()));
+            vars.map(|var| Tensor::new(&[lengths.len(), tape.shape(var).1], tape.value(var).to_vec()));
         Ok(Encoded {
             memory,
             states: states.collect::<Result<_, _>>()?,

@@ -169,12 +169,12 @@ impl RecurrentLayer {
         name: &str,
         index: usize,
         kind: CellKind,
-        sizes: [usize; 2],
+        widths: CellWidths,
         bidirectional: bool,
     ) -> RecurrentLayer {
-        let forward = cell_weights(store, name, &format!("l{index}"), kind, sizes);
+        let forward = cell_weights(store, name, &format!("l{index}"), kind, widths);
         let reverse =
-            bidirectional.then(|| cell_weights(store, name, &format!("l{index}_reverse"), kind, sizes));
+            bidirectional.then(|| cell_weights(store, name, &format!("l{index}_reverse"), kind, widths));
         RecurrentLayer { forward, reverse }
     }
 

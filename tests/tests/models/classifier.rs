@@ -10,12 +10,19 @@ const CLASSES: [u32; 3] = [0, 3, 1];
 
 /// Each encoder with each pooling.
 fn configs() -> Vec<ClassifierConfig> {
-    let recurrent =
-        |cell, layers, bidirectional| ClassifierEncoder::Recurrent { cell, hidden: 7, layers, bidirectional };
+    let recurrent = |cell, projection, (layers, bidirectional)| ClassifierEncoder::Recurrent {
+        cell,
+        hidden: 7,
+        projection,
+        layers,
+        bidirectional,
+    };
     let encoders = [
-        recurrent(CellKind::Lstm, 2, true),
-        recurrent(CellKind::Gru, 1, false),
-        recurrent(CellKind::MinGru, 2, true),
+        recurrent(CellKind::Lstm, None, (2, true)),
+        recurrent(CellKind::Lstm, Some(3), (2, true)),
+        recurrent(CellKind::LstmPeephole, Some(5), (1, false)),
+        recurrent(CellKind::Gru, None, (1, false)),
+        recurrent(CellKind::MinGru, None, (2, true)),
         ClassifierEncoder::Transformer { heads: 2, feed_forward: 9, layers: 2, max_positions: 9 },
     ];
     let poolings = [Pooling::Mean, Pooling::Last];
@@ -124,4 +131,15 @@ fn impossible_models_and_calls_are_typed_errors() {
     assert!(model.predict(&ctx(), &[99], &[1]).is_err(), "unknown token");
     config.embedding = 5;
     assert!(Classifier::new(&config, 1).unwrap_err().to_string().starts_with("config: width is 5"));
+    for (cell, projection) in [(CellKind::Gru, 4), (CellKind::Lstm, 7), (CellKind::Lstm, 0)] {
+        let encoder = ClassifierEncoder::Recurrent {
+            cell,
+            hidden: 7,
+            projection: Some(projection),
+            layers: 1,
+            bidirectional: true,
+        };
+        let config = ClassifierConfig { encoder, ..configs()[0].clone() };
+        assert!(Classifier::new(&config, 1).unwrap_err().to_string().starts_with("config: projection is"));
+    }
 }

@@ -59,7 +59,7 @@ pub(crate) fn transformers() -> Vec<ModelConfig> {
     [base, post, shared].map(ModelConfig::Transformer).to_vec()
 }
 
-/// A recurrent model of each kind: all cells, all attentions, one to four layers, residual or not, both bridges.
+/// A recurrent model of each kind: all cells, all attentions, one to four layers, residual or not, projected or not, both bridges.
 pub(crate) fn rnns() -> Vec<ModelConfig> {
     let mut all = Vec::new();
     for cell in [CellKind::Lstm, CellKind::Gru, CellKind::Tanh] {
@@ -106,7 +106,30 @@ pub(crate) fn rnns() -> Vec<ModelConfig> {
     let mut forward = RnnSeq2SeqConfig::new(VOCAB, VOCAB, CellKind::Lstm, AttentionKind::None);
     (forward.embedding, forward.hidden, forward.encoder_hidden) = (6, 8, 8);
     all.push(ModelConfig::RnnSeq2Seq(forward));
+    all.extend(projected_rnns().map(ModelConfig::RnnSeq2Seq));
     all
+}
+
+/// LSTMs whose state is projected: without attention and copied, with either attention, in a deep stack.
+fn projected_rnns() -> [RnnSeq2SeqConfig; 4] {
+    let model = |cell, attention| {
+        let mut config = RnnSeq2SeqConfig::new(VOCAB, VOCAB, cell, attention);
+        (config.embedding, config.hidden, config.encoder_hidden) = (6, 10, 5);
+        (config.projection, config.encoder_projection) = (Some(6), Some(3));
+        (config.attention_width, config.readout, config.dropout) = (7, 9, 0.1);
+        (config.layers, config.bidirectional) = (2, true);
+        config
+    };
+    let mut copied = model(CellKind::Lstm, AttentionKind::None);
+    (copied.bridge, copied.tie_output) = (Bridge::Copy, true);
+    let additive = model(CellKind::LstmPeephole, AttentionKind::Additive);
+    let mut dot = model(CellKind::Lstm, AttentionKind::Dot);
+    // The encoder alone is projected, so that its annotations are as wide as the decoder's state.
+    (dot.hidden, dot.projection) = (6, None);
+    let mut gnmt = RnnSeq2SeqConfig::gnmt(VOCAB, VOCAB);
+    (gnmt.embedding, gnmt.hidden, gnmt.encoder_hidden, gnmt.attention_width) = (6, 9, 5, 7);
+    (gnmt.projection, gnmt.encoder_projection) = (Some(4), Some(3));
+    [copied, additive, dot, gnmt]
 }
 
 /// Pairs of different lengths.

@@ -184,11 +184,17 @@ mod tests {
         let folder = TestFolder::new("import-pytorch");
         let mut deep = RnnSeq2SeqConfig::gnmt(7, 7);
         (deep.embedding, deep.hidden, deep.encoder_hidden) = (3, 4, 5);
-        let deep = RnnSeq2Seq::new(&deep, 2).unwrap();
+        // `weight_hr_l*`, as `nn.LSTM(proj_size=…)` has them.
+        let mut projected = deep.clone();
+        (projected.projection, projected.encoder_projection) = (Some(2), Some(3));
+        let [deep, projected] = [deep, projected].map(|config| RnnSeq2Seq::new(&config, 2).unwrap());
+        let names = || projected.params().ids().map(|id| projected.params().name(id));
+        assert_eq!(names().filter(|name| name.contains(".weight_hr_l")).count(), 9);
         let models = [
             (model(CellKind::Lstm), ""),
             (model(CellKind::Gru), "module."),
             (deep, ""),
+            (projected, "m."),
             (model(CellKind::MinGru), ""),
             (model(CellKind::MinLstm), "m."),
         ];

@@ -2,7 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{CellKind, positive, rate, wrong};
+use super::rnn::check_projection;
+use super::{CellKind, positive, rate};
 use crate::error::ModelError;
 use crate::nn::rnn::CellWidths;
 
@@ -63,15 +64,7 @@ impl CharLmConfig {
         positive("embedding", self.embedding)?;
         positive("hidden", self.hidden)?;
         positive("layers", self.layers)?;
-        if let Some(projection) = self.projection {
-            positive("projection", projection)?;
-            if self.cell.states() != 2 {
-                return Err(wrong("projection", projection, "none but for an LSTM".to_owned()));
-            }
-            if projection >= self.hidden {
-                return Err(wrong("projection", projection, format!("less than hidden, {}", self.hidden)));
-            }
-        }
+        check_projection(self.cell, ("projection", self.projection), ("hidden", self.hidden))?;
         rate("dropout", self.dropout)
     }
 }

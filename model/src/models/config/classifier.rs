@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::rnn::check_projection;
 use super::transformer::{DropoutRates, FeedForwardActivation, TransformerConfig};
 use super::{CellKind, positive, rate};
 use crate::error::ModelError;
@@ -24,8 +25,11 @@ pub enum ClassifierEncoder {
     Recurrent {
         /// The kind of cell.
         cell: CellKind,
-        /// The width of a layer's state, for each direction.
+        /// The width of a layer's gates and, but for a projection, of its state, for each direction.
         hidden: usize,
+        /// The width of a layer's state h where an LSTM projects it (Sak et al. 2014), less than `hidden`.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        projection: Option<usize>,
         /// How many layers.
         layers: usize,
         /// Whether every layer also runs from the end to the start.
@@ -84,12 +88,8 @@ impl ClassifierConfig {
     /// The width of what the output layer reads.
     pub fn pooled(&self) -> usize {
         match self.encoder {
-            ClassifierEncoder::Recurrent { hidden, bidirectional, .. } => {
-                if bidirectional {
-                    2 * hidden
-                } else {
-                    hidden
-                }
+            ClassifierEncoder::Recurrent { hidden, projection, bidirectional, .. } => {
+                (if bidirectional { 2 } else { 1 }) * projection.unwrap_or(hidden)
             }
             ClassifierEncoder::Transformer { .. } => self.embedding,
         }
@@ -104,9 +104,10 @@ impl ClassifierConfig {
         positive("classes", self.classes)?;
         positive("embedding", self.embedding)?;
         rate("dropout", self.dropout)?;
-        if let ClassifierEncoder::Recurrent { hidden, layers, .. } = self.encoder {
+        if let ClassifierEncoder::Recurrent { cell, hidden, projection, layers, .. } = self.encoder {
             positive("hidden", hidden)?;
             positive("layers", layers)?;
+            check_projection(cell, ("projection", projection), ("hidden", hidden))?;
         }
         self.transformer().map_or(Ok(()), |config| config.validate())
     }

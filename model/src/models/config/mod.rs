@@ -107,6 +107,40 @@ mod tests {
     }
 
     #[test]
+    fn impossible_projections_name_the_field() {
+        let base = RnnSeq2SeqConfig::new(30, 40, CellKind::Lstm, AttentionKind::Additive);
+        let json = |config: &RnnSeq2SeqConfig| serde_json::to_string(config).unwrap();
+        assert!(!json(&base).contains("projection"), "files without one stay as they were");
+        let refused = |change: &dyn Fn(&mut RnnSeq2SeqConfig), start: &str| {
+            let mut changed = base.clone();
+            (changed.projection, changed.encoder_projection) = (Some(64), Some(32));
+            changed.validate().unwrap();
+            assert_eq!(serde_json::from_str::<RnnSeq2SeqConfig>(&json(&changed)).unwrap(), changed);
+            change(&mut changed);
+            let error = changed.validate().unwrap_err().to_string();
+            assert!(error.starts_with(start), "{error}");
+        };
+        refused(&|c| c.projection = Some(256), "config: projection is 256, expected less than hidden, 256");
+        refused(&|c| c.projection = Some(0), "config: projection is 0");
+        refused(&|c| c.encoder_projection = Some(128), "config: encoder_projection is 128");
+        refused(&|c| c.cell = CellKind::Gru, "config: projection is 64, expected none but for an LSTM");
+        let naive = |c: &mut RnnSeq2SeqConfig| {
+            (c.attention, c.implementation) = (AttentionKind::None, Implementation::Naive);
+        };
+        refused(&naive, "config: projection is 64, expected none with the implementation naive");
+        let dot = |c: &mut RnnSeq2SeqConfig| {
+            (c.attention, c.projection) = (AttentionKind::Dot, Some(63));
+        };
+        refused(&dot, "config: projection is 63, expected 64 as the annotation");
+        // Copied, both parts of the state must agree: h 2·32 = 64, c 2·128 = 256.
+        refused(
+            &|c| (c.bridge, c.projection) = (Bridge::Copy, Some(63)),
+            "config: projection is 63, expected 64",
+        );
+        refused(&|c| (c.bridge, c.hidden) = (Bridge::Copy, 255), "config: hidden is 255, expected 256");
+    }
+
+    #[test]
     fn a_configuration_from_before_deep_stacks_reads_as_it_was() {
         let config =
             ModelConfig::RnnSeq2Seq(RnnSeq2SeqConfig::new(30, 40, CellKind::Lstm, AttentionKind::Additive));

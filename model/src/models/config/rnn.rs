@@ -125,10 +125,16 @@ pub struct RnnSeq2SeqConfig {
     pub cell: CellKind,
     /// The width of the token embeddings.
     pub embedding: usize,
-    /// The width of a decoder layer's state.
+    /// The width of a decoder layer's gates and, but for a projection, of its state.
     pub hidden: usize,
-    /// The width of an encoder layer's state, for each direction.
+    /// As `hidden`, of an encoder layer, for each direction.
     pub encoder_hidden: usize,
+    /// The width of a decoder layer's state h where an LSTM projects it (Sak et al. 2014), less than `hidden`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub projection: Option<usize>,
+    /// As `projection`, of an encoder layer, for each direction; less than `encoder_hidden`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub encoder_projection: Option<usize>,
     /// Layers of the encoder, and of the decoder.
     pub layers: usize,
     /// Whether every encoder layer also runs from the end to the start.
@@ -173,6 +179,8 @@ impl RnnSeq2SeqConfig {
             embedding: 128,
             hidden: 256,
             encoder_hidden: if attends { 128 } else { 256 },
+            projection: None,
+            encoder_projection: None,
             layers: 1,
             bidirectional: attends,
             only_first_bidirectional: false,
@@ -211,9 +219,39 @@ impl RnnSeq2SeqConfig {
         self.bidirectional && (layer == 0 || !self.only_first_bidirectional)
     }
 
-    /// The width of what encoder layer `layer` gives: `encoder_hidden` for each of its directions.
+    /// How many directions encoder layer `layer` has.
+    fn directions(&self, layer: usize) -> usize {
+        if self.is_bidirectional(layer) { 2 } else { 1 }
+    }
+
+    /// The width of what encoder layer `layer` gives: for each of its directions `encoder_hidden`, or the projection's width.
     pub fn encoder_width(&self, layer: usize) -> usize {
-        if self.is_bidirectional(layer) { 2 * self.encoder_hidden } else { self.encoder_hidden }
+        self.directions(layer) * self.encoder_projection.unwrap_or(self.encoder_hidden)
+    }
+
+    /// The width of what a decoder layer gives: `hidden`, or the projection's.
+    pub fn decoder_width(&self) -> usize {
+        self.projection.unwrap_or(self.hidden)
+    }
+
+    /// The widths of encoder layer `layer`, in each direction.
+    pub(crate) fn encoder_cell(&self, layer: usize) -> CellWidths {
+        let input = if layer == 0 { self.embedding } else { self.encoder_width(layer - 1) };
+        CellWidths { input, hidden: self.encoder_hidden, projection: self.encoder_projection }
+    }
+
+    /// The widths of decoder layer `layer`.
+    pub(crate) fn decoder_cell(&self, layer: usize) -> CellWidths {
+        let input = self.decoder_input(layer);
+        CellWidths { input, hidden: self.hidden, projection: self.projection }
+    }
+
+    /// From the final state vectors of encoder layer `layer` (h, and c for a cell that has it) to the decoder's first: both widths
+    /// of each.
+    pub(crate) fn bridged(&self, layer: usize) -> impl Iterator<Item = [usize; 2]> {
+        let h = [self.encoder_width(layer), self.decoder_width()];
+        let c = [self.directions(layer) * self.encoder_hidden, self.hidden];
+        [h, c].into_iter().take(self.cell.states())
     }
 
     /// The width of a source position's annotation: what the top encoder layer gives.
@@ -233,7 +271,7 @@ impl RnnSeq2SeqConfig {
 
     /// The width of what decoder layer `layer` reads: the embedded token or the layer below, then the context.
     pub fn decoder_input(&self, layer: usize) -> usize {
-        let below = if layer == 0 { self.embedding } else { self.hidden };
+        let below = if layer == 0 { self.embedding } else { self.decoder_width() };
         below + if self.reads_context(layer) { self.annotation() } else { 0 }
     }
 
@@ -245,25 +283,23 @@ impl RnnSeq2SeqConfig {
 
     /// The width of what the output projection reads.
     pub fn output_input(&self) -> usize {
-        if self.has_readout() { self.readout } else { self.hidden }
+        if self.has_readout() { self.readout } else { self.decoder_width() }
     }
 
     /// The number of parameters, exactly.
     ///
-    /// A cell of H from an input of I holds gates·(H·I + H² + 2H), with peepholes 3·H more, that of a scan gates·(H·I + H). The readout of additive
-    /// attention reads state, context and embedding; that of dot attention reads context and state and has no bias.
+    /// A cell of H from an input of I holds gates·(H·I + H² + 2H), with peepholes 3·H more, that of a scan gates·(H·I + H); with a projection
+    /// to P gates·(H·I + H·P + 2H) + P·H. The readout of additive attention reads state, context and embedding; that of dot attention reads
+    /// context and state and has no bias.
     pub fn parameter_count(&self) -> usize {
-        let cell = |input: usize, hidden: usize| self.cell.parameter_count([input, hidden]);
-        let (e, h, a) = (self.embedding, self.hidden, self.annotation());
+        let (e, h, a) = (self.embedding, self.decoder_width(), self.annotation());
         let (mut encoder, mut bridge, mut decoder) = (0, 0, 0);
         for l in 0..self.layers {
-            let input = if l == 0 { e } else { self.encoder_width(l - 1) };
-            let directions = if self.is_bidirectional(l) { 2 } else { 1 };
-            encoder += directions * cell(input, self.encoder_hidden);
+            encoder += self.directions(l) * self.cell.parameter_count(self.encoder_cell(l));
             if self.bridge == Bridge::Tanh {
-                bridge += self.cell.states() * (self.encoder_width(l) + 1) * h;
+                bridge += self.bridged(l).map(|[from, to]| (from + 1) * to).sum::<usize>();
             }
-            decoder += cell(self.decoder_input(l), h);
+            decoder += self.cell.parameter_count(self.decoder_cell(l));
         }
         let readout = if self.has_readout() { self.readout } else { 0 };
         let attention = match self.attention {
@@ -296,10 +332,12 @@ impl RnnSeq2SeqConfig {
             let expected = "bottom: attention that is not additive comes after the top layer".to_owned();
             return Err(wrong("context", "all", expected));
         }
-        let mut copied = (0..self.layers).map(|l| self.encoder_width(l));
-        if let (Bridge::Copy, Some(width)) = (self.bridge, copied.find(|&width| width != self.hidden)) {
+        self.validate_projections()?;
+        let mut copied = (0..self.layers).flat_map(|l| self.bridged(l));
+        if let (Bridge::Copy, Some([width, state])) = (self.bridge, copied.find(|[from, to]| from != to)) {
             let expected = format!("{width} as the copied encoder state (or bridge tanh)");
-            return Err(wrong("hidden", self.hidden, expected));
+            let field = if self.projection == Some(state) { "projection" } else { "hidden" };
+            return Err(wrong(field, state, expected));
         }
         let annotation = self.annotation();
         if self.attention == AttentionKind::Additive && self.cell.is_scan() {
@@ -314,9 +352,10 @@ impl RnnSeq2SeqConfig {
             let expected = "fast but for an LSTM or a GRU without additive attention".to_owned();
             return Err(wrong("implementation", "naive", expected));
         }
-        if self.attention == AttentionKind::Dot && annotation != self.hidden {
+        if self.attention == AttentionKind::Dot && annotation != self.decoder_width() {
             let expected = format!("{annotation} as the annotation that dot attention compares it with");
-            return Err(wrong("hidden", self.hidden, expected));
+            let field = if self.projection.is_some() { "projection" } else { "hidden" };
+            return Err(wrong(field, self.decoder_width(), expected));
         }
         if self.tie_output && self.output_input() != self.embedding {
             let expected = format!("{} as the input of the tied output", self.output_input());
@@ -324,4 +363,35 @@ impl RnnSeq2SeqConfig {
         }
         rate("dropout", self.dropout)
     }
+
+    fn validate_projections(&self) -> Result<(), ModelError> {
+        let sides = [
+            ("projection", self.projection, "hidden", self.hidden),
+            ("encoder_projection", self.encoder_projection, "encoder_hidden", self.encoder_hidden),
+        ];
+        for (field, projection, of, hidden) in sides {
+            check_projection(self.cell, (field, projection), (of, hidden))?;
+            if let (Some(projection), Implementation::Naive) = (projection, self.implementation) {
+                return Err(wrong(field, projection, "none with the implementation naive".to_owned()));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A projection is there for an LSTM alone, and narrower than the gates.
+pub(super) fn check_projection(
+    cell: CellKind,
+    (field, projection): (&'static str, Option<usize>),
+    (of, hidden): (&str, usize),
+) -> Result<(), ModelError> {
+    let Some(projection) = projection else { return Ok(()) };
+    positive(field, projection)?;
+    if cell.states() != 2 {
+        return Err(wrong(field, projection, "none but for an LSTM".to_owned()));
+    }
+    if projection >= hidden {
+        return Err(wrong(field, projection, format!("less than {of}, {hidden}")));
+    }
+    Ok(())
 }
