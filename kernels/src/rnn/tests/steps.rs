@@ -167,7 +167,7 @@ fn bad_shapes_are_typed_errors() {
     let error = step(&ctx, &packed, input, with_cell, all, next).unwrap_err();
     assert!(error.to_string().starts_with("state.c: columns (this cell has no such state)"), "{error}");
 
-    let mut d_x = vec![7.0; 8];
+    let mut d_x = [7.0; 8];
     let mut refused = |gate_columns: usize, [rows, input]: [usize; 2]| {
         let d_gates = MatRef::new(&gates[..2 * gate_columns], 2, gate_columns).unwrap();
         let d_x = MatMut::new(&mut d_x[..rows * input], rows, input).unwrap();
