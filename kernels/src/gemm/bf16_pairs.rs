@@ -73,14 +73,7 @@ impl<A: Paired> Bf16Visitor for Part<'_, A> {
                                     pack_columns::<_, _, NR>(kernel.products(), b, panel);
                                 }
                                 let (ptr, panel_stride) = (panel.as_ptr(), panel.len());
-                                Rhs {
-                                    ptr,
-                                    depth_stride: NR,
-                                    panel_stride,
-                                    group: depth.len(),
-                                    far,
-                                    tail: None,
-                                }
+                                Rhs { ptr, depth_stride: NR, panel_stride, group: depth.len(), far }
                             }
                         };
                         let strip = Bf16Strip {

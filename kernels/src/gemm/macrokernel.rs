@@ -139,8 +139,8 @@ impl Part<'_> {
         match self.problem.b {
             RightOperand::Packed(_) => (true, 0),
             RightOperand::Plain(b) if placement::right_in_place::<K>(&b, kc.min(b.rows()), rows) => {
-                // Where a vector that reaches beyond the last column cannot be loaded, its panel is packed.
-                (true, if cols.is_multiple_of(lanes) || placement::masked::<K>() { 0 } else { K::NR })
+                // A vector that reaches beyond the last column cannot be loaded: its panel is packed.
+                (true, if cols.is_multiple_of(lanes) { 0 } else { K::NR })
             }
             RightOperand::Plain(_) => (false, packed_cols(nc.min(cols), lanes)),
         }
@@ -226,11 +226,10 @@ impl Block<'_> {
             RightOperand::Plain(b) => b,
             RightOperand::Packed(packed) => return packed.panels(self.depth.clone(), cols),
         };
-        if self.right_in_place && (width == cols.len() || placement::masked::<K>()) {
-            let tail = (width > cols.len()).then_some(cols.len() % lanes);
+        if self.right_in_place && width == cols.len() {
             let panel = b.sub(self.depth.clone(), cols);
             let (ptr, depth_stride) = (panel.as_ptr().cast(), panel.row_stride());
-            return Rhs { ptr, depth_stride, panel_stride: K::NR, group: depth, far: false, tail };
+            return Rhs { ptr, depth_stride, panel_stride: K::NR, group: depth, far: false };
         }
         // Read in place, only the last panel of all can have a partial vector: it has the buffer alone.
         let offset = if self.right_in_place { 0 } else { cols.start - self.cols.start };
@@ -246,14 +245,7 @@ impl Block<'_> {
         let near = pack && at_once < self.cols.len();
         let far = !near && width == K::NR && placement::lies_far(size_of_val(b_block));
         let ptr = b_block[offset * depth..(offset + width) * depth].as_ptr().cast();
-        Rhs {
-            ptr,
-            depth_stride: width.min(K::NR),
-            panel_stride: K::NR * depth,
-            group: depth,
-            far,
-            tail: None,
-        }
+        Rhs { ptr, depth_stride: width.min(K::NR), panel_stride: K::NR * depth, group: depth, far }
     }
 
     #[inline(always)]

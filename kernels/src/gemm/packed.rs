@@ -253,7 +253,6 @@ impl PackedWeights {
             panel_stride: self.kernel.nr * column,
             group: self.group,
             far: lies_far(self.bytes()) && self.panel_width(cols.start) == self.kernel.nr,
-            tail: None,
         }
     }
 

@@ -70,11 +70,6 @@ pub(super) fn left<K: Microkernel>(a: &MatRef<'_>, cols: usize) -> Left {
     }
 }
 
-/// Whether the kernel reads the columns of a B in place that fill no vector. On wider vectors and narrower ones it was not timed.
-pub(super) const fn masked<K: Microkernel>() -> bool {
-    <K::Simd as Simd>::F32_LANES == 8 && K::Rhs::PER_WORD == 1
-}
-
 /// Whether to read `b` where it is, `depth` rows of it at a time, for a product with `rows` rows.
 pub(super) fn right_in_place<K: Microkernel>(b: &MatRef<'_>, depth: usize, rows: usize) -> bool {
     if b.col_stride() != 1 {

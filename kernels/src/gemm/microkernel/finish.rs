@@ -308,8 +308,7 @@ unsafe fn load<S: Simd>(simd: S, ptr: *const f32, stride: usize, count: usize) -
     }
 }
 
-/// The first `count` lanes of `vector` to `ptr`, `stride` apart. (With eight lanes one by one: masked stores are slow there, and pulp jumps to a routine for
-/// each count and back.)
+/// The first `count` lanes of `vector` to `ptr`, `stride` apart.
 ///
 /// # Safety
 /// They are writable.
@@ -318,7 +317,7 @@ unsafe fn store<S: Simd>(simd: S, vector: S::f32s, ptr: *mut f32, stride: usize,
     if stride == 1 && count == S::F32_LANES {
         // SAFETY: the contract, for a whole vector.
         unsafe { ptr.cast::<S::f32s>().write_unaligned(vector) }
-    } else if stride == 1 && const { S::F32_LANES != 8 } {
+    } else if stride == 1 {
         // SAFETY: the contract. The elements are initialised: they are part of a `MatMut`.
         simd.partial_store_f32s(unsafe { std::slice::from_raw_parts_mut(ptr, count) }, vector);
     } else {

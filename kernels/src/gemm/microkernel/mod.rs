@@ -236,8 +236,6 @@ pub(crate) struct Rhs {
     pub(crate) group: usize,
     /// Whether the next panel follows this one and lies in no near cache.
     pub(crate) far: bool,
-    /// The columns of the last vector, where those beyond may not be read.
-    pub(crate) tail: Option<usize>,
 }
 
 /// The part of C that a strip writes.
@@ -318,7 +316,7 @@ pub(crate) trait Microkernel: Copy {
     /// - `lhs` reaches `rows × depth` readable elements, the last tile being `rows % MR` high, and
     ///   has a depth stride of 1 or, where `rhs` is stored as f32, a row stride of 1;
     /// - `rhs` reaches `depth` rows of `cols` readable elements in panels of NR, rounded up to whole vectors where
-    ///   it is stored as f32 and has no `tail`, else to whole panels;
+    ///   it is stored as f32, else to whole panels;
     /// - `out` reaches `rows × cols` elements that no one else uses meanwhile, readable if
     ///   `finish.add` is set;
     /// - bias, gate and residual, if any, have `cols` elements and `rows × cols`.

@@ -26,7 +26,7 @@
 //!   is read once in the small form. Such kernels exist for decoding, so they have fewer instances: panels
 //!   are always NR wide, the left operand has depth stride 1, and the epilogue is the one of ragged tiles.
 //! - With sixteen registers a tile of several rows has none left for the constants of widening. From some rows on such a panel is widened once, into
-//!   scratch that stays near ([`widened_from`]), and every tile reads it as groups of f32. A widened element is exact, so the bits are those of
+//!   scratch that stays near ([`widens`]), and every tile reads it as groups of f32. A widened element is exact, so the bits are those of
 //!   widening where it is loaded.
 
 use std::marker::PhantomData;
@@ -35,7 +35,7 @@ use pulp::{Simd, WithSimd};
 
 use super::finish::Tile;
 use super::prefetch::{self, ALL, Ahead, HALF, NOTHING, Share};
-use super::stored::{Masked, Widened};
+use super::stored::Widened;
 use super::{F32, Lhs, Microkernel, Out, Rhs, Stored, Strip, kernel_with_lanes};
 use crate::scratch::ScratchBuf;
 
@@ -110,9 +110,6 @@ impl<S: Simd, T: Stored, const MR: usize, const VECS: usize, const W: usize> Wit
         if const { S::F32_LANES == 8 && T::PER_WORD > 1 } && widens::<T>(self.strip.rows) {
             return if const { T::SCALED } { self.widened::<Widened>() } else { self.widened::<F32>() };
         }
-        if const { S::F32_LANES == 8 && T::PER_WORD == 1 } && self.strip.rhs.tail.is_some() {
-            return self.all::<Masked>(self.strip.rhs);
-        }
         self.all::<T>(self.strip.rhs);
     }
 }
@@ -122,6 +119,7 @@ impl<S: Simd, T: Stored, const MR: usize, const VECS: usize, const W: usize> Wit
 const fn widens<T: Stored>(rows: usize) -> bool {
     match T::PER_WORD {
         8 => rows >= 4,
+        4 => rows > 8,
         _ => rows > 4 && rows != 7 && rows != 8,
     }
 }
@@ -481,13 +479,12 @@ unsafe fn step<S: Simd, T: Stored, const P: usize, const H: usize, const W: usiz
     b: Rhs,
     at: usize,
 ) {
-    let tail = b.tail;
     for (panel, acc) in acc.iter_mut().enumerate() {
         let b = b.ptr.wrapping_add(panel * b.panel_stride);
         let mut row = [simd.splat_f32s(0.0); W];
         for (w, row) in row.iter_mut().enumerate() {
             // SAFETY: the contract on `b`.
-            let words = unsafe { T::load(simd, b.add(w * S::F32_LANES), tail.filter(|_| w + 1 == W)) };
+            let words = unsafe { b.add(w * S::F32_LANES).cast::<S::u32s>().read_unaligned() };
             *row = T::widen(simd, words, at);
         }
         for (i, acc) in acc.iter_mut().enumerate() {

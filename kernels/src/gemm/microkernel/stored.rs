@@ -17,7 +17,7 @@
 //! last place at them is 1; subtracting `2^e` plus the offset is exact. AND, OR and a subtraction run on more ports
 //! than two shifts and a conversion do.
 
-use pulp::{MemMask, Simd};
+use pulp::Simd;
 
 use crate::gemm::WeightFormat;
 
@@ -37,16 +37,6 @@ pub(crate) trait Stored: Copy {
     #[inline(always)]
     fn widen_alone<S: Simd>(simd: S, words: S::u32s, at: usize) -> S::f32s {
         Self::widen(simd, words, at)
-    }
-
-    /// A vector of words, the last one of a row if `tail` is given: the lanes that may be read where the rest may not.
-    ///
-    /// # Safety
-    /// Its lanes are readable, or the first `tail`.
-    #[inline(always)]
-    unsafe fn load<S: Simd>(_: S, words: *const u32, _tail: Option<usize>) -> S::u32s {
-        // SAFETY: the contract.
-        unsafe { words.cast::<S::u32s>().read_unaligned() }
     }
 }
 
@@ -124,29 +114,6 @@ impl Stored for F32 {
     #[inline(always)]
     fn widen<S: Simd>(simd: S, words: S::u32s, _: usize) -> S::f32s {
         simd.transmute_f32s_u32s(words)
-    }
-}
-
-/// Words that are f32 and end within the last vector of a row.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Masked;
-
-impl Stored for Masked {
-    const STORAGE: Storage = Storage::F32;
-    const PER_WORD: usize = 1;
-    const SCALED: bool = false;
-
-    #[inline(always)]
-    fn widen<S: Simd>(simd: S, words: S::u32s, _: usize) -> S::f32s {
-        simd.transmute_f32s_u32s(words)
-    }
-
-    #[inline(always)]
-    unsafe fn load<S: Simd>(simd: S, words: *const u32, tail: Option<usize>) -> S::u32s {
-        let lanes = tail.unwrap_or(S::F32_LANES) as u32;
-        // The mask alone: with it pulp keeps routines for so many lanes, two jumps for each load.
-        // SAFETY: the contract: the mask leaves the first `tail` lanes.
-        unsafe { simd.mask_load_ptr_u32s(MemMask::new(simd.mask_between_m32s(0, lanes).mask()), words) }
     }
 }
 
