@@ -75,8 +75,8 @@ pub struct KernelInfo {
 const SCALAR: (IsaName, [usize; 3]) = (IsaName::Scalar, [4, 4, 1]);
 const NEON: (IsaName, [usize; 3]) = (IsaName::Neon, [8, 12, 4]);
 const AVX2: (IsaName, [usize; 3]) = (IsaName::Avx2, [6, 16, 8]);
-/// Beside int4 sums of 16 bits need registers of their own.
-const AVX2_NIBBLES: (IsaName, [usize; 3]) = (IsaName::Avx2, [4, 16, 8]);
+/// Beside int4 sums of 16 bits need registers of their own, beside rows of 7 bits the products on their way to 32 bits.
+const AVX2_FOUR_ROWS: (IsaName, [usize; 3]) = (IsaName::Avx2, [4, 16, 8]);
 const AVX512: (IsaName, [usize; 3]) = (IsaName::Avx512, [8, 48, 16]);
 /// Those with dot products of bytes have the tiles of their vectors, so that packed weights serve both.
 const AVX2_VNNI: (IsaName, [usize; 3]) = (IsaName::Avx2Vnni, AVX2.1);
@@ -134,10 +134,10 @@ pub(crate) const KERNELS: [KernelInfo; 34] = [
     i32_sums("int8_6x16_avx2vnni", Storage::Int8, AVX2_VNNI),
     i32_sums("int8_8x48_avx512", Storage::Int8, AVX512),
     i32_sums("int8_8x48_avx512vnni", Storage::Int8, AVX512_VNNI),
-    KernelInfo { left: Storage::Int7, ..i32_sums("int7_6x16_avx2", Storage::Int8, AVX2) },
+    KernelInfo { left: Storage::Int7, ..i32_sums("int7_4x16_avx2", Storage::Int8, AVX2_FOUR_ROWS) },
     i32_sums("int8_int4w_4x4_scalar", Storage::Int4, SCALAR),
     i32_sums("int8_int4w_8x12_neon", Storage::Int4, NEON),
-    i32_sums("int8_int4w_4x16_avx2", Storage::Int4, AVX2_NIBBLES),
+    i32_sums("int8_int4w_4x16_avx2", Storage::Int4, AVX2_FOUR_ROWS),
     i32_sums("int8_int4w_6x16_avx2vnni", Storage::Int4, AVX2_VNNI),
     i32_sums("int8_int4w_8x48_avx512", Storage::Int4, AVX512),
     i32_sums("int8_int4w_8x48_avx512vnni", Storage::Int4, AVX512_VNNI),
@@ -422,7 +422,7 @@ mod tests {
                 assert_eq!(of_seven, of_eight);
                 continue;
             }
-            assert_eq!(of_seven.name, "int7_6x16_avx2");
+            assert_eq!(of_seven.name, "int7_4x16_avx2");
             let mut shape = [0; 3];
             with_seven_kernel(isa, ByteShape(&mut shape));
             assert_eq!(shape, [of_seven.mr, of_seven.nr, of_seven.lanes]);

@@ -131,7 +131,7 @@ fn the_kernel_has_the_name_in_the_table() {
     for_each_isa(|ctx| {
         let of = |rows: Int8Rows<'_>, format| int8_kernel_name(ctx, &rows, format);
         let (int4, eight) = (WeightFormat::Int4 { group: 8 }, of(Int8Rows::Quantise(a), WeightFormat::Int8));
-        let expected = if ctx.isa().name() == IsaName::Avx2 { "int7_6x16_avx2" } else { eight };
+        let expected = if ctx.isa().name() == IsaName::Avx2 { "int7_4x16_avx2" } else { eight };
         assert_eq!(of(Int8Rows::Quantise7(a), WeightFormat::Int8), expected);
         assert_eq!(of(Int8Rows::Quantise7(a), int4), of(Int8Rows::Quantise(a), int4));
     });
