@@ -4,7 +4,7 @@
 //! weights once ([`PackedCell`]), steps ([`step`]), keeps each step's gates, goes back step by step
 //! ([`step_backward`], which leaves the gates' gradients in the gates buffer), and at the end computes
 //! the weights' gradients of all steps at once ([`weight_gradients`]). The part of the input that is known
-//! beforehand (the embedding) can still be projected at once: [`project`] with the columns of `W_ih` that
+//! beforehand (the embedding) can still be projected at once: [`project`](super::project) with the columns of `W_ih` that
 //! belong to it, then steps with [`Accum::Add`] and a cell packed from the other columns.
 
 use crate::context::Context;
@@ -81,7 +81,7 @@ impl PackedCell {
     }
 }
 
-/// As [`project`] with weights that were packed beforehand, and with the same bits: for decoding, where each
+/// As [`project`](super::project) with weights that were packed beforehand, and with the same bits: for decoding, where each
 /// step projects one token a row.
 ///
 /// # Shapes
@@ -104,7 +104,7 @@ pub fn project_with(
 pub struct StepInput<'a> {
     /// `[rows, input]`.
     pub x: MatRef<'a>,
-    /// `Overwrite`: the gates start from the biases. `Add`: they hold a part that [`project`] has put
+    /// `Overwrite`: the gates start from the biases. `Add`: they hold a part that [`project`](super::project) has put
     /// there, biases included, and x is the rest of the input.
     pub accum: Accum,
 }
