@@ -269,12 +269,19 @@ pub(crate) fn with_seven_kernel<V: ByteVisitor>(isa: Isa, visitor: V) {
     }
 }
 
-/// Runs `visitor` with the kernel of `isa` for int4 weights. With sums of 16 bits sixteen registers hold fewer rows.
+/// Runs `visitor` with the kernel of `isa` for int4 weights, whose tiles have fewer rows on some sets: sums of 16 bits need registers, and so do
+/// addresses. (Not by way of [`with_byte_kernel`], which would compile the taller ones too.)
 pub(crate) fn with_nibble_kernel<V: ByteVisitor>(isa: Isa, visitor: V) {
     match isa.bytes() {
         #[cfg(target_arch = "x86_64")]
+        IsaName::Avx2Vnni | IsaName::Avx512Vnni => dots::enter(isa, visitor),
+        #[cfg(target_arch = "x86_64")]
         IsaName::Avx2 => Shell::<_, _, 4, 2>::enter(pulp::x86::V3::try_new().expect(PROOF), visitor),
-        _ => with_byte_kernel(isa, visitor),
+        #[cfg(target_arch = "x86_64")]
+        IsaName::Avx512 => Shell::<_, _, 6, 3>::enter(pulp::x86::V4::try_new().expect(PROOF), visitor),
+        #[cfg(target_arch = "aarch64")]
+        IsaName::Neon => Shell::<_, _, 8, 3>::enter(pulp::aarch64::Neon::try_new().expect(PROOF), visitor),
+        _ => Shell::<_, _, 4, 4>::enter(pulp::Scalar::new(), visitor),
     }
 }
 

@@ -78,6 +78,8 @@ const AVX2: (IsaName, [usize; 3]) = (IsaName::Avx2, [6, 16, 8]);
 /// Beside int4 sums of 16 bits need registers of their own, beside rows of 7 bits the products on their way to 32 bits.
 const AVX2_FOUR_ROWS: (IsaName, [usize; 3]) = (IsaName::Avx2, [4, 16, 8]);
 const AVX512: (IsaName, [usize; 3]) = (IsaName::Avx512, [8, 48, 16]);
+/// Beside int4 the places of eight rows and of the words are more addresses than there are registers.
+const AVX512_SIX_ROWS: (IsaName, [usize; 3]) = (IsaName::Avx512, [6, 48, 16]);
 /// Those with dot products of bytes have the tiles of their vectors, so that packed weights serve both.
 const AVX2_VNNI: (IsaName, [usize; 3]) = (IsaName::Avx2Vnni, AVX2.1);
 const AVX512_VNNI: (IsaName, [usize; 3]) = (IsaName::Avx512Vnni, AVX512.1);
@@ -139,7 +141,7 @@ pub(crate) const KERNELS: [KernelInfo; 34] = [
     i32_sums("int8_int4w_8x12_neon", Storage::Int4, NEON),
     i32_sums("int8_int4w_4x16_avx2", Storage::Int4, AVX2_FOUR_ROWS),
     i32_sums("int8_int4w_6x16_avx2vnni", Storage::Int4, AVX2_VNNI),
-    i32_sums("int8_int4w_8x48_avx512", Storage::Int4, AVX512),
+    i32_sums("int8_int4w_6x48_avx512", Storage::Int4, AVX512_SIX_ROWS),
     i32_sums("int8_int4w_8x48_avx512vnni", Storage::Int4, AVX512_VNNI),
     pair_sums("bf16_8x48_avx512bf16", AVX512_BF16),
     tile_sums("bf16_32x32_amx", Storage::Bf16, Precision::Medium),

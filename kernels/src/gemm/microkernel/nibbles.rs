@@ -131,8 +131,8 @@ impl<P: ByteProducts, const MR: usize, const VECS: usize> ByteKernel<P, MR, VECS
         let excess = &strip.excess[first * count..(first + H) * count];
         let mut tiles = [[[simd.splat_f32s(0.0); VECS]; H]; Q];
         for (at, group) in strip.groups.iter().enumerate() {
-            for (panel, tile) in (panel..).zip(&mut tiles) {
-                let ptr = group.ptr.wrapping_add(panel * group.panel_stride);
+            for (q, tile) in tiles.iter_mut().enumerate() {
+                let ptr = group.ptr.wrapping_add((panel + q) * group.panel_stride);
                 if const { P::Simd::F32_LANES == 8 } && strip.far && first == 0 {
                     let lines = (1 + group.words) * const { Self::NR.div_ceil(prefetch::LINE) };
                     Ahead::from(ptr.wrapping_add(Q * group.panel_stride - Self::NR)).fetch(lines);
