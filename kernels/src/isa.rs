@@ -33,7 +33,7 @@ pub enum IsaName {
     Avx512,
     /// AVX-512 and dot products of bytes (AVX512-VNNI), for products of int8. All else is what [`IsaName::Avx512`] runs.
     Avx512Vnni,
-    /// AVX-512 and dot products of bytes and of bf16 (AVX512-VNNI, AVX512-BF16), for products of int8 and those with operands in bf16
+    /// AVX-512 and dot products of bytes and of bf16 (AVX512-VNNI, AVX512-BF16), for products of int8 and those with operands in bf16, of matrices and in attention,
     /// that [`Precision::Medium`](crate::Precision::Medium) permits. All else is what [`IsaName::Avx512`] runs.
     Avx512Bf16,
     /// AVX-512 and the tile unit with bf16 and int8, for matrix products and attention below f32's precision. What runs
@@ -123,7 +123,7 @@ enum EmulatedBeside {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Tiles(());
 
-/// The proof that dot products of pairs of bf16 run, and the vectors on which they do.
+/// The proof that dot products of pairs of bf16 and conversions to bf16 run, and the vectors on which they do.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Bf16Dots {
     /// AVX512-BF16.
@@ -210,8 +210,13 @@ impl Isa {
 
     #[cfg(target_arch = "x86_64")]
     fn avx512_bf16() -> Option<Isa> {
-        let found = is_x86_feature_detected!("avx512vnni") && is_x86_feature_detected!("avx512bf16");
+        let found = is_x86_feature_detected!("avx512vnni") && Isa::converts();
         pulp::x86::V4::try_new().filter(|_| found).map(|t| Isa(Token::Avx512Bf16(t)))
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn converts() -> bool {
+        is_x86_feature_detected!("avx512bf16")
     }
 
     /// The set `avx512bf16`: of this CPU, or else in plain arithmetic beside AVX2.
@@ -267,6 +272,19 @@ impl Isa {
             #[cfg(all(target_arch = "x86_64", test))]
             Token::EmulatedBf16(t) => Some(Bf16Dots::Emulated(t)),
             _ => None,
+        }
+    }
+
+    /// The proof that the CPU converts to bf16 itself, whatever multiplies.
+    pub(crate) fn bf16_conversion(self) -> Option<Bf16Dots> {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Token::Amx(t) => Isa::converts().then_some(Bf16Dots::Wide(t, Found(()))),
+            #[cfg(all(target_arch = "x86_64", target_os = "linux", any(test, feature = "testing")))]
+            Token::EmulatedAmx(EmulatedBeside::Avx512(t)) => {
+                Isa::converts().then_some(Bf16Dots::Wide(t, Found(())))
+            }
+            _ => self.bf16_dots(),
         }
     }
 

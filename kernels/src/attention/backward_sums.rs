@@ -26,8 +26,9 @@ impl Backward<'_> {
     ) {
         let Shape { dim, v_dim, .. } = self.shape;
         let Scores { p, d_s } = &state.scores;
-        let of_v = (&*state.d_out_across, &state.d_out_rows[..rows.rows.len() * v_dim], &rows.odd_d_out);
-        let of_k = (&*state.q_across, &state.q_rows[..rows.rows.len() * dim], &rows.odd_q);
+        let of_tile = state.tiles.of(rows.tile);
+        let of_v = (of_tile.d_out_across, &state.d_out_rows[..rows.rows.len() * v_dim], &rows.odd.d_out);
+        let of_k = (of_tile.q_across, &state.q_rows[..rows.rows.len() * dim], &rows.odd.q);
         for (scores, (left, odd_rows, odd), acc, dim) in
             [(p, of_v, &mut *state.d_v, v_dim), (d_s, of_k, &mut *state.d_k, dim)]
         {
@@ -35,7 +36,7 @@ impl Backward<'_> {
             let (n, depth) = (columns.len(), rows.rows.len());
             let view = MatRef::with_strides(&scores[columns.start..], depth, n, KEY_BLOCK, 1);
             let view = view.expect("scores of these rows");
-            on_tiles::pack_scores::<S, P>(simd, view, state.right);
+            on_tiles::pack_scores::<S, P>((simd, &state.unit), view, state.right);
             let deep = on_tiles::steps(depth);
             for first in (0..dim).step_by(BLOCK) {
                 for panel in 0..rows.steps.len() {
@@ -76,7 +77,12 @@ impl Backward<'_> {
         let dim = self.shape.dim;
         let (n, width) = (rows.rows.len(), dim.next_multiple_of(BLOCK));
         let columns = rows.columns();
-        on_tiles::pack_score_rows::<S, P>(simd, state.scores.d_s, (n, &rows.steps), state.left);
+        on_tiles::pack_score_rows::<S, P>(
+            (simd, &state.unit),
+            state.scores.d_s,
+            (n, &rows.steps),
+            state.left,
+        );
         let panel = right_words(block.keys.len(), BLOCK, P);
         let step = panel / on_tiles::steps(block.keys.len());
         let add_to = self.spec.mask.blocks.is_some()
@@ -99,8 +105,9 @@ impl Backward<'_> {
                     d_q.fill(0.0);
                 }
                 add(simd, sums, d_q);
+                let Some(odd) = &block.odd_scaled else { continue };
                 for j in block.sight.row(i, &block.keys).map(|j| j - block.keys.start) {
-                    if block.odd_scaled[j] {
+                    if odd[j] {
                         let k = &state.k_rows[j * dim..][..dim];
                         on_tiles::add_scaled(state.scores.d_s[(top + r) * KEY_BLOCK + j], k, d_q);
                     }

@@ -1,8 +1,8 @@
-//! The backward pass with its five products on the tile unit.
+//! The backward pass with its five products on tiles of words.
 //!
 //! ```text
 //! for each block of keys:        pack Kᵀ, Vᵀ and scale·K                   once for all rows that see it
-//!   for 128 rows of a head:      pack Q, dO and their transposes
+//!   for 128 rows of a head:      Q, dO and their transposes, packed once  (backward_operands)
 //!     for 32 of them:            S = Q·Kᵀ, dP = dO·Vᵀ;  P and dS by vectors
 //!     dVᵀ += dOᵀ·P               dKᵀ += Qᵀ·dS                              sums of the block, f32
 //!     dQ  += dS·K                                                          in memory, f32
@@ -32,35 +32,33 @@ use std::ops::Range;
 
 use pulp::Simd;
 
+use super::backward_operands::{OddRows, Room, Tiles};
 use super::backward_tile::Head;
 use super::backward_weights::{Scores, Weights};
 use super::chunk::groups;
 use super::flash_backward::Backward;
 use super::mask::Sight;
-use super::on_tiles::{self, OnTiles, Operands, left_words, product, right_words};
+use super::on_tiles::{self, OnTiles, Operands, Unit, left_words, product, right_words};
 use super::problem::{KEY_BLOCK, Shape, cut};
 use super::regions::{Cut, Region, row_tiles};
 use super::stage;
-use crate::gemm::microkernel::amx::{BLOCK, SIDE, STEP, TILE_WORDS, TileUnit};
-use crate::gemm::split::Magnitudes;
+use crate::gemm::microkernel::amx::{BLOCK, SIDE, STEP};
+use crate::gemm::microkernel::prefetch;
 use crate::scratch::ScratchBuf;
 use crate::view::MatRef;
 
 /// Rows of a tile.
-const ROWS: usize = 128;
+pub(super) const ROWS: usize = 128;
 
 /// Scratch of one task.
 pub(super) struct State<'a> {
-    pub(super) unit: TileUnit,
+    pub(super) unit: Unit,
     /// Right operands of a block: Kᵀ, Vᵀ, scale·K.
     pub(super) keys: &'a mut [u32],
     pub(super) values: &'a mut [u32],
     pub(super) k: &'a mut [u32],
-    /// Left operands of a tile: scale·Q, dO and their transposes.
-    pub(super) q: &'a mut [u32],
-    pub(super) d_out: &'a mut [u32],
-    pub(super) q_across: &'a mut [u32],
-    pub(super) d_out_across: &'a mut [u32],
+    /// Left operands of tiles.
+    pub(super) tiles: Tiles<'a>,
     /// P or dS of a tile, as the right operand or the left one; room on the way of others.
     pub(super) right: &'a mut [u32],
     pub(super) left: &'a mut [u32],
@@ -87,19 +85,20 @@ pub(super) struct Block<'a> {
     pub(super) v: MatRef<'a>,
     pub(super) odd_keys: [bool; KEY_BLOCK],
     pub(super) odd_values: [bool; KEY_BLOCK],
-    /// Odd rows of scale·K.
-    pub(super) odd_scaled: [bool; KEY_BLOCK],
+    /// Odd rows of scale·K, if there are any.
+    pub(super) odd_scaled: Option<[bool; KEY_BLOCK]>,
 }
 
-/// Some rows of a head against a block: which of Q and dO are odd.
+/// Some rows of a head against a block.
 pub(super) struct Rows {
     pub(super) rows: Range<usize>,
     /// What they see of the block; not empty.
     pub(super) seen: Range<usize>,
     /// The steps of the block's keys that hold it.
     pub(super) steps: Range<usize>,
-    pub(super) odd_q: [bool; KEY_BLOCK],
-    pub(super) odd_d_out: [bool; KEY_BLOCK],
+    /// Their place among [`State::tiles`].
+    pub(super) tile: usize,
+    pub(super) odd: OddRows,
 }
 
 impl Rows {
@@ -136,9 +135,12 @@ impl Backward<'_> {
         // A tile of rows is as long as a block of keys, so operands over either have the same size.
         let square = right_words(KEY_BLOCK, KEY_BLOCK, P);
         let room = square.max(of_dim).max(of_v).max(across_dim).max(across_v);
-        let lens = [across_dim, across_v, of_dim, across_dim, across_v, of_dim, of_v, room, room];
+        let tiles = self.tiles_of_region(cut_into);
+        let of_tiles = Tiles::room(&self.shape, P, tiles);
+        let lens = [across_dim, across_v, of_dim, of_tiles.0.iter().sum::<usize>() * of_tiles.1, room, room];
         let mut words = ScratchBuf::take(lens.iter().sum());
-        let [keys, values, k, q, d_out, q_across, d_out_across, right, left] = cut(words.words_mut(), lens);
+        let [keys, values, k, tiles, right, left] = cut(words.words_mut(), lens);
+        let tiles = Tiles::new(tiles, of_tiles);
         let [of_k, of_v] = [dim, v_dim].map(|dim| dim.next_multiple_of(BLOCK) * KEY_BLOCK);
         let scores = ROWS * KEY_BLOCK;
         let delta = self.rows_of_region(cut_into);
@@ -146,17 +148,14 @@ impl Backward<'_> {
             [scores, scores, of_k, of_v, of_k.max(of_v), ROWS * dim, ROWS * v_dim, KEY_BLOCK * dim, delta];
         let mut scratch = ScratchBuf::take(lens.iter().sum());
         let [p, d_s, d_k, d_v, sums, q_rows, d_out_rows, k_rows, delta] = cut(&mut scratch, lens);
-        let unit = TileUnit::configure(means.tiles);
+        let unit = means.unit();
         let scores = Scores { p, d_s };
         let mut state = State {
             unit,
             keys,
             values,
             k,
-            q,
-            d_out,
-            q_across,
-            d_out_across,
+            tiles,
             right,
             left,
             scores,
@@ -178,6 +177,7 @@ impl Backward<'_> {
         let Region { batch, parts, .. } = *region;
         let sight = self.spec.mask.sight(batch, self.shape.seq_k);
         let seen = self.open(region, ROWS);
+        state.tiles.clear();
         let delta = std::mem::take(&mut state.delta);
         let rows = &region.rows;
         if !seen.is_empty() {
@@ -217,12 +217,20 @@ impl Backward<'_> {
         let k = self.saved.k.head(region.batch, region.kv).sub(keys.clone(), 0..self.shape.dim);
         let v = self.saved.v.head(region.batch, region.kv).sub(keys.clone(), 0..self.shape.v_dim);
         let odd = [false; KEY_BLOCK];
-        let mut block = Block { region, keys, sight, k, v, odd_keys: odd, odd_values: odd, odd_scaled: odd };
-        on_tiles::pack_across::<S, P>(simd, k, state.left, state.keys, &mut block.odd_keys);
-        on_tiles::pack_across::<S, P>(simd, v, state.left, state.values, &mut block.odd_values);
+        let mut block = Block { region, keys, sight, k, v, odd_keys: odd, odd_values: odd, odd_scaled: None };
+        on_tiles::pack_across::<S, P>((simd, &state.unit), k, state.left, state.keys, &mut block.odd_keys);
+        on_tiles::pack_across::<S, P>(
+            (simd, &state.unit),
+            v,
+            state.left,
+            state.values,
+            &mut block.odd_values,
+        );
         if region.parts.q {
             let k = stage::scaled(simd, self.spec.scale, k, 0..k.rows(), state.k_rows);
-            on_tiles::pack_right::<S, P>(simd, k, state.k, &mut block.odd_scaled);
+            let mut odd = [false; KEY_BLOCK];
+            on_tiles::pack_right::<S, P>((simd, &state.unit), k, state.k, &mut odd);
+            block.odd_scaled = odd.contains(&true).then_some(odd);
         }
         if region.parts.kv {
             state.d_k.fill(0.0);
@@ -243,8 +251,15 @@ impl Backward<'_> {
     ) {
         let first = block.keys.start;
         let steps = (seen.start - first) / STEP..(seen.end - first).div_ceil(STEP);
-        let mut rows = Rows { rows, seen, steps, odd_q: [false; KEY_BLOCK], odd_d_out: [false; KEY_BLOCK] };
-        self.operands::<S, P>(simd, state, &mut rows, (block, head));
+        let room = Room { q: state.q_rows, d_out: state.d_out_rows, right: state.right };
+        let (means, of) = ((simd, &state.unit), (block.region, &*head));
+        let (tile, odd) = self.operands::<S, P>(means, &mut state.tiles, of, &rows, room);
+        let rows = Rows { rows, seen, steps, tile, odd };
+        if let Some(d_q) = &head.d_q {
+            // These sums are wanted when the five products are done.
+            let first = rows.rows.start - head.fixed.first_row;
+            (first..first + rows.rows.len()).for_each(|i| prefetch::row_for_later(d_q.as_ref().row(i)));
+        }
         for first in rows.rows.clone().step_by(BLOCK) {
             let some = first..(first + BLOCK).min(rows.rows.end);
             self.weights::<S, P>(simd, state, (block, head), &rows, some);
@@ -254,35 +269,6 @@ impl Backward<'_> {
         }
         if block.region.parts.q {
             self.queries::<S, P>(simd, state, (block, head), &rows);
-        }
-    }
-
-    /// Packs scale·Q and dO of a tile.
-    #[inline(always)]
-    fn operands<S: Simd, const P: usize>(
-        &self,
-        simd: S,
-        state: &mut State<'_>,
-        rows: &mut Rows,
-        (block, head): (&Block<'_>, &Head<'_>),
-    ) {
-        let Shape { dim, v_dim, .. } = self.shape;
-        let q = stage::scaled(simd, self.spec.scale, head.q, rows.rows.clone(), state.q_rows);
-        let d_out = stage::scaled(simd, 1.0, head.d_out, rows.rows.clone(), state.d_out_rows);
-        let n = rows.rows.len();
-        let mut magnitudes = [Magnitudes::NONE; ROWS];
-        on_tiles::pack_left::<S, P>(simd, q, state.q, &mut magnitudes);
-        rows.odd_q = magnitudes.map(on_tiles::is_odd);
-        let mut magnitudes = [Magnitudes::NONE; ROWS];
-        on_tiles::pack_left::<S, P>(simd, d_out, state.d_out, &mut magnitudes);
-        rows.odd_d_out = magnitudes.map(on_tiles::is_odd);
-        if block.region.parts.kv {
-            let deep = left_words(SIDE, n, P) / TILE_WORDS;
-            let mut odd = [false; KEY_BLOCK];
-            on_tiles::pack_right::<S, P>(simd, q, state.right, &mut odd);
-            on_tiles::turn_left(state.right, state.q_across, (dim, deep));
-            on_tiles::pack_right::<S, P>(simd, d_out, state.right, &mut odd);
-            on_tiles::turn_left(state.right, state.d_out_across, (v_dim, deep));
         }
     }
 
@@ -344,8 +330,9 @@ impl Backward<'_> {
         let Shape { dim, v_dim, .. } = self.shape;
         let local = some.start - rows.rows.start;
         let to = local * KEY_BLOCK;
+        let of_tile = state.tiles.of(rows.tile);
         for panel in steps.clone() {
-            let left = &state.q[local / SIDE * left_words(SIDE, dim, P)..];
+            let left = &of_tile.q[local / SIDE * left_words(SIDE, dim, P)..];
             let right = &state.keys[panel * right_words(dim, BLOCK, P)..];
             let deep = on_tiles::steps(dim);
             let operands = Operands { left, right, steps: deep, rows: some.len() };
@@ -356,14 +343,14 @@ impl Backward<'_> {
                 d_p.chunks_mut(KEY_BLOCK).take(some.len()).for_each(|row| row[..BLOCK].fill(0.0));
                 continue;
             }
-            let left = &state.d_out[local / SIDE * left_words(SIDE, v_dim, P)..];
+            let left = &of_tile.d_out[local / SIDE * left_words(SIDE, v_dim, P)..];
             let right = &state.values[panel * right_words(v_dim, BLOCK, P)..];
             let deep = on_tiles::steps(v_dim);
             let operands = Operands { left, right, steps: deep, rows: some.len() };
             product::<P>(&state.unit, operands, 0..deep, d_p, KEY_BLOCK);
         }
         let odd = |odd: &[bool]| odd.contains(&true);
-        if odd(&rows.odd_q) || odd(&rows.odd_d_out) || odd(&block.odd_keys) || odd(&block.odd_values) {
+        if odd(&rows.odd.q) || odd(&rows.odd.d_out) || odd(&block.odd_keys) || odd(&block.odd_values) {
             self.mend(state, block, rows, (some, steps));
         }
     }
@@ -384,10 +371,10 @@ impl Backward<'_> {
                 (&state.q_rows[local * dim..][..dim], &state.d_out_rows[local * v_dim..][..v_dim]);
             for j in columns.clone() {
                 let (k, v) = (block.k.row(j).iter().copied(), block.v.row(j).iter().copied());
-                if rows.odd_q[local] || block.odd_keys[j] {
+                if rows.odd.q[local] || block.odd_keys[j] {
                     state.scores.p[local * KEY_BLOCK + j] = on_tiles::chain(q.iter().copied(), k);
                 }
-                if rows.odd_d_out[local] || block.odd_values[j] {
+                if rows.odd.d_out[local] || block.odd_values[j] {
                     state.scores.d_s[local * KEY_BLOCK + j] = on_tiles::chain(d_out.iter().copied(), v);
                 }
             }

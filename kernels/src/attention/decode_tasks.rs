@@ -6,7 +6,7 @@ use pulp::{Simd, WithSimd};
 
 use super::AttentionSpec;
 use super::decode::{Block, Decode, KEYS_PER_TASK, Part, Places};
-use super::decode_tiles::Unit;
+use super::decode_tiles::InParts;
 use super::decode_vectors::Vectors;
 use super::mask::Line;
 use super::on_tiles::OnTiles;
@@ -56,8 +56,8 @@ impl WithSimd for Tasks<'_> {
     fn with_simd<S: Simd>(self, simd: S) {
         match self.tiles {
             None => self.run(simd, &Vectors),
-            Some(OnTiles { tiles, parts: 1 }) => self.run(simd, &Unit::<1>::configure(tiles)),
-            Some(OnTiles { tiles, .. }) => self.run(simd, &Unit::<2>::configure(tiles)),
+            Some(on @ OnTiles { parts: 1, .. }) => self.run(simd, &InParts::<1>(on.unit())),
+            Some(on) => self.run(simd, &InParts::<2>(on.unit())),
         }
     }
 }

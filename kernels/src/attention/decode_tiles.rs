@@ -19,24 +19,17 @@ use pulp::Simd;
 use super::cache::{PANEL, Rows};
 use super::decode::{Block, Places};
 use super::decode_tasks::{Products, Tasks};
-use super::on_tiles::{self, Operands, is_odd, left_words, product, right_words};
+use super::on_tiles::{self, Operands, Unit, is_odd, left_words, product, right_words};
 use super::problem::KEY_BLOCK;
 use super::stored;
-use crate::gemm::microkernel::amx::{BLOCK, SIDE, TileUnit};
+use crate::gemm::microkernel::amx::{BLOCK, SIDE};
 use crate::gemm::split::Magnitudes;
-use crate::isa::Tiles;
 use crate::lanes;
 use crate::scratch::ScratchBuf;
 use crate::view::MatRef;
 
-/// The tile unit of a task, with operands in P parts.
-pub(super) struct Unit<const P: usize>(TileUnit);
-
-impl<const P: usize> Unit<P> {
-    pub(super) fn configure(tiles: Tiles) -> Unit<P> {
-        Unit(TileUnit::configure(tiles))
-    }
-}
+/// What multiplies in a task, with operands in P parts.
+pub(super) struct InParts<const P: usize>(pub(super) Unit);
 
 /// scale·Q of a unit, as it is and in tiles.
 struct Queries {
@@ -45,7 +38,7 @@ struct Queries {
     magnitudes: Vec<Magnitudes>,
 }
 
-impl<const P: usize> Products for Unit<P> {
+impl<const P: usize> Products for InParts<P> {
     #[inline(always)]
     fn scores<S: Simd>(&self, simd: S, tasks: &Tasks<'_>, unit: usize, columns: &Range<usize>) {
         if const { S::F32_LANES < 8 } {
@@ -59,7 +52,7 @@ impl<const P: usize> Products for Unit<P> {
             magnitudes: vec![Magnitudes::NONE; rows],
         };
         let q = MatRef::new(&queries.scaled, rows, dim).expect("[rows, dim]");
-        on_tiles::pack_left::<S, P>(simd, q, queries.tiles.words_mut(), &mut queries.magnitudes);
+        on_tiles::pack_left::<S, P>((simd, &self.0), q, queries.tiles.words_mut(), &mut queries.magnitudes);
         let mut widened = ScratchBuf::take(dim * BLOCK);
         for block in tasks.blocks_in(unit, columns) {
             for (part, position, keys) in tasks.held(b, &block.keys) {
@@ -106,7 +99,7 @@ impl<const P: usize> Products for Unit<P> {
         for block in tasks.problem.blocks(unit) {
             let v = tasks.values(unit, &block.keys, &cols, &mut copied);
             let mut odd = [false; KEY_BLOCK];
-            on_tiles::pack_right::<S, P>(simd, v, right.words_mut(), &mut odd);
+            on_tiles::pack_right::<S, P>((simd, &self.0), v, right.words_mut(), &mut odd);
             let odd = odd.contains(&true).then_some(&odd);
             for top in (0..rows).step_by(BLOCK) {
                 let rows = top..(top + BLOCK).min(rows);
@@ -129,7 +122,7 @@ struct OutputBlock<'a> {
     rows: Range<usize>,
 }
 
-impl<const P: usize> Unit<P> {
+impl<const P: usize> InParts<P> {
     /// The scores of `cols` of a panel of 32 keys, [dim, 32], for all rows of a unit, whose first is at `place`.
     #[inline(always)]
     fn panel<S: Simd>(
@@ -143,7 +136,7 @@ impl<const P: usize> Unit<P> {
         let (rows, dim) = (tasks.problem.rows(), k.rows());
         let mut right = ScratchBuf::take(right_words(dim, BLOCK, P));
         let mut odd = [false; BLOCK];
-        on_tiles::pack_panel::<S, P>(simd, k, right.words_mut(), &mut odd);
+        on_tiles::pack_panel::<S, P>((simd, &self.0), k, right.words_mut(), &mut odd);
         let mut sums = ScratchBuf::take(BLOCK * BLOCK);
         for first in (0..rows).step_by(BLOCK) {
             let height = BLOCK.min(rows - first);
@@ -181,7 +174,7 @@ impl<const P: usize> Unit<P> {
         let memory = unsafe { tasks.memory.part(unit * len, len) };
         let p = &memory[rows.start * stride + index * KEY_BLOCK..];
         let p = MatRef::with_strides(p, rows.len(), keys.len(), stride, 1).expect("P holds these keys");
-        on_tiles::pack_left::<S, P>(simd, p, left, &mut [Magnitudes::NONE; BLOCK]);
+        on_tiles::pack_left::<S, P>((simd, &self.0), p, left, &mut [Magnitudes::NONE; BLOCK]);
         let steps = on_tiles::steps(keys.len());
         for first in (0..v.cols()).step_by(BLOCK) {
             let right = &right[first / BLOCK * right_words(keys.len(), BLOCK, P)..];

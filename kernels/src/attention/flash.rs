@@ -15,8 +15,8 @@
 //! - Six rows at a time know which keys they see, so that causal order saves half of the work at the
 //!   grain of six rows by one vector; blocks that nobody sees are not looked at.
 //!
-//! Here is how the work is cut; the passes over blocks are in [`super::flash_vectors`] and, where the CPU has tiles and the precision is High or
-//! Medium, [`super::flash_tiles`].
+//! Here is how the work is cut; the passes over blocks are in [`super::flash_vectors`] and, where bf16 parts are multiplied, on tiles or by dot products,
+//! [`super::flash_tiles`].
 
 use std::ops::Range;
 
@@ -103,7 +103,7 @@ pub(super) fn run(ctx: &Context, problems: &[Forward<'_>]) {
     let means = Means { threads: ctx.thread_count(), tiles: OnTiles::of(ctx, dim) };
     let units = problems.iter().map(|problem| problem.units(means)).sum::<usize>();
     let work = problems.iter().fold(0usize, |sum, problem| sum.saturating_add(problem.work()));
-    let work = if means.tiles.is_some() { work / on_tiles::FASTER } else { work };
+    let work = means.tiles.map_or(work, |tiles| work / tiles.faster());
     deal(ctx, units, work / units.max(1), |units| Units { problems, means, units });
 }
 

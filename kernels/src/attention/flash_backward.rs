@@ -18,7 +18,7 @@
 //! - The bias gradient adds in the order batch, head. One thread does it on the way; several do it in a pass
 //!   of its own over (bias head, rows), with the same bits.
 //!
-//! Where the CPU has tiles and the precision is High or Medium, the five products are those of [`super::backward_tiles`].
+//! Where bf16 parts are multiplied, on tiles or by dot products, the five products are those of [`super::backward_tiles`].
 
 use std::ops::Range;
 
@@ -27,7 +27,7 @@ use pulp::{Simd, WithSimd};
 use super::backward_held::{Held, RowScratch};
 use super::backward_tile::{Block, Head, Tile};
 use super::backward_weights::{HeadWeights, Scores};
-use super::on_tiles::{self, OnTiles};
+use super::on_tiles::OnTiles;
 use super::problem::{KEY_BLOCK, Shape, Shared, cut, deal, pieces_of, take_first};
 use super::regions::{Cut, Region, row_tiles};
 use super::stage::{self, Coming};
@@ -61,7 +61,7 @@ pub(super) fn run(ctx: &Context, problems: &[Backward<'_>]) {
     let bias = problems.iter().any(|problem| problem.d_bias.is_some());
     let dim = problems.first().map_or(0, |problem| problem.shape.dim);
     let tiles = OnTiles::of(ctx, dim);
-    let faster = if tiles.is_some() { on_tiles::FASTER } else { 1 };
+    let faster = tiles.map_or(1, OnTiles::faster);
     let deal = |cut: Cut| {
         let units = problems.iter().map(|problem| problem.units(cut)).sum::<usize>();
         let work = problems.iter().fold(0usize, |sum, problem| sum.saturating_add(problem.work()));

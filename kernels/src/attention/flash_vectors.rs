@@ -112,7 +112,6 @@ impl Forward<'_> {
         }
         let Some(any) = chunks.first() else { return };
         let shares = 2 * chunks.len() * any.rows.len().div_ceil(GROUP);
-        let nothing = any.k.sub(0..0, 0..0);
         let mut blocks = any.blocks().peekable();
         while let Some(keys) = blocks.next() {
             let stride = keys.len().next_multiple_of(S::F32_LANES);
@@ -120,13 +119,7 @@ impl Forward<'_> {
             stage::transpose(k, state.keys, stride);
             // One group of rows reads V once: a copy would read it once too.
             let v = if shares > 2 { stage::gather(simd, v, state.values) } else { v };
-            let coming = match (blocks.peek(), &next) {
-                _ if !stage::spreads(any.k) => [nothing; 4],
-                (Some(keys), _) => self.coming((any.k, any.v), keys),
-                (None, Some(next)) => self.coming_chunk(any, next),
-                (None, None) => [any.out(), nothing, nothing, nothing],
-            };
-            let mut coming = Coming::new(coming, shares);
+            let mut coming = Coming::new(self.coming_after(any, blocks.peek(), next.as_ref()), shares);
             let block = Block { keys, stride, kt: state.keys, v };
             for (head, chunk) in chunks.iter().enumerate() {
                 let (q, mut rows) = state.held.head(head);
@@ -138,7 +131,24 @@ impl Forward<'_> {
         }
     }
 
-    /// What comes after a block of keys: these keys and their values.
+    /// What comes after a block of keys, where rows lie far apart: the next block, or, after the last one, the output and what the next unit begins with.
+    #[inline(always)]
+    pub(super) fn coming_after<'a>(
+        &'a self,
+        chunk: &'a Chunk<'_>,
+        keys: Option<&Range<usize>>,
+        next: Option<&(usize, usize, Range<usize>)>,
+    ) -> [MatRef<'a>; 4] {
+        let nothing = chunk.k.sub(0..0, 0..0);
+        match (keys, next) {
+            _ if !stage::spreads(chunk.k) => [nothing; 4],
+            (Some(keys), _) => self.coming((chunk.k, chunk.v), keys),
+            (None, Some(next)) => self.coming_chunk(chunk, next),
+            (None, None) => [chunk.out(), nothing, nothing, nothing],
+        }
+    }
+
+    /// These keys and their values.
     #[inline(always)]
     fn coming<'a>(&self, (k, v): (MatRef<'a>, MatRef<'a>), keys: &Range<usize>) -> [MatRef<'a>; 4] {
         let nothing = k.sub(0..0, 0..0);

@@ -14,7 +14,8 @@
 //!
 //! # Precision
 //! On a CPU with tiles, `Medium` and `High` multiply bf16 parts with f32 sums in the two products of the forward pass and of
-//! decoding and in the five of the backward pass, one part or two of each operand; probabilities, maxima and sums stay f32.
+//! decoding and in the five of the backward pass, one part or two of each operand; probabilities, maxima and sums stay f32. Where there are no tiles but dot
+//! products of bf16 (AVX512-BF16), `Medium` takes those, in the same tiles of words.
 //! Everything else, `Strict` and `Highest` among it, [`probabilities()`], and caches of int8, runs on f32 vectors. [`kernel_name`]
 //! says which.
 //!
@@ -33,6 +34,7 @@
 //! roundings: a score δ, the log-sum-exp δ, the output (2·δ + ε)·Σ_j P_j·|v_j| (tests `attention::tests::tiles`); for gradients see `attention::backward_tiles`.
 
 mod backward_held;
+mod backward_operands;
 mod backward_sums;
 mod backward_tile;
 mod backward_tiles;
@@ -40,6 +42,7 @@ mod backward_weights;
 mod blocks;
 pub mod cache;
 mod chunk;
+mod conversion;
 mod decode;
 mod decode_tasks;
 mod decode_tiles;

@@ -1,11 +1,14 @@
-//! What the passes on the tile unit share: operands as sums of bf16 parts in whole tiles, and their product.
+//! What the passes on tiles of words share: operands as sums of bf16 parts in whole tiles, and their product.
 //!
 //! ```text
 //! for i in 0..32 { for j in 0..32 { C[i][j] = Σ_k A[i][k]·B[k][j]      A and B in bf16, or in two parts of bf16 } }
 //! ```
+//! The tile unit multiplies them or, on AVX512-BF16 in `Medium`, dot products of pairs on vectors, for which a row of a tile is a vector ([`bf16_block`]). Where the CPU converts to
+//! bf16 itself, that makes the tiles of one part ([`conversion`]).
+//!
 //! `Medium` multiplies one part of each side, `High` keeps three products of two parts, as the matrix product does ([`crate::gemm::split`]). Sums are f32.
 //! `Highest` stays with vectors: probabilities in three parts are as many conversions as the six products save time, and the softmax between the products, which
-//! tiles do not touch, already takes longer than three of them.
+//! tiles do not touch, already takes longer than three of them. `High` by dot products would take three of them where f32 takes the time of two.
 //!
 //! - An element of a product depends on its own row of A and column of B alone, whatever fills the rest of the tiles, and steps of
 //!   the depth that are all zero change nothing but the sign of a zero. So the bits of a row depend neither on the rows beside it nor on
@@ -31,12 +34,12 @@ use std::ops::Range;
 use pulp::{Simd, WithSimd};
 
 use super::problem::KEY_BLOCK;
-use super::stage;
+use super::{conversion, stage};
 use crate::context::{Context, Precision};
-use crate::gemm::microkernel::Storage;
 use crate::gemm::microkernel::amx::{BLOCK, SIDE, STEP, TILE_WORDS, TileBlock, TileUnit};
+use crate::gemm::microkernel::{Storage, bf16_block};
 use crate::gemm::split::{self, Magnitudes};
-use crate::isa::Tiles;
+use crate::isa::{Bf16Dots, Tiles};
 use crate::scratch::ScratchBuf;
 use crate::view::MatRef;
 
@@ -44,26 +47,73 @@ use crate::view::MatRef;
 /// less than half of a second-level cache of 2 MiB. Not measured.
 pub(super) const HELD: usize = 192 * 1024;
 
-/// Multiplications of tiles take the time of this fraction of them on vectors, the softmax counted in: for dealing work to threads. Not measured.
-pub(super) const FASTER: usize = 4;
+/// What multiplies tiles of words.
+#[derive(Clone, Copy)]
+enum Means {
+    Tiles(Tiles),
+    Dots(Bf16Dots),
+}
 
-/// The proof that tiles run, and how many parts an operand has.
+/// The proof that products of bf16 parts run, and how many parts an operand has.
 #[derive(Clone, Copy)]
 pub(super) struct OnTiles {
-    pub(super) tiles: Tiles,
+    means: Means,
+    conversion: Option<Bf16Dots>,
     /// One for `Medium`, two for `High`.
     pub(super) parts: usize,
 }
 
 impl OnTiles {
-    /// Whether `ctx` multiplies heads of `dim` elements on tiles; without elements there is nothing to multiply.
+    /// Whether `ctx` multiplies heads of `dim` elements as tiles of words; without elements there is nothing to multiply. Three dot products on vectors take longer than
+    /// f32, so `High` asks for a tile unit.
     pub(super) fn of(ctx: &Context, dim: usize) -> Option<OnTiles> {
         let parts = match ctx.matmul_precision() {
             Precision::Medium => 1,
             Precision::High => 2,
             Precision::Strict | Precision::Highest => return None,
         };
-        ctx.isa().tiles().filter(|_| dim > 0).map(|tiles| OnTiles { tiles, parts })
+        let dots = || ctx.isa().bf16_dots().filter(|_| parts == 1).map(Means::Dots);
+        let means = ctx.isa().tiles().map(Means::Tiles).or_else(dots).filter(|_| dim > 0);
+        means.map(|means| OnTiles { means, conversion: ctx.isa().bf16_conversion(), parts })
+    }
+
+    /// Multiplications take the time of this fraction of them in f32, the softmax counted in: for dealing work to threads. Of tiles it is not measured.
+    pub(super) fn faster(self) -> usize {
+        match self.means {
+            Means::Tiles(_) => 4,
+            Means::Dots(_) => 2,
+        }
+    }
+
+    /// Makes this thread ready for products.
+    pub(super) fn unit(self) -> Unit {
+        let products = match self.means {
+            Means::Tiles(tiles) => Products::Tiles(TileUnit::configure(tiles)),
+            Means::Dots(proof) => Products::Dots(proof),
+        };
+        Unit { products, conversion: self.conversion }
+    }
+}
+
+/// What packs and multiplies tiles of words on this thread.
+pub(super) struct Unit {
+    products: Products,
+    /// The CPU's own conversion to bf16.
+    conversion: Option<Bf16Dots>,
+}
+
+enum Products {
+    /// The tile unit.
+    Tiles(TileUnit),
+    /// Dot products of pairs on vectors; one part only.
+    Dots(Bf16Dots),
+}
+
+impl Unit {
+    /// The CPU's own conversion, which makes one part.
+    #[inline(always)]
+    fn conversion<const P: usize>(&self) -> Option<Bf16Dots> {
+        self.conversion.filter(|_| P == 1)
     }
 }
 
@@ -114,12 +164,15 @@ impl<const P: usize> WithSimd for PackLeft<'_, P> {
 /// Rows as the left operand: 16 rows after 16 rows, step after step, part after part.
 #[inline(always)]
 pub(super) fn pack_left<S: Simd, const P: usize>(
-    simd: S,
+    (simd, unit): (S, &Unit),
     a: MatRef<'_>,
     tiles: &mut [u32],
     magnitudes: &mut [Magnitudes],
 ) {
-    simd.vectorize(PackLeft::<P> { a, tiles, magnitudes });
+    match unit.conversion::<P>() {
+        Some(proof) => conversion::pack_left(proof, a, tiles, magnitudes),
+        None => simd.vectorize(PackLeft::<P> { a, tiles, magnitudes }),
+    }
 }
 
 /// [`split::pack_right`], panel after panel of 32 columns, compiled once for all passes.
@@ -151,16 +204,30 @@ impl<const P: usize> WithSimd for PackRight<'_, P> {
     }
 }
 
+/// Panels of a right operand; marks odd columns among the first of `odd`; whether there is any.
+#[inline(always)]
+fn pack_panels<S: Simd, const P: usize>(
+    (simd, unit): (S, &Unit),
+    b: MatRef<'_>,
+    tiles: &mut [u32],
+    odd: &mut [bool],
+) -> bool {
+    match unit.conversion::<P>() {
+        Some(proof) => conversion::pack_right(proof, b, tiles, odd),
+        None => simd.vectorize(PackRight::<P> { b, tiles, odd }),
+    }
+}
+
 /// `b` [depth, cols] as the right operand, panel after panel of 32 columns; its odd rows are marked and are zero.
 #[inline(always)]
 pub(super) fn pack_right<S: Simd, const P: usize>(
-    simd: S,
+    means: (S, &Unit),
     b: MatRef<'_>,
     tiles: &mut [u32],
     odd: &mut [bool; KEY_BLOCK],
 ) {
     odd.fill(false);
-    if simd.vectorize(PackRight::<P> { b, tiles: &mut *tiles, odd: &mut [] }) {
+    if pack_panels::<S, P>(means, b, tiles, &mut []) {
         let mut even = ScratchBuf::zeroed(b.rows() * b.cols());
         for (i, row) in even.chunks_exact_mut(b.cols()).enumerate() {
             let mut magnitudes = Magnitudes::NONE;
@@ -171,7 +238,7 @@ pub(super) fn pack_right<S: Simd, const P: usize>(
             }
         }
         let even = MatRef::new(&even, b.rows(), b.cols()).expect("a copy of b");
-        simd.vectorize(PackRight::<P> { b: even, tiles, odd: &mut [] });
+        pack_panels::<S, P>(means, even, tiles, &mut []);
     }
 }
 
@@ -204,44 +271,50 @@ impl<const P: usize> WithSimd for ScoreRows<'_, P> {
 /// When `scores` or `tiles` is too short.
 #[inline(always)]
 pub(super) fn pack_score_rows<S: Simd, const P: usize>(
-    simd: S,
+    (simd, unit): (S, &Unit),
     scores: &[f32],
     (rows, seen): (usize, &Range<usize>),
     tiles: &mut [u32],
 ) {
     let scores = &scores[seen.start * STEP..];
-    simd.vectorize(ScoreRows::<P> { scores, rows, steps: seen.len(), tiles });
+    match unit.conversion::<P>() {
+        Some(proof) => conversion::pack_score_rows(proof, scores, (rows, seen.len()), tiles),
+        None => simd.vectorize(ScoreRows::<P> { scores, rows, steps: seen.len(), tiles }),
+    }
 }
 
 /// Probabilities, or their gradients, as the right operand, whatever they are.
 #[inline(always)]
-pub(super) fn pack_scores<S: Simd, const P: usize>(simd: S, scores: MatRef<'_>, tiles: &mut [u32]) {
-    simd.vectorize(PackRight::<P> { b: scores, tiles, odd: &mut [] });
+pub(super) fn pack_scores<S: Simd, const P: usize>(means: (S, &Unit), scores: MatRef<'_>, tiles: &mut [u32]) {
+    match means.1.conversion::<P>() {
+        Some(proof) => conversion::pack_scores(proof, scores, tiles),
+        None => _ = pack_panels::<S, P>(means, scores, tiles, &mut []),
+    }
 }
 
 /// One panel of columns `b` [depth, 32 or fewer] as the right operand; odd columns are marked.
 #[inline(always)]
 pub(super) fn pack_panel<S: Simd, const P: usize>(
-    simd: S,
+    means: (S, &Unit),
     b: MatRef<'_>,
     tiles: &mut [u32],
     odd: &mut [bool; BLOCK],
 ) {
-    simd.vectorize(PackRight::<P> { b, tiles, odd });
+    pack_panels::<S, P>(means, b, tiles, odd);
 }
 
 /// `b` [cols, depth], read across, as the right operand, panel after panel of 32 columns; its odd rows are marked. `rows` is
 /// room for the left tiles of `b`: a tile of the right operand is a transposed tile of words of the left one.
 #[inline(always)]
 pub(super) fn pack_across<S: Simd, const P: usize>(
-    simd: S,
+    means: (S, &Unit),
     b: MatRef<'_>,
     rows: &mut [u32],
     tiles: &mut [u32],
     odd: &mut [bool; KEY_BLOCK],
 ) {
     let mut magnitudes = [Magnitudes::NONE; KEY_BLOCK];
-    pack_left::<S, P>(simd, b, rows, &mut magnitudes);
+    pack_left::<S, P>(means, b, rows, &mut magnitudes);
     for (odd, magnitudes) in odd.iter_mut().zip(magnitudes) {
         *odd = is_odd(magnitudes);
     }
@@ -298,7 +371,7 @@ pub(super) struct Operands<'a> {
 /// When an operand or `to` is too short.
 #[inline(always)]
 pub(super) fn product<const P: usize>(
-    unit: &TileUnit,
+    unit: &Unit,
     operands: Operands<'_>,
     steps: Range<usize>,
     to: &mut [f32],
@@ -317,8 +390,14 @@ pub(super) fn product<const P: usize>(
         steps: steps.len(),
         two_rows,
     };
-    // SAFETY: the operands hold whole tiles for all steps and `to` 32 rows of 32, as asserted.
-    unsafe { unit.sums_to(storage(P), &block, to.as_mut_ptr(), stride) };
+    let to = to.as_mut_ptr();
+    match &unit.products {
+        // SAFETY: the operands hold whole tiles for all steps and `to` 32 rows of 32, as asserted.
+        Products::Tiles(unit) => unsafe { unit.sums_to(storage(P), &block, to, stride) },
+        Products::Dots(_) if const { P > 1 } => unreachable!("dot products take one part"),
+        // SAFETY: likewise.
+        Products::Dots(proof) => unsafe { bf16_block::sums_to(*proof, &block, rows, to, stride) },
+    }
 }
 
 /// A product of odd numbers: a chain of f32 multiply-adds.

@@ -60,6 +60,12 @@ impl Backward<'_> {
         }
     }
 
+    /// The most tiles of a region, over all of its heads.
+    pub(super) fn tiles_of_region(&self, cut: Cut) -> usize {
+        let heads = if matches!(cut, Cut::Heads { .. } | Cut::Keys) { self.shape.group() } else { 1 };
+        heads * (self.rows_of_region(cut) / heads).div_ceil(super::backward_tiles::ROWS)
+    }
+
     /// The regions of some units, in order.
     #[inline(always)]
     pub(super) fn regions(&self, cut: Cut, units: Range<usize>) -> impl Iterator<Item = Region> {

@@ -74,17 +74,17 @@ impl Magnitudes {
 }
 
 /// The magnitudes of many numbers together, lane by lane: what tells in few instructions that none of them needs a look.
-struct Together {
+pub(crate) struct Together {
     largest: [u32; STEP],
     smallest_less_one: [u32; STEP],
 }
 
 impl Together {
-    const NONE: Together = Together { largest: [0; STEP], smallest_less_one: [u32::MAX; STEP] };
+    pub(crate) const NONE: Together = Together { largest: [0; STEP], smallest_less_one: [u32::MAX; STEP] };
 
     /// Adds a row; only three parts ask for the smallest.
     #[inline(always)]
-    fn add<const P: usize>(&mut self, row: &[f32; STEP]) {
+    pub(crate) fn add<const P: usize>(&mut self, row: &[f32; STEP]) {
         for (largest, x) in self.largest.iter_mut().zip(row) {
             *largest = (*largest).max(x.to_bits() & 0x7fff_ffff);
         }
@@ -97,7 +97,7 @@ impl Together {
 
     /// Whether parts stand for all of them.
     #[inline(always)]
-    fn fit(&self) -> bool {
+    pub(crate) fn fit(&self) -> bool {
         let largest = self.largest.iter().fold(0, |most: u32, x| most.max(*x));
         let smallest_less_one = self.smallest_less_one.iter().fold(u32::MAX, |least: u32, x| least.min(*x));
         Magnitudes { largest, smallest_less_one }.fit(Storage::Split3)

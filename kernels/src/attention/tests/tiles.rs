@@ -1,9 +1,9 @@
 //! The passes on the tile unit: derived bounds, equal bits, odd numbers. On a CPU without a tile unit the same instructions run in software.
 
 use super::*;
-use crate::Precision;
 use crate::attention::cache::CacheLayout;
 use crate::testing::{UNIT_ROUNDOFF as U, amx, assert_same_bits, gamma};
+use crate::{Isa, Precision};
 
 /// The precisions that tiles serve, and what each leaves out of `|A|·|B|`.
 const PRECISIONS: [(Precision, f64); 2] =
@@ -11,11 +11,14 @@ const PRECISIONS: [(Precision, f64); 2] =
 
 /// Calls `property` for each of them, with what it leaves out.
 pub(super) fn for_each_precision(mut property: impl FnMut(&Context, f64)) {
-    let Some(isa) = amx() else { return };
-    for ((precision, left_out), name) in PRECISIONS.into_iter().zip(["bf16_32x32_amx", "bf16x2_32x32_amx"]) {
-        let ctx = Context::with_isa(isa).precision(precision);
-        assert_eq!(kernel_name(&ctx, 8), name);
-        property(&ctx, left_out);
+    let on_tiles = amx().map(|isa| (isa, ["bf16_32x32_amx", "bf16x2_32x32_amx"].as_slice()));
+    let dots = Isa::avx512_bf16_or_emulated().map(|isa| (isa, ["bf16_8x48_avx512bf16"].as_slice()));
+    for (isa, names) in on_tiles.into_iter().chain(dots) {
+        for ((precision, left_out), name) in PRECISIONS.into_iter().zip(names) {
+            let ctx = Context::with_isa(isa).precision(precision);
+            assert_eq!(kernel_name(&ctx, 8), *name);
+            property(&ctx, left_out);
+        }
     }
 }
 

@@ -51,6 +51,13 @@ pub(crate) trait Bf16Products: Copy {
 
     /// Words across two rows: word j holds element j of both, rounded likewise.
     fn round_across(self, low: &[f32; WORDS], high: &[f32; WORDS]) -> [u32; WORDS];
+
+    /// As [`Bf16Products::round_along`], but what is beyond the range becomes infinity: the first part of `gemm::split`, for those who look for such
+    /// elements themselves.
+    fn split_along(self, elements: &[f32; 2 * WORDS]) -> [u32; WORDS];
+
+    /// As [`Bf16Products::round_across`], likewise.
+    fn split_across(self, low: &[f32; WORDS], high: &[f32; WORDS]) -> [u32; WORDS];
 }
 
 /// Words that are made at once.
@@ -94,6 +101,26 @@ impl Bf16Products for Wide {
 
     #[inline(always)]
     fn round_across(self, low: &[f32; WORDS], high: &[f32; WORDS]) -> [u32; WORDS] {
+        self.interleaved(self.round(pulp::bytemuck::cast(*low), pulp::bytemuck::cast(*high)))
+    }
+
+    #[inline(always)]
+    fn split_along(self, elements: &[f32; 2 * WORDS]) -> [u32; WORDS] {
+        let [first, second] = pulp::bytemuck::cast::<[f32; 2 * WORDS], [pulp::f32x16; 2]>(*elements);
+        pulp::bytemuck::cast(self.convert(first, second))
+    }
+
+    #[inline(always)]
+    fn split_across(self, low: &[f32; WORDS], high: &[f32; WORDS]) -> [u32; WORDS] {
+        self.interleaved(self.convert(pulp::bytemuck::cast(*low), pulp::bytemuck::cast(*high)))
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Wide {
+    /// 16 low and 16 high elements as words of one of each.
+    #[inline(always)]
+    fn interleaved(self, halves: pulp::u32x16) -> [u32; WORDS] {
         use std::arch::x86_64::_mm512_permutexvar_epi16;
         /// The halves of each word among 16 low and 16 high elements.
         const HALVES: [u16; 2 * WORDS] = {
@@ -104,26 +131,27 @@ impl Bf16Products for Wide {
             }
             halves
         };
-        let halves = self.round(pulp::bytemuck::cast(*low), pulp::bytemuck::cast(*high));
         // SAFETY: as above.
         pulp::bytemuck::cast(unsafe {
             _mm512_permutexvar_epi16(pulp::bytemuck::cast(HALVES), pulp::bytemuck::cast(halves))
         })
     }
-}
 
-#[cfg(target_arch = "x86_64")]
-impl Wide {
     /// All elements of `first`, then all of `second`, in halves of words. The instruction rounds what is beyond the range to infinity, so
     /// that is taken back first, where there is any.
     #[inline(always)]
     fn round(self, first: pulp::f32x16, second: pulp::f32x16) -> pulp::u32x16 {
+        if self.any_beyond(first) || self.any_beyond(second) {
+            return self.convert(held(first), held(second));
+        }
+        self.convert(first, second)
+    }
+
+    /// The same as the instruction has it.
+    #[inline(always)]
+    fn convert(self, first: pulp::f32x16, second: pulp::f32x16) -> pulp::u32x16 {
         use pulp::bytemuck::cast;
         use std::arch::x86_64::_mm512_cvtne2ps_pbh;
-        let (mut first, mut second) = (first, second);
-        if self.any_beyond(first) || self.any_beyond(second) {
-            (first, second) = (held(first), held(second));
-        }
         // SAFETY: a value of this type is made after its set was found only; vectors of 512 bits all.
         unsafe { std::mem::transmute(_mm512_cvtne2ps_pbh(cast(second), cast(first))) }
     }
@@ -479,6 +507,16 @@ mod plain {
         #[inline(always)]
         fn round_across(self, low: &[f32; WORDS], high: &[f32; WORDS]) -> [u32; WORDS] {
             std::array::from_fn(|j| rounded(low[j]) | rounded(high[j]) << 16)
+        }
+
+        #[inline(always)]
+        fn split_along(self, elements: &[f32; 2 * WORDS]) -> [u32; WORDS] {
+            std::array::from_fn(|j| bf16_bits(elements[2 * j]) | bf16_bits(elements[2 * j + 1]) << 16)
+        }
+
+        #[inline(always)]
+        fn split_across(self, low: &[f32; WORDS], high: &[f32; WORDS]) -> [u32; WORDS] {
+            std::array::from_fn(|j| bf16_bits(low[j]) | bf16_bits(high[j]) << 16)
         }
     }
 

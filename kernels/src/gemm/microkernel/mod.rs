@@ -10,6 +10,7 @@
 //! - Any number of rows with 1 to NR columns, few rows with any number of panels, any depth (0 included) work.
 
 pub(crate) mod amx;
+pub(crate) mod bf16_block;
 mod bf16_dots;
 mod bytes;
 #[cfg(target_arch = "x86_64")]
