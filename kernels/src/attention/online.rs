@@ -53,7 +53,7 @@ pub(super) fn score<S: Simd>(simd: S, mut x: S::f32s, v: usize, row: &Row<'_>) -
     if let Some(bias) = row.bias {
         let start = (v * S::F32_LANES).min(bias.len());
         let end = (start + S::F32_LANES).min(bias.len());
-        x = simd.add_f32s(x, simd.partial_load_f32s(&bias[start..end]));
+        x = simd.add_f32s(x, lanes::load_tail(simd, &bias[start..end]));
     }
     if let Some(Line { slope, ahead }) = row.alibi {
         // Exact below 2²⁴, as the distance is.

@@ -6,6 +6,7 @@
 use pulp::{Simd, WithSimd};
 
 use super::{Activation, Finish, Out, Stored};
+use crate::lanes;
 use crate::view::MatRef;
 
 /// A computed tile on its way to C: H × W vectors, of which the first `cols` columns count.
@@ -219,7 +220,7 @@ impl<S: Simd> WithSimd for EdgeTile<'_, S> {
             self.for_each(
                 #[inline(always)]
                 |x, _, col, count| {
-                    *x = simd.add_f32s(*x, simd.partial_load_f32s(&bias[col..col + count]));
+                    *x = simd.add_f32s(*x, lanes::load_tail(simd, &bias[col..col + count]));
                 },
             );
         }
@@ -296,7 +297,7 @@ unsafe fn load<S: Simd>(simd: S, ptr: *const f32, stride: usize, count: usize) -
         unsafe { ptr.cast::<S::f32s>().read_unaligned() }
     } else if stride == 1 {
         // SAFETY: the contract.
-        simd.partial_load_f32s(unsafe { std::slice::from_raw_parts(ptr, count) })
+        lanes::load_tail(simd, unsafe { std::slice::from_raw_parts(ptr, count) })
     } else {
         let mut vector = simd.splat_f32s(0.0);
         let lanes = std::ptr::from_mut(&mut vector).cast::<f32>();
@@ -319,7 +320,7 @@ unsafe fn store<S: Simd>(simd: S, vector: S::f32s, ptr: *mut f32, stride: usize,
         unsafe { ptr.cast::<S::f32s>().write_unaligned(vector) }
     } else if stride == 1 {
         // SAFETY: the contract. The elements are initialised: they are part of a `MatMut`.
-        simd.partial_store_f32s(unsafe { std::slice::from_raw_parts_mut(ptr, count) }, vector);
+        lanes::store_tail(simd, unsafe { std::slice::from_raw_parts_mut(ptr, count) }, vector);
     } else {
         let lanes = std::ptr::from_ref(&vector).cast::<f32>();
         for j in 0..count {
