@@ -13,7 +13,7 @@ use crate::view::MatRef;
 
 /// `row` from element `first` on, with zeros where it ends.
 #[inline(always)]
-fn padded<const N: usize>(row: &[f32], first: usize) -> [f32; N] {
+pub(super) fn padded<const N: usize>(row: &[f32], first: usize) -> [f32; N] {
     let rest = row.get(first..).unwrap_or(&[]);
     rest.first_chunk().copied().unwrap_or_else(
         #[inline(always)]
@@ -45,13 +45,21 @@ impl Bf16Visitor for Left<'_> {
         for (first, tiles) in (0..rows).step_by(SIDE).zip(sides) {
             let mut together = Together::NONE;
             let height = SIDE.min(rows - first);
-            for i in 0..SIDE {
-                let row = if i < height { self.a.row(first + i) } else { &[] };
-                for (step, tile) in tiles.chunks_exact_mut(TILE_WORDS).enumerate() {
-                    let row = padded(row, step * STEP);
+            for i in 0..height {
+                let (whole, rest) = self.a.row(first + i).as_chunks::<STEP>();
+                let mut tiles = tiles.chunks_exact_mut(TILE_WORDS);
+                for (row, tile) in whole.iter().zip(&mut tiles) {
+                    together.add::<1>(row);
+                    tile[i * SIDE..][..SIDE].copy_from_slice(&kernel.products().split_along(row));
+                }
+                if let Some(tile) = tiles.next() {
+                    let row = padded(rest, 0);
                     together.add::<1>(&row);
                     tile[i * SIDE..][..SIDE].copy_from_slice(&kernel.products().split_along(&row));
                 }
+            }
+            for tile in tiles.chunks_exact_mut(TILE_WORDS) {
+                tile[height * SIDE..].fill(0);
             }
             let magnitudes = &mut self.magnitudes[first..first + height];
             magnitudes.fill(Magnitudes::NONE);
@@ -93,28 +101,62 @@ struct Right<'a, const LOOK: bool> {
 
 impl<const LOOK: bool> Bf16Visitor for Right<'_, LOOK> {
     #[inline(always)]
-    fn visit<D: Bf16Products, const VECS: usize>(self, kernel: Bf16Kernel<D, VECS>) {
+    fn visit<D: Bf16Products, const VECS: usize>(mut self, kernel: Bf16Kernel<D, VECS>) {
         let (depth, cols) = (self.b.rows(), self.b.cols());
         let panel = depth.div_ceil(STEP) * 2 * TILE_WORDS;
         let mut together = Together::NONE;
         for q in 0..panel / BLOCK {
-            let row = |p: usize| if p < depth { self.b.row(p) } else { &[] };
-            let (low, high) = (row(2 * q), row(2 * q + 1));
             let place = q / SIDE * 2 * TILE_WORDS + q % SIDE * SIDE;
-            for (at, tiles) in (0..cols).step_by(BLOCK).zip(self.tiles.chunks_exact_mut(panel)) {
-                let tiles = &mut tiles[place..];
-                for side in 0..2 {
-                    let at = at + side * SIDE;
-                    let (low, high) = (padded::<SIDE>(low, at), padded::<SIDE>(high, at));
-                    if const { LOOK } {
-                        together.add::<1>(&pulp::bytemuck::cast([low, high]));
-                    }
-                    let words = kernel.products().split_across(&low, &high);
-                    tiles[side * TILE_WORDS..][..SIDE].copy_from_slice(&words);
+            if 2 * q >= depth {
+                for tiles in self.tiles.chunks_exact_mut(panel).take(cols.div_ceil(BLOCK)) {
+                    tiles[place..][..SIDE].fill(0);
+                    tiles[TILE_WORDS + place..][..SIDE].fill(0);
                 }
+                continue;
+            }
+            let low = self.b.row(2 * q);
+            let high = if 2 * q + 1 < depth { self.b.row(2 * q + 1) } else { &[] };
+            let whole = low.len().min(high.len()) / SIDE;
+            let (low, high) = (low.split_at(low.len().min(whole * SIDE)), high.split_at(whole * SIDE));
+            let pairs = low.0.as_chunks::<SIDE>().0.iter().zip(high.0.as_chunks::<SIDE>().0);
+            for (side, (low, high)) in pairs.enumerate() {
+                self.put(
+                    kernel.products(),
+                    side / 2 * panel + side % 2 * TILE_WORDS + place,
+                    (low, high),
+                    &mut together,
+                );
+            }
+            // Ragged columns, or a row without its second.
+            for side in whole..cols.div_ceil(BLOCK) * 2 {
+                let at = (side - whole) * SIDE;
+                let (low, high) = (padded(low.1, at), padded(high.1, at));
+                self.put(
+                    kernel.products(),
+                    side / 2 * panel + side % 2 * TILE_WORDS + place,
+                    (&low, &high),
+                    &mut together,
+                );
             }
         }
         *self.any = LOOK && !together.fit();
+    }
+}
+
+impl<const LOOK: bool> Right<'_, LOOK> {
+    /// 16 words of two rows.
+    #[inline(always)]
+    fn put<D: Bf16Products>(
+        &mut self,
+        dots: D,
+        place: usize,
+        (low, high): (&[f32; SIDE], &[f32; SIDE]),
+        together: &mut Together,
+    ) {
+        if const { LOOK } {
+            together.add::<1>(&pulp::bytemuck::cast([*low, *high]));
+        }
+        self.tiles[place..][..SIDE].copy_from_slice(&dots.split_across(low, high));
     }
 }
 

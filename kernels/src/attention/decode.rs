@@ -13,7 +13,7 @@
 //!   a thread too, but their sum would not have the bits of the full pass.
 //! - Scores of all keys are held: `rows × keys` numbers, where K and V are `keys × (dim + v_dim)`.
 //!
-//! The two products are those of the full pass at the context's precision: [`super::decode_vectors`] or [`super::decode_tiles`]. A cache of int8, which has
+//! The two products are those of the full pass at the context's precision: [`super::decode_vectors`], [`super::decode_tiles`] or [`super::decode_dots`]. A cache of int8, which has
 //! no full pass to be equal to, is read by vectors.
 
 use std::ops::Range;

@@ -6,6 +6,7 @@ use pulp::{Simd, WithSimd};
 
 use super::AttentionSpec;
 use super::decode::{Block, Decode, KEYS_PER_TASK, Part, Places};
+use super::decode_dots::Dots;
 use super::decode_tiles::InParts;
 use super::decode_vectors::Vectors;
 use super::mask::Line;
@@ -56,7 +57,13 @@ impl WithSimd for Tasks<'_> {
     fn with_simd<S: Simd>(self, simd: S) {
         match self.tiles {
             None => self.run(simd, &Vectors),
-            Some(on @ OnTiles { parts: 1, .. }) => self.run(simd, &InParts::<1>(on.unit())),
+            Some(on @ OnTiles { parts: 1, .. }) => {
+                let tiles = InParts::<1>(on.unit());
+                match on.dots() {
+                    Some(proof) => self.run(simd, &Dots { proof, tiles }),
+                    None => self.run(simd, &tiles),
+                }
+            }
             Some(on) => self.run(simd, &InParts::<2>(on.unit())),
         }
     }

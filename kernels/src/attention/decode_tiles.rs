@@ -207,7 +207,7 @@ impl<const P: usize> InParts<P> {
 impl Tasks<'_> {
     /// Columns `cols` of the values of some keys of a unit, as they stand or copied.
     #[inline(always)]
-    fn values<'v>(
+    pub(super) fn values<'v>(
         &'v self,
         unit: usize,
         keys: &Range<usize>,

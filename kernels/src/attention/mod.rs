@@ -26,7 +26,8 @@
 //!   `key_lengths` are never read into a result; other hidden keys, and the rows of Q and dO that do
 //!   not see a key, must be finite, but on tiles they may be anything.
 //! - A NaN or +∞ among the visible scores of a row makes that row NaN.
-//! - Memory beyond inputs and outputs: one block of keys, one tile of scores and some rows of a head (up to 768 KiB) a thread.
+//! - Memory beyond inputs and outputs: one block of keys, one tile of scores and some rows of a head (up to 768 KiB; of packed rows in the
+//!   backward pass of `Medium` and `High` up to 4 MiB) a thread.
 //!
 //! # Accuracy
 //! On vectors: error against f64 at most twice that of the naive form in f32, gradients three times
@@ -44,6 +45,7 @@ pub mod cache;
 mod chunk;
 mod conversion;
 mod decode;
+mod decode_dots;
 mod decode_tasks;
 mod decode_tiles;
 mod decode_vectors;

@@ -85,6 +85,14 @@ impl OnTiles {
         }
     }
 
+    /// The proof that dot products on vectors multiply, if they do.
+    pub(super) fn dots(self) -> Option<Bf16Dots> {
+        match self.means {
+            Means::Tiles(_) => None,
+            Means::Dots(proof) => Some(proof),
+        }
+    }
+
     /// Makes this thread ready for products.
     pub(super) fn unit(self) -> Unit {
         let products = match self.means {

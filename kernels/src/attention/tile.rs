@@ -233,10 +233,12 @@ impl<const MR: usize, const ACROSS: bool> Group<MR, ACROSS> {
             }
         }
         let mut at = Place { a: std::array::from_fn(|r| a.rows_from(r).ptr), b: b.ptr.wrapping_add(col) };
-        for _ in 0..depth / UNROLL {
+        // One row is bound by reading B: unrolled, the compiler orders four steps by columns, and no prefetcher follows.
+        let unrolled = if const { MR == 1 } { 0 } else { depth / UNROLL };
+        for _ in 0..unrolled {
             self.steps::<S, NV, UNROLL>(simd, &mut at, &mut acc, TAIL.then_some(mask));
         }
-        for _ in 0..depth % UNROLL {
+        for _ in unrolled * UNROLL..depth {
             self.steps::<S, NV, 1>(simd, &mut at, &mut acc, TAIL.then_some(mask));
         }
         for (r, acc) in acc.into_iter().enumerate() {

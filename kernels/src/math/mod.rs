@@ -74,11 +74,11 @@ fn polynomial<S: Simd, const N: usize>(simd: S, x: S::f32s, c: [f32; N]) -> S::f
 }
 
 #[inline(always)]
-fn shift_left<S: Simd>(simd: S, x: S::u32s, bits: u32) -> S::u32s {
+pub(crate) fn shift_left<S: Simd>(simd: S, x: S::u32s, bits: u32) -> S::u32s {
     simd.wrapping_dyn_shl_u32s(x, simd.splat_u32s(bits))
 }
 
 #[inline(always)]
-fn shift_right<S: Simd>(simd: S, x: S::u32s, bits: u32) -> S::u32s {
+pub(crate) fn shift_right<S: Simd>(simd: S, x: S::u32s, bits: u32) -> S::u32s {
     simd.wrapping_dyn_shr_u32s(x, simd.splat_u32s(bits))
 }

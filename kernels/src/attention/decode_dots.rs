@@ -1,0 +1,421 @@
+//! The two products of decoding by dot products of bf16 on vectors, straight from the cache.
+//!
+//! ```text
+//! for each pair of rows q:  w = words (row 2q, row 2q + 1) of 32 columns;      for each query:  acc += left[q]·w
+//! ```
+//! Rows are the elements of K in a panel, or the keys of V in a block. A step reads its cache once, so nothing is packed: two rows become words in registers, by the CPU's conversion
+//! or, of a cache in bf16, by putting halves together, and meet the queries there. An element is the chain over words that [`crate::gemm::microkernel::bf16_block`]
+//! has, so the bits are those of the full pass.
+//! Where a number is odd (see [`super::on_tiles`]), the form of tiles, which looks after such numbers, does the task again.
+
+use std::ops::Range;
+
+use pulp::Simd;
+
+use super::cache::{CacheFormat, PANEL, Rows};
+use super::conversion::padded;
+use super::decode::Places;
+use super::decode_tasks::{Products, Tasks};
+use super::decode_tiles::InParts;
+use super::problem::KEY_BLOCK;
+use crate::gemm::microkernel::{Bf16Kernel, Bf16Products, Bf16Visitor, with_bf16_kernel};
+use crate::isa::Bf16Dots;
+use crate::lanes;
+use crate::math::{shift_left, shift_right};
+use crate::scratch::ScratchBuf;
+use crate::view::MatRef;
+
+/// Columns of two vectors of words, and the words of a group of a stored row.
+const GROUP: usize = 32;
+/// Words of a vector of 512 bits, which is what the products make at once.
+const WORDS: usize = GROUP / 2;
+/// Queries that meet the words together.
+const QUERIES: usize = 4;
+
+/// Dot products, and the form of tiles beside them.
+pub(super) struct Dots {
+    pub(super) proof: Bf16Dots,
+    pub(super) tiles: InParts<1>,
+}
+
+/// Words of a left operand's row of that many elements.
+const fn left_words(depth: usize) -> usize {
+    depth.div_ceil(GROUP) * WORDS
+}
+
+impl Products for Dots {
+    #[inline(always)]
+    fn scores<S: Simd>(&self, simd: S, tasks: &Tasks<'_>, unit: usize, columns: &Range<usize>) {
+        let (b, kv) = tasks.problem.place(unit);
+        let (rows, dim) = (tasks.problem.rows(), tasks.problem.dim);
+        let scaled = tasks.scaled_queries(simd, unit);
+        let scaled = MatRef::new(&scaled, rows, dim).expect("[rows, dim]");
+        let mut left = ScratchBuf::take(rows.next_multiple_of(QUERIES) * left_words(dim));
+        let mut odd = self.pack(scaled, left.words_mut());
+        let mut sums = ScratchBuf::take(rows.next_multiple_of(QUERIES) * PANEL);
+        for block in tasks.blocks_in(unit, columns) {
+            for (part, position, keys) in tasks.held(b, &block.keys) {
+                let mut at = keys.start;
+                while at < keys.end {
+                    let position = position + at - keys.start;
+                    let first = position % PANEL;
+                    let cols = first..PANEL.min(first + keys.end - at);
+                    let k = match part.cache.panel(part.sequences[b], kv, position / PANEL) {
+                        Rows::F32(k) => {
+                            Pairs::F32(MatRef::new(k, dim, PANEL).expect("a panel is [dim, PANEL]"))
+                        }
+                        Rows::Stored(_, words, _) => {
+                            Pairs::Bf16(Stored { words, stride: PANEL / 2, rows: dim, cols: PANEL })
+                        }
+                    };
+                    self.multiply(left.words_mut(), (rows, dim), k, &mut sums, &mut odd);
+                    let place = unit * tasks.places.len + block.place() + at - block.keys.start;
+                    for (r, sums) in sums.chunks_exact(PANEL).enumerate().take(rows) {
+                        // SAFETY: these columns of the unit's row of scores belong to this task alone.
+                        let scores =
+                            unsafe { tasks.memory.part(place + r * tasks.places.stride, cols.len()) };
+                        scores.copy_from_slice(&sums[cols.clone()]);
+                    }
+                    at += cols.len();
+                }
+            }
+        }
+        if odd {
+            self.tiles.scores(simd, tasks, unit, columns);
+        }
+    }
+
+    #[inline(always)]
+    fn output<S: Simd>(&self, simd: S, tasks: &Tasks<'_>, unit: usize, cols: Range<usize>) {
+        if cols.is_empty() {
+            return;
+        }
+        let (rows, v_dim) = (tasks.problem.rows(), tasks.problem.v_dim);
+        let (b, kv) = tasks.problem.place(unit);
+        let Places { stride, alpha, len, .. } = tasks.places;
+        let width = cols.len().next_multiple_of(GROUP);
+        let mut acc = ScratchBuf::zeroed(rows * width);
+        let mut sums = ScratchBuf::take(rows.next_multiple_of(QUERIES) * width);
+        let mut left = ScratchBuf::take(rows.next_multiple_of(QUERIES) * left_words(KEY_BLOCK));
+        let mut copied = ScratchBuf::take(KEY_BLOCK.min(tasks.problem.keys) * cols.len());
+        let mut odd = false;
+        for block in tasks.problem.blocks(unit) {
+            let keys = &block.keys;
+            // SAFETY: P and α of this unit are complete and only read now.
+            let memory = unsafe { tasks.memory.part(unit * len, len) };
+            let p = MatRef::with_strides(&memory[block.place()..], rows, keys.len(), stride, 1);
+            self.pack(p.expect("P holds these keys"), left.words_mut());
+            let whole = tasks.held(b, keys).find(|(.., mine)| mine == keys);
+            let v =
+                match whole.map(|(part, position, _)| (part.cache.values(part.sequences[b], kv), position)) {
+                    Some((Rows::Stored(CacheFormat::Bf16, words, _), position))
+                        if cols.start.is_multiple_of(GROUP) =>
+                    {
+                        let stride = CacheFormat::Bf16.words(v_dim);
+                        let words = &words[position * stride + cols.start / 2..];
+                        Pairs::Bf16(Stored { words, stride, rows: keys.len(), cols: cols.len() })
+                    }
+                    _ => Pairs::F32(tasks.values(unit, keys, &cols, &mut copied)),
+                };
+            self.multiply(left.words_mut(), (rows, keys.len()), v, &mut sums, &mut odd);
+            let alphas = &memory[alpha + block.index * rows..][..rows];
+            for ((acc, sums), alpha) in acc.chunks_exact_mut(width).zip(sums.chunks_exact(width)).zip(alphas)
+            {
+                let alpha = simd.splat_f32s(*alpha);
+                lanes::update(
+                    simd,
+                    sums,
+                    acc,
+                    #[inline(always)]
+                    |sum, acc| simd.mul_add_e_f32s(alpha, acc, sum),
+                );
+            }
+        }
+        if odd {
+            self.tiles.output(simd, tasks, unit, cols);
+        } else {
+            tasks.store(simd, unit, (&acc, width), cols);
+        }
+    }
+}
+
+impl Dots {
+    /// Words along each row, [`left_words`] apart; whether an element is odd.
+    fn pack(&self, rows: MatRef<'_>, words: &mut [u32]) -> bool {
+        let mut odd = false;
+        with_bf16_kernel(self.proof, Pack { rows, words, odd: &mut odd });
+        odd
+    }
+
+    /// `sums = left·pairs` of some rows that are so many elements deep; `odd` when an element of `pairs` is.
+    fn multiply(
+        &self,
+        left: &[u32],
+        (rows, depth): (usize, usize),
+        pairs: Pairs<'_>,
+        sums: &mut [f32],
+        odd: &mut bool,
+    ) {
+        let stride = left_words(depth);
+        assert!(left.len() >= rows.next_multiple_of(QUERIES) * stride);
+        match pairs {
+            Pairs::F32(right) => with_bf16_kernel(self.proof, Sums { left, stride, rows, right, sums, odd }),
+            Pairs::Bf16(right) => with_bf16_kernel(self.proof, Sums { left, stride, rows, right, sums, odd }),
+        }
+    }
+}
+
+/// A right operand in either form.
+enum Pairs<'a> {
+    F32(MatRef<'a>),
+    Bf16(Stored<'a>),
+}
+
+/// Rows of a cache in bf16, from the first column that is meant on.
+struct Stored<'a> {
+    words: &'a [u32],
+    /// Words from one row to the next.
+    stride: usize,
+    rows: usize,
+    cols: usize,
+}
+
+/// V vectors of the set: 16 words.
+type Vectors<D, const V: usize> = [<<D as Bf16Products>::Simd as Simd>::u32s; V];
+
+/// Rows of a right operand, two of which become words.
+trait RowPairs {
+    fn rows(&self) -> usize;
+    fn cols(&self) -> usize;
+    /// Words of rows 2q and 2q + 1 in 32 columns from `first` on. All of them exist when `WHOLE`; otherwise zeros stand for those that do not.
+    fn words<D: Bf16Products, const V: usize, const WHOLE: bool>(
+        &self,
+        dots: D,
+        q: usize,
+        first: usize,
+    ) -> [Vectors<D, V>; 2];
+}
+
+/// 16 words as vectors.
+#[inline(always)]
+fn vectors<D: Bf16Products, const V: usize>(words: &[u32; WORDS]) -> Vectors<D, V> {
+    let (vectors, _) = <D::Simd as Simd>::as_simd_u32s(words);
+    *vectors.first_chunk().expect("V vectors are 16 words")
+}
+
+impl RowPairs for MatRef<'_> {
+    #[inline(always)]
+    fn rows(&self) -> usize {
+        MatRef::rows(self)
+    }
+
+    #[inline(always)]
+    fn cols(&self) -> usize {
+        MatRef::cols(self)
+    }
+
+    #[inline(always)]
+    fn words<D: Bf16Products, const V: usize, const WHOLE: bool>(
+        &self,
+        dots: D,
+        q: usize,
+        first: usize,
+    ) -> [Vectors<D, V>; 2] {
+        let low = self.row(2 * q);
+        let high = if WHOLE || 2 * q + 1 < MatRef::rows(self) { self.row(2 * q + 1) } else { &[] };
+        // Apart, because the copy of a ragged row is a call, around which nothing stays in registers.
+        if const { WHOLE } {
+            let [low, high] = [low, high].map(
+                #[inline(always)]
+                |row| row[first..].first_chunk::<GROUP>().expect("whole groups").as_chunks::<WORDS>().0,
+            );
+            return [0, 1].map(
+                #[inline(always)]
+                |side| vectors::<D, V>(&dots.split_across(&low[side], &high[side])),
+            );
+        }
+        [first, first + WORDS].map(
+            #[inline(always)]
+            |first| vectors::<D, V>(&dots.split_across(&padded(low, first), &padded(high, first))),
+        )
+    }
+}
+
+impl RowPairs for Stored<'_> {
+    #[inline(always)]
+    fn rows(&self) -> usize {
+        self.rows
+    }
+
+    #[inline(always)]
+    fn cols(&self) -> usize {
+        self.cols
+    }
+
+    #[inline(always)]
+    fn words<D: Bf16Products, const V: usize, const WHOLE: bool>(
+        &self,
+        dots: D,
+        q: usize,
+        first: usize,
+    ) -> [Vectors<D, V>; 2] {
+        let simd = dots.simd();
+        let row = |at: usize| -> Vectors<D, V> {
+            let words = self.words[at * self.stride + first / 2..].first_chunk();
+            vectors::<D, V>(words.expect("whole groups of words"))
+        };
+        let low = row(2 * q);
+        let high = if WHOLE || 2 * q + 1 < self.rows { row(2 * q + 1) } else { [simd.splat_u32s(0); V] };
+        let (lower, upper) = (simd.splat_u32s(0xffff), simd.splat_u32s(0xffff_0000));
+        // Column w of a group is the low half of word w, column 16 + w the high one.
+        let mut words = [low; 2];
+        for v in 0..V {
+            words[0][v] = simd.or_u32s(simd.and_u32s(low[v], lower), shift_left(simd, high[v], 16));
+            words[1][v] = simd.or_u32s(shift_right(simd, low[v], 16), simd.and_u32s(high[v], upper));
+        }
+        words
+    }
+}
+
+/// Looks for halves of words that are infinite or NaN, which what rounds to infinity is too.
+#[derive(Clone, Copy)]
+struct Halves<S: Simd>(S::u32s);
+
+impl<S: Simd> Halves<S> {
+    #[inline(always)]
+    fn none(simd: S) -> Halves<S> {
+        Halves(simd.splat_u32s(0))
+    }
+
+    /// An exponent of ones and one more carries into the sign, which was taken off.
+    #[inline(always)]
+    fn add(&mut self, simd: S, words: S::u32s) {
+        let exponents = simd.and_u32s(words, simd.splat_u32s(0x7f80_7f80));
+        self.0 = simd.or_u32s(self.0, simd.add_u32s(exponents, simd.splat_u32s(0x0080_0080)));
+    }
+
+    #[inline(always)]
+    fn odd(&self) -> bool {
+        let lanes: &[u32] = pulp::bytemuck::cast_slice(std::slice::from_ref(&self.0));
+        lanes.iter().any(|lane| lane & 0x8000_8000 != 0)
+    }
+}
+
+struct Pack<'a> {
+    rows: MatRef<'a>,
+    words: &'a mut [u32],
+    odd: &'a mut bool,
+}
+
+impl Bf16Visitor for Pack<'_> {
+    #[inline(always)]
+    fn visit<D: Bf16Products, const VECS: usize>(self, kernel: Bf16Kernel<D, VECS>) {
+        let simd = kernel.products().simd();
+        let mut halves = Halves::none(simd);
+        let stride = left_words(self.rows.cols());
+        for (i, words) in self.words.chunks_exact_mut(stride).enumerate().take(self.rows.rows()) {
+            let row = self.rows.row(i);
+            for (step, words) in words.as_chunks_mut::<WORDS>().0.iter_mut().enumerate() {
+                *words = kernel.products().split_along(&padded(row, step * GROUP));
+                <D::Simd as Simd>::as_simd_u32s(words).0.iter().for_each(
+                    #[inline(always)]
+                    |words| halves.add(simd, *words),
+                );
+            }
+        }
+        *self.odd = halves.odd();
+    }
+}
+
+struct Sums<'a, R> {
+    left: &'a [u32],
+    stride: usize,
+    rows: usize,
+    right: R,
+    /// [rows, columns in whole groups]; has room for whole fours of rows.
+    sums: &'a mut [f32],
+    odd: &'a mut bool,
+}
+
+impl<R: RowPairs> Bf16Visitor for Sums<'_, R> {
+    #[inline(always)]
+    fn visit<D: Bf16Products, const VECS: usize>(mut self, kernel: Bf16Kernel<D, VECS>) {
+        let mut halves = Halves::none(kernel.products().simd());
+        let groups = self.right.cols().div_ceil(GROUP);
+        for first in (0..self.rows).step_by(QUERIES) {
+            let mut group = 0;
+            while group < groups {
+                // One row reads two groups at a time: rows of the cache come in order, and four chains hide the latency.
+                group += match (D::Simd::F32_LANES, self.rows - first, groups - group) {
+                    (16, 1, 1) => self.chains::<D, 1, 1, 1>(kernel.products(), (first, group), &mut halves),
+                    (16, 1, _) => self.chains::<D, 1, 1, 2>(kernel.products(), (first, group), &mut halves),
+                    (16, ..) => {
+                        self.chains::<D, 1, QUERIES, 1>(kernel.products(), (first, group), &mut halves)
+                    }
+                    (8, ..) => {
+                        self.chains::<D, 2, QUERIES, 1>(kernel.products(), (first, group), &mut halves)
+                    }
+                    (lanes, ..) => unreachable!("dot products of bf16 on {lanes} lanes"),
+                };
+            }
+        }
+        *self.odd |= halves.odd();
+    }
+}
+
+impl<R: RowPairs> Sums<'_, R> {
+    /// H rows from row `first` on, G groups of columns from group `group` on, V vectors to 16 words; gives G.
+    #[inline(always)]
+    fn chains<D: Bf16Products, const V: usize, const H: usize, const G: usize>(
+        &mut self,
+        dots: D,
+        (first, group): (usize, usize),
+        halves: &mut Halves<D::Simd>,
+    ) -> usize {
+        let simd = dots.simd();
+        let mut acc = [[[[simd.splat_f32s(0.0); V]; 2]; G]; H];
+        let left = &self.left[first * self.stride..];
+        let (rows, whole_columns) = (self.right.rows(), (group + G) * GROUP <= self.right.cols());
+        let whole = if whole_columns { rows / 2 } else { 0 };
+        for q in 0..whole {
+            self.pair::<D, V, H, G, true>(dots, (q, group), left, &mut acc, halves);
+        }
+        for q in whole..rows.div_ceil(2) {
+            self.pair::<D, V, H, G, false>(dots, (q, group), left, &mut acc, halves);
+        }
+        let width = self.right.cols().next_multiple_of(GROUP);
+        for (h, acc) in acc.iter().enumerate() {
+            for (g, acc) in acc.iter().enumerate() {
+                let to = &mut self.sums[(first + h) * width + (group + g) * GROUP..][..GROUP];
+                let to = <D::Simd as Simd>::as_mut_simd_f32s(to).0;
+                to.iter_mut().zip(acc.as_flattened()).for_each(|(to, acc)| *to = *acc);
+            }
+        }
+        G
+    }
+
+    /// One step of the chains.
+    #[inline(always)]
+    fn pair<D: Bf16Products, const V: usize, const H: usize, const G: usize, const WHOLE: bool>(
+        &self,
+        dots: D,
+        (q, group): (usize, usize),
+        left: &[u32],
+        acc: &mut [[[[<D::Simd as Simd>::f32s; V]; 2]; G]; H],
+        halves: &mut Halves<D::Simd>,
+    ) {
+        let simd = dots.simd();
+        for g in 0..G {
+            let words = self.right.words::<D, V, WHOLE>(dots, q, (group + g) * GROUP);
+            for (side, words) in words.into_iter().enumerate() {
+                for (v, words) in words.into_iter().enumerate() {
+                    halves.add(simd, words);
+                    for (h, acc) in acc.iter_mut().enumerate() {
+                        let pair = simd.splat_u32s(left[h * self.stride + q]);
+                        acc[g][side][v] = dots.add_dots(acc[g][side][v], pair, words);
+                    }
+                }
+            }
+        }
+    }
+}
