@@ -60,21 +60,27 @@ impl Products for Dots {
                     let position = position + at - keys.start;
                     let first = position % PANEL;
                     let cols = first..PANEL.min(first + keys.end - at);
+                    // Whole groups from the left, and no column beyond the last key: anything may stand there.
+                    let begin = cols.start / GROUP * GROUP;
+                    let some = cols.end - begin;
                     let k = match part.cache.panel(part.sequences[b], kv, position / PANEL) {
                         Rows::F32(k) => {
-                            Pairs::F32(MatRef::new(k, dim, PANEL).expect("a panel is [dim, PANEL]"))
+                            let k = MatRef::with_strides(&k[begin..], dim, some, PANEL, 1);
+                            Pairs::F32(k.expect("a panel is [dim, PANEL]"))
                         }
                         Rows::Stored(_, words, _) => {
-                            Pairs::Bf16(Stored { words, stride: PANEL / 2, rows: dim, cols: PANEL })
+                            let words = &words[begin / 2..];
+                            Pairs::Bf16(Stored { words, stride: PANEL / 2, rows: dim, cols: some })
                         }
                     };
                     self.multiply(left.words_mut(), (rows, dim), k, &mut sums, &mut odd);
                     let place = unit * tasks.places.len + block.place() + at - block.keys.start;
-                    for (r, sums) in sums.chunks_exact(PANEL).enumerate().take(rows) {
+                    let width = some.next_multiple_of(GROUP);
+                    for (r, sums) in sums.chunks_exact(width).enumerate().take(rows) {
                         // SAFETY: these columns of the unit's row of scores belong to this task alone.
                         let scores =
                             unsafe { tasks.memory.part(place + r * tasks.places.stride, cols.len()) };
-                        scores.copy_from_slice(&sums[cols.clone()]);
+                        scores.copy_from_slice(&sums[cols.start - begin..some]);
                     }
                     at += cols.len();
                 }
@@ -183,6 +189,10 @@ struct Stored<'a> {
 /// V vectors of the set: 16 words.
 type Vectors<D, const V: usize> = [<<D as Bf16Products>::Simd as Simd>::u32s; V];
 
+/// Sums of H rows and G groups of columns.
+type Chains<D, const V: usize, const H: usize, const G: usize> =
+    [[[[<<D as Bf16Products>::Simd as Simd>::f32s; V]; 2]; G]; H];
+
 /// Rows of a right operand, two of which become words.
 trait RowPairs {
     fn rows(&self) -> usize;
@@ -272,6 +282,11 @@ impl RowPairs for Stored<'_> {
         for v in 0..V {
             words[0][v] = simd.or_u32s(simd.and_u32s(low[v], lower), shift_left(simd, high[v], 16));
             words[1][v] = simd.or_u32s(shift_right(simd, low[v], 16), simd.and_u32s(high[v], upper));
+        }
+        if const { !WHOLE } {
+            // Beyond the last column anything may stand.
+            let lanes: &mut [u32] = pulp::bytemuck::cast_slice_mut(words.as_flattened_mut());
+            lanes.iter_mut().skip(self.cols - first).for_each(|lane| *lane = 0);
         }
         words
     }
@@ -401,7 +416,7 @@ impl<R: RowPairs> Sums<'_, R> {
         dots: D,
         (q, group): (usize, usize),
         left: &[u32],
-        acc: &mut [[[[<D::Simd as Simd>::f32s; V]; 2]; G]; H],
+        acc: &mut Chains<D, V, H, G>,
         halves: &mut Halves<D::Simd>,
     ) {
         let simd = dots.simd();

@@ -90,6 +90,9 @@ impl Forward<'_> {
     }
 }
 
+/// Where a unit begins: sequence, first head, rows.
+pub(super) type First = (usize, usize, Range<usize>);
+
 /// By what means a pass runs: the same for all of its problems.
 #[derive(Clone, Copy)]
 struct Means {
@@ -149,13 +152,9 @@ impl Forward<'_> {
         listed.chain(all.into_iter().flatten()).filter(move |keys| !seen.is_empty() && !keys.is_empty())
     }
 
-    /// Where a unit of at most `chunk` rows of `heads` heads begins: sequence, first head, rows.
+    /// Where a unit of at most `chunk` rows of `heads` heads begins.
     #[inline(always)]
-    pub(super) fn first_of(
-        &self,
-        unit: usize,
-        (chunk, heads): (usize, usize),
-    ) -> (usize, usize, Range<usize>) {
+    pub(super) fn first_of(&self, unit: usize, (chunk, heads): (usize, usize)) -> First {
         let chunks = self.shape.seq_q.div_ceil(chunk);
         let groups = self.shape.heads / heads;
         let (batch, group) = (unit / chunks / groups, unit / chunks % groups);

@@ -22,7 +22,7 @@ use std::ops::Range;
 use pulp::Simd;
 
 use super::chunk::{Chunk, Rows, groups, vectors};
-use super::flash::Forward;
+use super::flash::{First, Forward};
 use super::on_tiles::{self, OnTiles, Operands, Unit, left_words, product, right_words};
 use super::problem::{KEY_BLOCK, Shape, cut, take_first};
 use super::stage::{self, Coming};
@@ -154,7 +154,7 @@ impl Forward<'_> {
         &self,
         simd: S,
         state: &mut State<'s>,
-        (chunks, next): (&mut [Chunk<'_>], Option<(usize, usize, Range<usize>)>),
+        (chunks, next): (&mut [Chunk<'_>], Option<First>),
         held: &mut [Held<'s>],
     ) {
         for (chunk, held) in chunks.iter().zip(&mut *held) {

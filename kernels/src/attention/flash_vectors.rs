@@ -13,7 +13,7 @@ use std::ops::Range;
 use pulp::Simd;
 
 use super::chunk::{Chunk, Rows, groups, vectors};
-use super::flash::Forward;
+use super::flash::{First, Forward};
 use super::mask::Coverage;
 use super::problem::{KEY_BLOCK, ROW_TILE, Shape, cut};
 use super::stage::{self, Coming};
@@ -100,7 +100,7 @@ impl Forward<'_> {
         simd: S,
         state: &mut State<'_>,
         chunks: &mut [Chunk<'_>],
-        next: Option<(usize, usize, Range<usize>)>,
+        next: Option<First>,
     ) {
         for (head, chunk) in chunks.iter().enumerate() {
             let (q, mut rows) = state.held.head(head);
@@ -137,7 +137,7 @@ impl Forward<'_> {
         &'a self,
         chunk: &'a Chunk<'_>,
         keys: Option<&Range<usize>>,
-        next: Option<&(usize, usize, Range<usize>)>,
+        next: Option<&First>,
     ) -> [MatRef<'a>; 4] {
         let nothing = chunk.k.sub(0..0, 0..0);
         match (keys, next) {
@@ -157,11 +157,7 @@ impl Forward<'_> {
 
     /// What comes after the last block of keys: the output, and the first keys and the rows of the next chunk.
     #[inline(always)]
-    fn coming_chunk<'a>(
-        &'a self,
-        chunk: &'a Chunk<'_>,
-        (batch, head, rows): &(usize, usize, Range<usize>),
-    ) -> [MatRef<'a>; 4] {
+    fn coming_chunk<'a>(&'a self, chunk: &'a Chunk<'_>, (batch, head, rows): &First) -> [MatRef<'a>; 4] {
         let sight = self.spec.mask.sight(*batch, self.shape.seq_k);
         let keys = self.blocks(&sight, *head, rows.clone()).next().unwrap_or(0..0);
         let kv = head / self.shape.group();

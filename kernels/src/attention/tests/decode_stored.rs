@@ -133,6 +133,23 @@ fn a_bf16_cache_has_the_bits_of_the_full_pass_over_rounded_keys_and_values() {
     }
 }
 
+/// Where bf16 is what is multiplied, the cache's words are read as such or by way of f32.
+#[test]
+fn a_bf16_cache_has_those_bits_where_bf16_is_multiplied() {
+    for case in cases().into_iter().chain(masked()).step_by(4) {
+        let Shape { heads, seq_k, v_dim, .. } = case.shape;
+        let stored = as_stored(&case, CacheFormat::Bf16);
+        tiles::for_each_precision(|ctx, _| {
+            let full = stored.forward(ctx);
+            for (queries, out, lse) in decoded(ctx, &case, CacheFormat::Bf16) {
+                let rows = seq_k - queries..seq_k;
+                assert_same_bits(&out, &rows_of(&full.0, seq_k, heads * v_dim, rows.clone()));
+                assert_same_bits(&lse, &rows_of(&full.1, seq_k, 1, rows));
+            }
+        });
+    }
+}
+
 #[test]
 fn an_int8_cache_is_within_the_contract_of_its_numbers() {
     let dense = masked().into_iter().filter(|case| case.lists.is_empty()).step_by(2);
