@@ -188,3 +188,83 @@ impl Bf16Visitor for ScoreRows<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::on_tiles::{left_words, right_words};
+    use super::*;
+    use crate::gemm::split;
+    use crate::isa::Isa;
+    use crate::testing::uniform;
+
+    /// Of the CPU, or in plain arithmetic.
+    fn proof() -> Option<Bf16Dots> {
+        Isa::avx512_bf16_or_emulated().and_then(Isa::bf16_dots)
+    }
+
+    /// Ragged and whole, without and with an element that is odd.
+    fn matrices() -> impl Iterator<Item = (usize, usize, Vec<f32>)> {
+        [(1, 1), (2, 16), (15, 31), (16, 32), (17, 33), (33, 48), (64, 70)].into_iter().flat_map(
+            |(rows, cols)| {
+                [None, Some(f32::MAX), Some(f32::NEG_INFINITY), Some(f32::NAN)].map(|odd| {
+                    let mut data = uniform(rows * cols, 3);
+                    if let Some(odd) = odd {
+                        data[rows * cols * 2 / 3] = odd;
+                    }
+                    (rows, cols, data)
+                })
+            },
+        )
+    }
+
+    #[test]
+    fn left_operands_are_those_of_integer_arithmetic() {
+        let Some(proof) = proof() else { return };
+        for (rows, cols, data) in matrices() {
+            let a = MatRef::new(&data, rows, cols).unwrap();
+            let [mut ours, mut theirs] = [(); 2].map(|()| vec![u32::MAX; left_words(rows, cols, 1)]);
+            let [mut of_ours, mut of_theirs] = [(); 2].map(|()| vec![Magnitudes::NONE; rows]);
+            pack_left(proof, a, &mut ours, &mut of_ours);
+            split::pack_left::<1>(a, &mut theirs, &mut of_theirs);
+            assert_eq!(ours, theirs, "{rows} x {cols}");
+            let odd = |of: &[Magnitudes]| of.iter().map(|x| is_odd(*x)).collect::<Vec<_>>();
+            assert_eq!(odd(&of_ours), odd(&of_theirs));
+            if rows <= KEY_BLOCK && cols <= KEY_BLOCK {
+                let mut scores = vec![0.0; rows * KEY_BLOCK];
+                for (to, from) in scores.chunks_exact_mut(KEY_BLOCK).zip(data.chunks_exact(cols)) {
+                    to[..cols].copy_from_slice(from);
+                }
+                let mut ours = vec![0; theirs.len()];
+                pack_score_rows(proof, &scores, (rows, cols.div_ceil(STEP)), &mut ours);
+                assert_eq!(ours, theirs, "scores of {rows} x {cols}");
+            }
+        }
+    }
+
+    #[test]
+    fn right_operands_are_those_of_integer_arithmetic() {
+        let Some(proof) = proof() else { return };
+        for (depth, cols, data) in matrices() {
+            let b = MatRef::new(&data, depth, cols).unwrap();
+            let words = right_words(depth, cols, 1);
+            let [mut ours, mut scores, mut theirs] = [(); 3].map(|()| vec![u32::MAX; words]);
+            let [mut odd, mut odd_there] = [(); 2].map(|()| vec![false; cols]);
+            let any = pack_right(proof, b, &mut ours, &mut odd);
+            pack_scores(proof, b, &mut scores);
+            for (panel, first) in
+                theirs.chunks_exact_mut(right_words(depth, BLOCK, 1)).zip((0..cols).step_by(BLOCK))
+            {
+                let mut magnitudes = [Magnitudes::NONE; BLOCK];
+                let width = BLOCK.min(cols - first);
+                split::pack_right::<f32, 1>(b.sub(0..depth, first..first + width), panel, &mut magnitudes);
+                odd_there[first..first + width]
+                    .iter_mut()
+                    .zip(magnitudes)
+                    .for_each(|(odd, x)| *odd = is_odd(x));
+            }
+            assert_eq!(ours, theirs, "{depth} x {cols}");
+            assert_eq!(scores, theirs, "{depth} x {cols}");
+            assert_eq!((any, odd), (odd_there.contains(&true), odd_there));
+        }
+    }
+}

@@ -186,6 +186,15 @@ struct Stored<'a> {
     cols: usize,
 }
 
+impl Stored<'_> {
+    /// The words of 32 columns from `first` on of row `at`.
+    #[inline(always)]
+    fn group(&self, at: usize, first: usize) -> &[u32; WORDS] {
+        let words = self.words[at * self.stride + first / 2..].first_chunk();
+        words.expect("whole groups of words")
+    }
+}
+
 /// V vectors of the set: 16 words.
 type Vectors<D, const V: usize> = [<<D as Bf16Products>::Simd as Simd>::u32s; V];
 
@@ -197,13 +206,10 @@ type Chains<D, const V: usize, const H: usize, const G: usize> =
 trait RowPairs {
     fn rows(&self) -> usize;
     fn cols(&self) -> usize;
-    /// Words of rows 2q and 2q + 1 in 32 columns from `first` on. All of them exist when `WHOLE`; otherwise zeros stand for those that do not.
-    fn words<D: Bf16Products, const V: usize, const WHOLE: bool>(
-        &self,
-        dots: D,
-        q: usize,
-        first: usize,
-    ) -> [Vectors<D, V>; 2];
+    /// Words of rows 2q and 2q + 1 in 32 columns from `first` on, all of which exist.
+    fn words<D: Bf16Products, const V: usize>(&self, dots: D, q: usize, first: usize) -> [Vectors<D, V>; 2];
+    /// The same where zeros stand for what does not exist. Apart, because the copy of a ragged row is a call, around which no sum stays in registers.
+    fn ragged<D: Bf16Products>(&self, dots: D, q: usize, first: usize) -> [[u32; WORDS]; 2];
 }
 
 /// 16 words as vectors.
@@ -225,28 +231,24 @@ impl RowPairs for MatRef<'_> {
     }
 
     #[inline(always)]
-    fn words<D: Bf16Products, const V: usize, const WHOLE: bool>(
-        &self,
-        dots: D,
-        q: usize,
-        first: usize,
-    ) -> [Vectors<D, V>; 2] {
+    fn words<D: Bf16Products, const V: usize>(&self, dots: D, q: usize, first: usize) -> [Vectors<D, V>; 2] {
+        let [low, high] = [2 * q, 2 * q + 1].map(
+            #[inline(always)]
+            |p| self.row(p)[first..].first_chunk::<GROUP>().expect("whole groups").as_chunks::<WORDS>().0,
+        );
+        [0, 1].map(
+            #[inline(always)]
+            |side| vectors::<D, V>(&dots.split_across(&low[side], &high[side])),
+        )
+    }
+
+    #[inline(always)]
+    fn ragged<D: Bf16Products>(&self, dots: D, q: usize, first: usize) -> [[u32; WORDS]; 2] {
         let low = self.row(2 * q);
-        let high = if WHOLE || 2 * q + 1 < MatRef::rows(self) { self.row(2 * q + 1) } else { &[] };
-        // Apart, because the copy of a ragged row is a call, around which nothing stays in registers.
-        if const { WHOLE } {
-            let [low, high] = [low, high].map(
-                #[inline(always)]
-                |row| row[first..].first_chunk::<GROUP>().expect("whole groups").as_chunks::<WORDS>().0,
-            );
-            return [0, 1].map(
-                #[inline(always)]
-                |side| vectors::<D, V>(&dots.split_across(&low[side], &high[side])),
-            );
-        }
+        let high = if 2 * q + 1 < MatRef::rows(self) { self.row(2 * q + 1) } else { &[] };
         [first, first + WORDS].map(
             #[inline(always)]
-            |first| vectors::<D, V>(&dots.split_across(&padded(low, first), &padded(high, first))),
+            |first| dots.split_across(&padded(low, first), &padded(high, first)),
         )
     }
 }
@@ -263,19 +265,12 @@ impl RowPairs for Stored<'_> {
     }
 
     #[inline(always)]
-    fn words<D: Bf16Products, const V: usize, const WHOLE: bool>(
-        &self,
-        dots: D,
-        q: usize,
-        first: usize,
-    ) -> [Vectors<D, V>; 2] {
+    fn words<D: Bf16Products, const V: usize>(&self, dots: D, q: usize, first: usize) -> [Vectors<D, V>; 2] {
         let simd = dots.simd();
-        let row = |at: usize| -> Vectors<D, V> {
-            let words = self.words[at * self.stride + first / 2..].first_chunk();
-            vectors::<D, V>(words.expect("whole groups of words"))
-        };
-        let low = row(2 * q);
-        let high = if WHOLE || 2 * q + 1 < self.rows { row(2 * q + 1) } else { [simd.splat_u32s(0); V] };
+        let [low, high] = [2 * q, 2 * q + 1].map(
+            #[inline(always)]
+            |at| vectors::<D, V>(self.group(at, first)),
+        );
         let (lower, upper) = (simd.splat_u32s(0xffff), simd.splat_u32s(0xffff_0000));
         // Column w of a group is the low half of word w, column 16 + w the high one.
         let mut words = [low; 2];
@@ -283,10 +278,21 @@ impl RowPairs for Stored<'_> {
             words[0][v] = simd.or_u32s(simd.and_u32s(low[v], lower), shift_left(simd, high[v], 16));
             words[1][v] = simd.or_u32s(shift_right(simd, low[v], 16), simd.and_u32s(high[v], upper));
         }
-        if const { !WHOLE } {
-            // Beyond the last column anything may stand.
-            let lanes: &mut [u32] = pulp::bytemuck::cast_slice_mut(words.as_flattened_mut());
-            lanes.iter_mut().skip(self.cols - first).for_each(|lane| *lane = 0);
+        words
+    }
+
+    #[inline(always)]
+    fn ragged<D: Bf16Products>(&self, _: D, q: usize, first: usize) -> [[u32; WORDS]; 2] {
+        let low = self.group(2 * q, first);
+        let high = if 2 * q + 1 < self.rows { self.group(2 * q + 1, first) } else { &[0; WORDS] };
+        // Beyond the last column anything may stand.
+        let columns = self.cols - first;
+        let mut words = [[0; WORDS]; 2];
+        for w in 0..WORDS.min(columns) {
+            words[0][w] = low[w] & 0xffff | high[w] << 16;
+        }
+        for w in 0..WORDS.min(columns.saturating_sub(WORDS)) {
+            words[1][w] = low[w] >> 16 | high[w] & 0xffff_0000;
         }
         words
     }
@@ -388,16 +394,29 @@ impl<R: RowPairs> Sums<'_, R> {
         halves: &mut Halves<D::Simd>,
     ) -> usize {
         let simd = dots.simd();
-        let mut acc = [[[[simd.splat_f32s(0.0); V]; 2]; G]; H];
+        let (mut acc, mut most) = ([[[[simd.splat_f32s(0.0); V]; 2]; G]; H], *halves);
         let left = &self.left[first * self.stride..];
         let (rows, whole_columns) = (self.right.rows(), (group + G) * GROUP <= self.right.cols());
         let whole = if whole_columns { rows / 2 } else { 0 };
         for q in 0..whole {
-            self.pair::<D, V, H, G, true>(dots, (q, group), left, &mut acc, halves);
+            for g in 0..G {
+                let words = self.right.words::<D, V>(dots, q, (group + g) * GROUP);
+                self.step::<D, V, H, G>(dots, (q, g), left, words, &mut acc, &mut most);
+            }
         }
-        for q in whole..rows.div_ceil(2) {
-            self.pair::<D, V, H, G, false>(dots, (q, group), left, &mut acc, halves);
+        let pairs = rows.div_ceil(2);
+        let mut rest = ScratchBuf::take((pairs - whole) * G * GROUP);
+        let rest = rest.words_mut().as_chunks_mut::<WORDS>().0.as_chunks_mut::<2>().0;
+        for (at, words) in rest.iter_mut().enumerate() {
+            *words = self.right.ragged(dots, whole + at / G, (group + at % G) * GROUP);
         }
+        for (q, words) in (whole..).zip(rest.chunks_exact(G)) {
+            for g in 0..G {
+                let words = [vectors::<D, V>(&words[g][0]), vectors::<D, V>(&words[g][1])];
+                self.step::<D, V, H, G>(dots, (q, g), left, words, &mut acc, &mut most);
+            }
+        }
+        *halves = most;
         let width = self.right.cols().next_multiple_of(GROUP);
         for (h, acc) in acc.iter().enumerate() {
             for (g, acc) in acc.iter().enumerate() {
@@ -409,26 +428,24 @@ impl<R: RowPairs> Sums<'_, R> {
         G
     }
 
-    /// One step of the chains.
+    /// One step of the chains of one group.
     #[inline(always)]
-    fn pair<D: Bf16Products, const V: usize, const H: usize, const G: usize, const WHOLE: bool>(
+    fn step<D: Bf16Products, const V: usize, const H: usize, const G: usize>(
         &self,
         dots: D,
-        (q, group): (usize, usize),
+        (q, g): (usize, usize),
         left: &[u32],
+        words: [Vectors<D, V>; 2],
         acc: &mut Chains<D, V, H, G>,
         halves: &mut Halves<D::Simd>,
     ) {
         let simd = dots.simd();
-        for g in 0..G {
-            let words = self.right.words::<D, V, WHOLE>(dots, q, (group + g) * GROUP);
-            for (side, words) in words.into_iter().enumerate() {
-                for (v, words) in words.into_iter().enumerate() {
-                    halves.add(simd, words);
-                    for (h, acc) in acc.iter_mut().enumerate() {
-                        let pair = simd.splat_u32s(left[h * self.stride + q]);
-                        acc[g][side][v] = dots.add_dots(acc[g][side][v], pair, words);
-                    }
+        for (side, words) in words.into_iter().enumerate() {
+            for (v, words) in words.into_iter().enumerate() {
+                halves.add(simd, words);
+                for (h, acc) in acc.iter_mut().enumerate() {
+                    let pair = simd.splat_u32s(left[h * self.stride + q]);
+                    acc[g][side][v] = dots.add_dots(acc[g][side][v], pair, words);
                 }
             }
         }

@@ -60,6 +60,9 @@ pub(crate) trait Bf16Products: Copy {
     fn split_across(self, low: &[f32; WORDS], high: &[f32; WORDS]) -> [u32; WORDS];
 }
 
+/// Bytes from one row to another that lies in the same set of the first-level cache.
+const PAGE: usize = 4096;
+
 /// Words that are made at once.
 pub(crate) const WORDS: usize = 16;
 
@@ -317,8 +320,10 @@ impl<D: Bf16Products, const VECS: usize> Bf16Kernel<D, VECS> {
     /// As [`Bf16Kernel::run`].
     #[inline(always)]
     unsafe fn tiles<const W: usize>(self, strip: &Bf16Strip<'_>) {
-        // One vector a row is too few chains for 8 rows.
-        let high = if const { W == 1 } { strip.rows / GROUP * GROUP } else { 0 };
+        // One vector a row is too few chains for 8 rows to run at full speed. But 16 rows that lie pages apart meet in one set of a first-level cache of eight ways: 64x64x16384
+        // in place had 0.78 of oneDNN's speed (Zen 4).
+        let meet = (2 * strip.lhs.row_stride).is_multiple_of(PAGE);
+        let high = if const { W == 1 } && !meet { strip.rows / GROUP * GROUP } else { 0 };
         let full = strip.rows / Self::MR * Self::MR;
         // SAFETY: the contract, for all of it; these are rows of the strip.
         unsafe {
