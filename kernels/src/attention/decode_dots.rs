@@ -401,7 +401,7 @@ impl<R: RowPairs> Sums<'_, R> {
         for q in 0..whole {
             for g in 0..G {
                 let words = self.right.words::<D, V>(dots, q, (group + g) * GROUP);
-                self.step::<D, V, H, G>(dots, (q, g), left, words, &mut acc, &mut most);
+                self.step::<D, V, H, G>(dots, (q, g), left, words, (&mut acc, &mut most));
             }
         }
         let pairs = rows.div_ceil(2);
@@ -413,7 +413,7 @@ impl<R: RowPairs> Sums<'_, R> {
         for (q, words) in (whole..).zip(rest.chunks_exact(G)) {
             for g in 0..G {
                 let words = [vectors::<D, V>(&words[g][0]), vectors::<D, V>(&words[g][1])];
-                self.step::<D, V, H, G>(dots, (q, g), left, words, &mut acc, &mut most);
+                self.step::<D, V, H, G>(dots, (q, g), left, words, (&mut acc, &mut most));
             }
         }
         *halves = most;
@@ -436,8 +436,7 @@ impl<R: RowPairs> Sums<'_, R> {
         (q, g): (usize, usize),
         left: &[u32],
         words: [Vectors<D, V>; 2],
-        acc: &mut Chains<D, V, H, G>,
-        halves: &mut Halves<D::Simd>,
+        (acc, halves): (&mut Chains<D, V, H, G>, &mut Halves<D::Simd>),
     ) {
         let simd = dots.simd();
         for (side, words) in words.into_iter().enumerate() {
