@@ -232,24 +232,22 @@ impl RowPairs for MatRef<'_> {
 
     #[inline(always)]
     fn words<D: Bf16Products, const V: usize>(&self, dots: D, q: usize, first: usize) -> [Vectors<D, V>; 2] {
-        let [low, high] = [2 * q, 2 * q + 1].map(
-            #[inline(always)]
-            |p| self.row(p)[first..].first_chunk::<GROUP>().expect("whole groups").as_chunks::<WORDS>().0,
-        );
-        [0, 1].map(
-            #[inline(always)]
-            |side| vectors::<D, V>(&dots.split_across(&low[side], &high[side])),
-        )
+        // Written out: `array::map` is a call of its own where the compiler does not inline it, outside of the shell.
+        let low =
+            self.row(2 * q)[first..].first_chunk::<GROUP>().expect("whole groups").as_chunks::<WORDS>().0;
+        let high =
+            self.row(2 * q + 1)[first..].first_chunk::<GROUP>().expect("whole groups").as_chunks::<WORDS>().0;
+        let lower = vectors::<D, V>(&dots.split_across(&low[0], &high[0]));
+        [lower, vectors::<D, V>(&dots.split_across(&low[1], &high[1]))]
     }
 
     #[inline(always)]
     fn ragged<D: Bf16Products>(&self, dots: D, q: usize, first: usize) -> [[u32; WORDS]; 2] {
         let low = self.row(2 * q);
         let high = if 2 * q + 1 < MatRef::rows(self) { self.row(2 * q + 1) } else { &[] };
-        [first, first + WORDS].map(
-            #[inline(always)]
-            |first| dots.split_across(&padded(low, first), &padded(high, first)),
-        )
+        let lower = dots.split_across(&padded(low, first), &padded(high, first));
+        let first = first + WORDS;
+        [lower, dots.split_across(&padded(low, first), &padded(high, first))]
     }
 }
 
@@ -267,10 +265,8 @@ impl RowPairs for Stored<'_> {
     #[inline(always)]
     fn words<D: Bf16Products, const V: usize>(&self, dots: D, q: usize, first: usize) -> [Vectors<D, V>; 2] {
         let simd = dots.simd();
-        let [low, high] = [2 * q, 2 * q + 1].map(
-            #[inline(always)]
-            |at| vectors::<D, V>(self.group(at, first)),
-        );
+        let low = vectors::<D, V>(self.group(2 * q, first));
+        let high = vectors::<D, V>(self.group(2 * q + 1, first));
         let (lower, upper) = (simd.splat_u32s(0xffff), simd.splat_u32s(0xffff_0000));
         // Column w of a group is the low half of word w, column 16 + w the high one.
         let mut words = [low; 2];
