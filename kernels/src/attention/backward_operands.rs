@@ -4,7 +4,7 @@
 //! for each block of keys:  for each tile of 128 rows:  Q, dO, Qᵀ, dOᵀ      packed for the first block that the tile meets, then held
 //! ```
 //! What is packed has as many bytes as the f32 that it is made of, so a later block reads no more than it would have read, and packs nothing: at 4,096 keys packing these had
-//! taken a third of the time on AVX512-BF16. Up to [`HELD`] words are held, the tiles after those are packed for each block anew, and so are those of
+//! taken a third of the time on AVX512-BF16. Up to [`HELD`] words are held, the tiles after those are packed for each block anew. Nothing is held where one block is all keys, and under
 //! lists, whose tiles begin where a block's rows do.
 
 use std::ops::Range;
@@ -57,7 +57,7 @@ pub(super) struct Room<'a> {
 }
 
 impl Tiles<'_> {
-    /// Words of q, d_out and their transposes of one tile, and how many tiles there is room for, of the `tiles` of a region.
+    /// Words of q, d_out and their transposes of one tile, and how many tiles there is room for, where the `tiles` of a region come again.
     pub(super) fn room(shape: &Shape, parts: usize, tiles: usize) -> ([usize; 4], usize) {
         let Shape { dim, v_dim, .. } = *shape;
         let [q, d_out] = [dim, v_dim].map(|dim| left_words(ROWS, dim, parts));
@@ -76,10 +76,15 @@ impl Tiles<'_> {
         self.packed.fill(None);
     }
 
+    /// Words of one tile.
+    fn len(&self) -> usize {
+        self.lens.iter().sum()
+    }
+
     /// What tile `tile` has.
     #[inline(always)]
     pub(super) fn of(&self, tile: usize) -> TileOperands<'_> {
-        let words = &self.words[tile * self.lens.iter().sum::<usize>()..];
+        let words = &self.words[tile * self.len()..];
         let (q, words) = words.split_at(self.lens[0]);
         let (d_out, words) = words.split_at(self.lens[1]);
         let (q_across, words) = words.split_at(self.lens[2]);
@@ -90,7 +95,7 @@ impl Tiles<'_> {
 impl Backward<'_> {
     /// scale·Q and dO of the rows of a tile in f32, gapless.
     #[inline(always)]
-    pub(super) fn tile_rows<'r, S: Simd>(
+    fn tile_rows<'r, S: Simd>(
         &self,
         simd: S,
         head: &Head<'_>,
@@ -115,8 +120,7 @@ impl Backward<'_> {
         let of_head = region.rows.len().div_ceil(ROWS);
         let index =
             (head.fixed.index - region.heads.start) * of_head + (rows.start - region.rows.start) / ROWS;
-        let tile =
-            if self.spec.mask.blocks.is_none() { index.min(tiles.packed.len()) } else { tiles.packed.len() };
+        let tile = index.min(tiles.packed.len());
         if let Some(odd) = tiles.packed.get(tile).copied().flatten() {
             if odd.q.contains(&true) || odd.d_out.contains(&true) {
                 self.tile_rows(means.0, head, rows, (room.q, room.d_out));
@@ -124,7 +128,7 @@ impl Backward<'_> {
             return (tile, odd);
         }
         let [q, d_out] = self.tile_rows(means.0, head, rows, (room.q, room.d_out));
-        let of_tile = tiles.lens.iter().sum::<usize>();
+        let of_tile = tiles.len();
         let words = &mut tiles.words[tile * of_tile..][..of_tile];
         let [q_left, d_out_left, q_across, d_out_across] = cut(words, tiles.lens);
         let [mut of_q, mut of_d_out] = [[Magnitudes::NONE; ROWS]; 2];

@@ -135,7 +135,7 @@ impl Backward<'_> {
         // A tile of rows is as long as a block of keys, so operands over either have the same size.
         let square = right_words(KEY_BLOCK, KEY_BLOCK, P);
         let room = square.max(of_dim).max(of_v).max(across_dim).max(across_v);
-        let tiles = self.tiles_of_region(cut_into);
+        let tiles = self.tiles_that_come_again(cut_into);
         let of_tiles = Tiles::room(&self.shape, P, tiles);
         let lens = [across_dim, across_v, of_dim, of_tiles.0.iter().sum::<usize>() * of_tiles.1, room, room];
         let mut words = ScratchBuf::take(lens.iter().sum());

@@ -7,23 +7,10 @@ use super::on_tiles::is_odd;
 use super::problem::KEY_BLOCK;
 use crate::gemm::microkernel::amx::{BLOCK, SIDE, STEP, TILE_WORDS};
 use crate::gemm::microkernel::{Bf16Kernel, Bf16Products, Bf16Visitor, with_bf16_kernel};
+use crate::gemm::pair_packing::{filled, from};
 use crate::gemm::split::{Magnitudes, Together};
 use crate::isa::Bf16Dots;
 use crate::view::MatRef;
-
-/// `row` from element `first` on, with zeros where it ends.
-#[inline(always)]
-pub(super) fn padded<const N: usize>(row: &[f32], first: usize) -> [f32; N] {
-    let rest = row.get(first..).unwrap_or(&[]);
-    rest.first_chunk().copied().unwrap_or_else(
-        #[inline(always)]
-        || {
-            let mut padded = [0.0; N];
-            padded[..rest.len()].copy_from_slice(rest);
-            padded
-        },
-    )
-}
 
 /// As [`crate::gemm::split::pack_left`].
 pub(super) fn pack_left(proof: Bf16Dots, a: MatRef<'_>, tiles: &mut [u32], magnitudes: &mut [Magnitudes]) {
@@ -50,12 +37,12 @@ impl Bf16Visitor for Left<'_> {
                 let mut tiles = tiles.chunks_exact_mut(TILE_WORDS);
                 for (row, tile) in whole.iter().zip(&mut tiles) {
                     together.add::<1>(row);
-                    tile[i * SIDE..][..SIDE].copy_from_slice(&kernel.products().split_along(row));
+                    tile[i * SIDE..][..SIDE].copy_from_slice(&kernel.products().along::<false>(row));
                 }
                 if let Some(tile) = tiles.next() {
-                    let row = padded(rest, 0);
+                    let row = filled(rest);
                     together.add::<1>(&row);
-                    tile[i * SIDE..][..SIDE].copy_from_slice(&kernel.products().split_along(&row));
+                    tile[i * SIDE..][..SIDE].copy_from_slice(&kernel.products().along::<false>(&row));
                 }
             }
             for tile in tiles.chunks_exact_mut(TILE_WORDS) {
@@ -130,7 +117,7 @@ impl<const LOOK: bool> Bf16Visitor for Right<'_, LOOK> {
             // Ragged columns, or a row without its second.
             for side in whole..cols.div_ceil(BLOCK) * 2 {
                 let at = (side - whole) * SIDE;
-                let (low, high) = (padded(low.1, at), padded(high.1, at));
+                let (low, high) = (filled(from(low.1, at)), filled(from(high.1, at)));
                 self.put(
                     kernel.products(),
                     side / 2 * panel + side % 2 * TILE_WORDS + place,
@@ -156,7 +143,7 @@ impl<const LOOK: bool> Right<'_, LOOK> {
         if const { LOOK } {
             together.add::<1>(&pulp::bytemuck::cast([*low, *high]));
         }
-        self.tiles[place..][..SIDE].copy_from_slice(&dots.split_across(low, high));
+        self.tiles[place..][..SIDE].copy_from_slice(&dots.across::<false>(low, high));
     }
 }
 
@@ -183,7 +170,7 @@ impl Bf16Visitor for ScoreRows<'_> {
         for (i, row) in self.scores.chunks(KEY_BLOCK).enumerate().take(self.rows) {
             let tiles = &mut self.tiles[i / SIDE * self.steps * TILE_WORDS + i % SIDE * SIDE..];
             for (step, row) in row.as_chunks::<STEP>().0.iter().enumerate().take(self.steps) {
-                tiles[step * TILE_WORDS..][..SIDE].copy_from_slice(&kernel.products().split_along(row));
+                tiles[step * TILE_WORDS..][..SIDE].copy_from_slice(&kernel.products().along::<false>(row));
             }
         }
     }

@@ -13,14 +13,14 @@ use std::ops::Range;
 use pulp::Simd;
 
 use super::cache::{CacheFormat, PANEL, Rows};
-use super::conversion::padded;
 use super::decode::Places;
 use super::decode_tasks::{Products, Tasks};
 use super::decode_tiles::InParts;
+use super::online;
 use super::problem::KEY_BLOCK;
 use crate::gemm::microkernel::{Bf16Kernel, Bf16Products, Bf16Visitor, with_bf16_kernel};
+use crate::gemm::pair_packing::{filled, from};
 use crate::isa::Bf16Dots;
-use crate::lanes;
 use crate::math::{shift_left, shift_right};
 use crate::scratch::ScratchBuf;
 use crate::view::MatRef;
@@ -127,14 +127,7 @@ impl Products for Dots {
             let alphas = &memory[alpha + block.index * rows..][..rows];
             for ((acc, sums), alpha) in acc.chunks_exact_mut(width).zip(sums.chunks_exact(width)).zip(alphas)
             {
-                let alpha = simd.splat_f32s(*alpha);
-                lanes::update(
-                    simd,
-                    sums,
-                    acc,
-                    #[inline(always)]
-                    |sum, acc| simd.mul_add_e_f32s(alpha, acc, sum),
-                );
+                online::carry(simd, *alpha, sums, acc);
             }
         }
         if odd {
@@ -237,17 +230,17 @@ impl RowPairs for MatRef<'_> {
             self.row(2 * q)[first..].first_chunk::<GROUP>().expect("whole groups").as_chunks::<WORDS>().0;
         let high =
             self.row(2 * q + 1)[first..].first_chunk::<GROUP>().expect("whole groups").as_chunks::<WORDS>().0;
-        let lower = vectors::<D, V>(&dots.split_across(&low[0], &high[0]));
-        [lower, vectors::<D, V>(&dots.split_across(&low[1], &high[1]))]
+        let lower = vectors::<D, V>(&dots.across::<false>(&low[0], &high[0]));
+        [lower, vectors::<D, V>(&dots.across::<false>(&low[1], &high[1]))]
     }
 
     #[inline(always)]
     fn ragged<D: Bf16Products>(&self, dots: D, q: usize, first: usize) -> [[u32; WORDS]; 2] {
         let low = self.row(2 * q);
         let high = if 2 * q + 1 < MatRef::rows(self) { self.row(2 * q + 1) } else { &[] };
-        let lower = dots.split_across(&padded(low, first), &padded(high, first));
+        let lower = dots.across::<false>(&filled(from(low, first)), &filled(from(high, first)));
         let first = first + WORDS;
-        [lower, dots.split_across(&padded(low, first), &padded(high, first))]
+        [lower, dots.across::<false>(&filled(from(low, first)), &filled(from(high, first)))]
     }
 }
 
@@ -332,8 +325,12 @@ impl Bf16Visitor for Pack<'_> {
         let stride = left_words(self.rows.cols());
         for (i, words) in self.words.chunks_exact_mut(stride).enumerate().take(self.rows.rows()) {
             let row = self.rows.row(i);
+            let (whole, rest) = row.as_chunks::<GROUP>();
             for (step, words) in words.as_chunks_mut::<WORDS>().0.iter_mut().enumerate() {
-                *words = kernel.products().split_along(&padded(row, step * GROUP));
+                *words = match whole.get(step) {
+                    Some(elements) => kernel.products().along::<false>(elements),
+                    None => kernel.products().along::<false>(&filled(rest)),
+                };
                 <D::Simd as Simd>::as_simd_u32s(words).0.iter().for_each(
                     #[inline(always)]
                     |words| halves.add(simd, *words),

@@ -20,11 +20,11 @@ use super::cache::{PANEL, Rows};
 use super::decode::{Block, Places};
 use super::decode_tasks::{Products, Tasks};
 use super::on_tiles::{self, Operands, Unit, is_odd, left_words, product, right_words};
+use super::online;
 use super::problem::KEY_BLOCK;
 use super::stored;
 use crate::gemm::microkernel::amx::{BLOCK, SIDE};
 use crate::gemm::split::Magnitudes;
-use crate::lanes;
 use crate::scratch::ScratchBuf;
 use crate::view::MatRef;
 
@@ -185,14 +185,7 @@ impl<const P: usize> InParts<P> {
         for (r, (acc, sums)) in
             acc.chunks_exact_mut(width).zip(sums.chunks_exact(width)).enumerate().take(rows.len())
         {
-            let alpha = simd.splat_f32s(alphas[r]);
-            lanes::update(
-                simd,
-                sums,
-                acc,
-                #[inline(always)]
-                |sum, acc| simd.mul_add_e_f32s(alpha, acc, sum),
-            );
+            online::carry(simd, alphas[r], sums, acc);
             if let Some(odd) = block.odd {
                 let visible = tasks.problem.visible(*unit, rows.start + r);
                 let visible = visible.start.max(keys.start)..visible.end.min(keys.end);

@@ -24,11 +24,11 @@ use pulp::Simd;
 use super::chunk::{Chunk, Rows, groups, vectors};
 use super::flash::{First, Forward};
 use super::on_tiles::{self, OnTiles, Operands, Unit, left_words, product, right_words};
+use super::online;
 use super::problem::{KEY_BLOCK, Shape, cut, take_first};
 use super::stage::{self, Coming};
 use crate::gemm::microkernel::amx::{BLOCK, SIDE, STEP};
 use crate::gemm::split::Magnitudes;
-use crate::lanes;
 use crate::scratch::ScratchBuf;
 use crate::view::MatRef;
 
@@ -329,15 +329,8 @@ impl Chunk<'_> {
             }
             for i in group {
                 let (local, in_tile) = (i - self.rows.start, i - rows.start);
-                let alpha = simd.splat_f32s(state.rows.alpha[in_tile]);
                 let o = &mut state.rows.acc[local * v_dim..][..v_dim];
-                lanes::update(
-                    simd,
-                    &state.sums[in_tile * width..][..v_dim],
-                    o,
-                    #[inline(always)]
-                    |sum, o| simd.mul_add_e_f32s(alpha, o, sum),
-                );
+                online::carry(simd, state.rows.alpha[in_tile], &state.sums[in_tile * width..][..v_dim], o);
                 if let Some(odd) = &block.odd_values {
                     let p = &state.rows.scores[in_tile * KEY_BLOCK..][..KEY_BLOCK];
                     add_odd(p, &self.v, (odd, block.keys.start), self.sight.row(i, &block.keys), o);

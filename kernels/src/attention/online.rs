@@ -155,6 +155,19 @@ pub(super) fn absorb<'a, S: Simd>(
     }
 }
 
+/// `o = α·o + sum`: what a row's output takes from a block whose P·V was made apart.
+#[inline(always)]
+pub(super) fn carry<S: Simd>(simd: S, alpha: f32, sum: &[f32], o: &mut [f32]) {
+    let alpha = simd.splat_f32s(alpha);
+    lanes::update(
+        simd,
+        sum,
+        o,
+        #[inline(always)]
+        |sum, o| simd.mul_add_e_f32s(alpha, o, sum),
+    );
+}
+
 /// The end of a row: `(1 / l, lse)`; `(0, −∞)` when no key was visible.
 #[inline(always)]
 pub(super) fn finish<S: Simd>(simd: S, m: f32, l: S::f32s) -> (f32, f32) {

@@ -60,8 +60,11 @@ impl Backward<'_> {
         }
     }
 
-    /// The most tiles of a region, over all of its heads.
-    pub(super) fn tiles_of_region(&self, cut: Cut) -> usize {
+    /// The most tiles of a region, over all of its heads, that several blocks of keys meet: none under lists, whose tiles differ from block to block.
+    pub(super) fn tiles_that_come_again(&self, cut: Cut) -> usize {
+        if self.spec.mask.blocks.is_some() || self.shape.seq_k <= KEY_BLOCK {
+            return 0;
+        }
         let heads = if matches!(cut, Cut::Heads { .. } | Cut::Keys) { self.shape.group() } else { 1 };
         heads * (self.rows_of_region(cut) / heads).div_ceil(super::backward_tiles::ROWS)
     }

@@ -34,7 +34,7 @@ mod mixed;
 mod operand;
 mod pack;
 mod packed;
-mod pair_packing;
+pub(crate) mod pair_packing;
 mod placement;
 pub(crate) mod quantise;
 pub(crate) mod split;

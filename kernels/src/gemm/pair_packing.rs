@@ -33,12 +33,12 @@ pub(super) trait Paired: Element + Default {
 impl Paired for f32 {
     #[inline(always)]
     fn along<D: Bf16Products>(dots: D, elements: &[f32; 2 * WORDS]) -> [u32; WORDS] {
-        dots.round_along(elements)
+        dots.along::<true>(elements)
     }
 
     #[inline(always)]
     fn across<D: Bf16Products>(dots: D, low: &[f32; WORDS], high: &[f32; WORDS]) -> [u32; WORDS] {
-        dots.round_across(low, high)
+        dots.across::<true>(low, high)
     }
 }
 
@@ -200,9 +200,15 @@ fn transposed_square(rows: &[[u32; WORDS]; WORDS]) -> [[u32; WORDS]; WORDS] {
     columns
 }
 
+/// What there is of `row` from element `first` on.
+#[inline(always)]
+pub(crate) fn from<T>(row: &[T], first: usize) -> &[T] {
+    row.get(first..).unwrap_or(&[])
+}
+
 /// The elements and zeros behind them.
 #[inline(always)]
-fn filled<T: Paired, const N: usize>(elements: &[T]) -> [T; N] {
+pub(crate) fn filled<T: Copy + Default, const N: usize>(elements: &[T]) -> [T; N] {
     let mut all = [T::default(); N];
     let count = elements.len().min(N);
     all[..count].copy_from_slice(&elements[..count]);

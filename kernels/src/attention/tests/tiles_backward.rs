@@ -214,3 +214,14 @@ fn odd_numbers_are_multiplied_in_f32() {
         });
     }
 }
+
+/// A tile whose rows are held meets a later block of keys after other tiles have used its scratch.
+#[test]
+fn odd_rows_meet_every_block_of_keys() {
+    let (seq, dim) = (200, 8);
+    let mut case = Case::new(shape(1, 1, seq, seq, dim));
+    case.data.d_out[40 * dim + 5] = 3.395e38;
+    // dP less D must stay a number.
+    case.data.v.iter_mut().for_each(|v| *v *= 0.5);
+    check(&case);
+}

@@ -19,7 +19,8 @@
 use pulp::Simd;
 
 use super::amx::{BLOCK, SIDE, TILE_WORDS, TileBlock};
-use super::bf16_dots::{Bf16Kernel, Bf16Products, Bf16Visitor, with_bf16_kernel};
+use super::bf16_dots::{Bf16Kernel, Bf16Visitor, with_bf16_kernel};
+use super::bf16_products::Bf16Products;
 use crate::isa::Bf16Dots;
 
 /// One block; made by [`sums_to`] only, under its safety contract.

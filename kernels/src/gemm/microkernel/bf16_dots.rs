@@ -22,168 +22,19 @@
 #![cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "its proof exists on x86-64 only"))]
 
 use pulp::Simd;
-#[cfg(target_arch = "x86_64")]
-use pulp::x86::V4;
 
+use super::bf16_products::Bf16Products;
+#[cfg(target_arch = "x86_64")]
+use super::bf16_products::Wide;
+#[cfg(all(test, target_arch = "x86_64"))]
+use super::bf16_products::plain;
 use super::finish::Tile;
 use super::prefetch::{self, ALL, Ahead, HALF, NOTHING, Share};
 use super::{F32, Finish, Out, Rhs};
 use crate::isa::Bf16Dots;
 
-/// Vectors with dot products of pairs of bf16.
-pub(crate) trait Bf16Products: Copy {
-    /// The vectors.
-    type Simd: Simd;
-
-    /// The proof of them.
-    fn simd(self) -> Self::Simd;
-
-    /// `sum + left.low·right.low + left.high·right.high` in each lane, as the module's text says.
-    fn add_dots(
-        self,
-        sum: <Self::Simd as Simd>::f32s,
-        left: <Self::Simd as Simd>::u32s,
-        right: <Self::Simd as Simd>::u32s,
-    ) -> <Self::Simd as Simd>::f32s;
-
-    /// Words of neighbours: word j holds elements 2j and 2j + 1, each as the nearest *finite* bf16, ties to even. Infinity and NaN stay what they are.
-    fn round_along(self, elements: &[f32; 2 * WORDS]) -> [u32; WORDS];
-
-    /// Words across two rows: word j holds element j of both, rounded likewise.
-    fn round_across(self, low: &[f32; WORDS], high: &[f32; WORDS]) -> [u32; WORDS];
-
-    /// As [`Bf16Products::round_along`], but what is beyond the range becomes infinity: the first part of `gemm::split`, for those who look for such
-    /// elements themselves.
-    fn split_along(self, elements: &[f32; 2 * WORDS]) -> [u32; WORDS];
-
-    /// As [`Bf16Products::round_across`], likewise.
-    fn split_across(self, low: &[f32; WORDS], high: &[f32; WORDS]) -> [u32; WORDS];
-}
-
 /// Bytes from one row to another that lies in the same set of the first-level cache.
 const PAGE: usize = 4096;
-
-/// Words that are made at once.
-pub(crate) const WORDS: usize = 16;
-
-/// The largest f32 that rounds to the largest finite bf16.
-const LARGEST: f32 = f32::from_bits(0x7f7f_7fff);
-
-/// AVX-512 with dot products of bf16: a value stands in its shell only.
-#[cfg(target_arch = "x86_64")]
-#[derive(Debug, Clone, Copy)]
-struct Wide(V4);
-
-#[cfg(target_arch = "x86_64")]
-impl Bf16Products for Wide {
-    type Simd = V4;
-
-    #[inline(always)]
-    fn simd(self) -> V4 {
-        self.0
-    }
-
-    #[inline(always)]
-    fn add_dots(self, sum: pulp::f32x16, left: pulp::u32x16, right: pulp::u32x16) -> pulp::f32x16 {
-        use std::arch::x86_64::{__m512bh, _mm512_dpbf16_ps};
-        // SAFETY: vectors of 512 bits all; a value of this type is made after its set was found only.
-        unsafe {
-            let [left, right] = [left, right].map(
-                #[inline(always)]
-                |words| std::mem::transmute::<pulp::u32x16, __m512bh>(words),
-            );
-            pulp::bytemuck::cast(_mm512_dpbf16_ps(pulp::bytemuck::cast(sum), left, right))
-        }
-    }
-
-    #[inline(always)]
-    fn round_along(self, elements: &[f32; 2 * WORDS]) -> [u32; WORDS] {
-        let [first, second] = pulp::bytemuck::cast::<[f32; 2 * WORDS], [pulp::f32x16; 2]>(*elements);
-        pulp::bytemuck::cast(self.round(first, second))
-    }
-
-    #[inline(always)]
-    fn round_across(self, low: &[f32; WORDS], high: &[f32; WORDS]) -> [u32; WORDS] {
-        self.interleaved(self.round(pulp::bytemuck::cast(*low), pulp::bytemuck::cast(*high)))
-    }
-
-    #[inline(always)]
-    fn split_along(self, elements: &[f32; 2 * WORDS]) -> [u32; WORDS] {
-        let [first, second] = pulp::bytemuck::cast::<[f32; 2 * WORDS], [pulp::f32x16; 2]>(*elements);
-        pulp::bytemuck::cast(self.convert(first, second))
-    }
-
-    #[inline(always)]
-    fn split_across(self, low: &[f32; WORDS], high: &[f32; WORDS]) -> [u32; WORDS] {
-        self.interleaved(self.convert(pulp::bytemuck::cast(*low), pulp::bytemuck::cast(*high)))
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-impl Wide {
-    /// 16 low and 16 high elements as words of one of each.
-    #[inline(always)]
-    fn interleaved(self, halves: pulp::u32x16) -> [u32; WORDS] {
-        use std::arch::x86_64::_mm512_permutexvar_epi16;
-        /// The halves of each word among 16 low and 16 high elements.
-        const HALVES: [u16; 2 * WORDS] = {
-            let (mut halves, mut j) = ([0; 2 * WORDS], 0);
-            while j < WORDS {
-                (halves[2 * j], halves[2 * j + 1]) = (j as u16, (WORDS + j) as u16);
-                j += 1;
-            }
-            halves
-        };
-        // SAFETY: as above.
-        pulp::bytemuck::cast(unsafe {
-            _mm512_permutexvar_epi16(pulp::bytemuck::cast(HALVES), pulp::bytemuck::cast(halves))
-        })
-    }
-
-    /// All elements of `first`, then all of `second`, in halves of words. The instruction rounds what is beyond the range to infinity, so
-    /// that is taken back first, where there is any.
-    #[inline(always)]
-    fn round(self, first: pulp::f32x16, second: pulp::f32x16) -> pulp::u32x16 {
-        if self.any_beyond(first) || self.any_beyond(second) {
-            return self.convert(held(first), held(second));
-        }
-        self.convert(first, second)
-    }
-
-    /// The same as the instruction has it.
-    #[inline(always)]
-    fn convert(self, first: pulp::f32x16, second: pulp::f32x16) -> pulp::u32x16 {
-        use pulp::bytemuck::cast;
-        use std::arch::x86_64::_mm512_cvtne2ps_pbh;
-        // SAFETY: a value of this type is made after its set was found only; vectors of 512 bits all.
-        unsafe { std::mem::transmute(_mm512_cvtne2ps_pbh(cast(second), cast(first))) }
-    }
-
-    /// Whether a lane rounds to infinity.
-    #[inline(always)]
-    fn any_beyond(self, x: pulp::f32x16) -> bool {
-        use std::arch::x86_64::{_CMP_GT_OQ, _mm512_abs_ps, _mm512_cmp_ps_mask, _mm512_set1_ps};
-        // SAFETY: as above.
-        unsafe {
-            let magnitudes = _mm512_abs_ps(pulp::bytemuck::cast(x));
-            _mm512_cmp_ps_mask::<_CMP_GT_OQ>(magnitudes, _mm512_set1_ps(LARGEST)) != 0
-        }
-    }
-}
-
-/// With finite elements brought back into the range of finite bf16.
-#[cfg(target_arch = "x86_64")]
-#[cold]
-#[inline(never)]
-fn held(x: pulp::f32x16) -> pulp::f32x16 {
-    let mut x: [f32; WORDS] = pulp::bytemuck::cast(x);
-    for x in &mut x {
-        if x.is_finite() {
-            *x = x.clamp(-LARGEST, LARGEST);
-        }
-    }
-    pulp::bytemuck::cast(x)
-}
 
 /// Rows of a group of the left operand.
 pub(crate) const GROUP: usize = 16;
@@ -235,7 +86,7 @@ pub(crate) struct Bf16Strip<'a> {
 
 /// The kernel with tiles of 8 rows and VECS vectors.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Bf16Kernel<D, const VECS: usize>(D);
+pub(crate) struct Bf16Kernel<D, const VECS: usize>(pub(super) D);
 
 /// Something to be done with the kernel, inside its shell.
 pub(crate) trait Bf16Visitor {
@@ -460,89 +311,5 @@ impl<D: Bf16Products, const VECS: usize> Bf16Kernel<D, VECS> {
             (left, right_ptr) = (left.wrapping_add(lies.word_stride), right_ptr.wrapping_add(Self::NR));
         }
         acc
-    }
-}
-
-/// The same in plain arithmetic on other vectors, so that all around the instruction is tested where no CPU has it.
-#[cfg(all(test, target_arch = "x86_64"))]
-mod plain {
-    use pulp::WithSimd;
-    use pulp::x86::V3;
-
-    use super::super::bytes::lane;
-    use super::*;
-    use crate::gemm::quantise::bf16_bits;
-
-    #[derive(Debug, Clone, Copy)]
-    struct Plain(V3);
-
-    /// What is below the least normal number counts as zero.
-    #[inline(always)]
-    fn flush(x: f32) -> f32 {
-        if x.abs() < f32::MIN_POSITIVE { 0.0 * x } else { x }
-    }
-
-    impl Bf16Products for Plain {
-        type Simd = V3;
-
-        #[inline(always)]
-        fn simd(self) -> V3 {
-            self.0
-        }
-
-        #[inline(always)]
-        fn add_dots(self, sum: pulp::f32x8, left: pulp::u32x8, right: pulp::u32x8) -> pulp::f32x8 {
-            let mut sums: [f32; 8] = pulp::bytemuck::cast(sum);
-            for (j, sum) in sums.iter_mut().enumerate() {
-                let (left, right) = (lane::<V3>(&left, j), lane::<V3>(&right, j));
-                let [low, high] = [(left << 16, right << 16), (left & 0xffff_0000, right & 0xffff_0000)];
-                for (left, right) in [high, low] {
-                    let (left, right) = (f32::from_bits(left), f32::from_bits(right));
-                    *sum = flush(flush(left).mul_add(flush(right), flush(*sum)));
-                }
-            }
-            pulp::bytemuck::cast(sums)
-        }
-
-        #[inline(always)]
-        fn round_along(self, elements: &[f32; 2 * WORDS]) -> [u32; WORDS] {
-            std::array::from_fn(|j| rounded(elements[2 * j]) | rounded(elements[2 * j + 1]) << 16)
-        }
-
-        #[inline(always)]
-        fn round_across(self, low: &[f32; WORDS], high: &[f32; WORDS]) -> [u32; WORDS] {
-            std::array::from_fn(|j| rounded(low[j]) | rounded(high[j]) << 16)
-        }
-
-        #[inline(always)]
-        fn split_along(self, elements: &[f32; 2 * WORDS]) -> [u32; WORDS] {
-            std::array::from_fn(|j| bf16_bits(elements[2 * j]) | bf16_bits(elements[2 * j + 1]) << 16)
-        }
-
-        #[inline(always)]
-        fn split_across(self, low: &[f32; WORDS], high: &[f32; WORDS]) -> [u32; WORDS] {
-            std::array::from_fn(|j| bf16_bits(low[j]) | bf16_bits(high[j]) << 16)
-        }
-    }
-
-    /// The finite bf16 next to `x`, ties to even; infinity and NaN stay what they are.
-    fn rounded(x: f32) -> u32 {
-        bf16_bits(if x.is_finite() { x.clamp(-LARGEST, LARGEST) } else { x })
-    }
-
-    struct Shell<V>(Plain, V);
-
-    impl<V: Bf16Visitor> WithSimd for Shell<V> {
-        type Output = ();
-
-        #[inline(always)]
-        fn with_simd<S: Simd>(self, _: S) {
-            self.1.visit(Bf16Kernel::<_, 6>(self.0));
-        }
-    }
-
-    /// Runs `visitor` with such a kernel, whose panels are as wide as those of the CPU's.
-    pub(super) fn with_plain_dots<V: Bf16Visitor>(simd: V3, visitor: V) {
-        Simd::vectorize(simd, Shell(Plain(simd), visitor));
     }
 }

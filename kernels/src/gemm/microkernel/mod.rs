@@ -12,6 +12,7 @@
 pub(crate) mod amx;
 pub(crate) mod bf16_block;
 mod bf16_dots;
+mod bf16_products;
 mod bytes;
 #[cfg(target_arch = "x86_64")]
 mod dots;
@@ -29,8 +30,9 @@ use std::marker::PhantomData;
 use pulp::{Simd, WithSimd};
 
 pub(crate) use bf16_dots::{
-    Bf16Kernel, Bf16Products, Bf16Strip, Bf16Visitor, GROUP as PAIR_GROUP, PairRows, WORDS, with_bf16_kernel,
+    Bf16Kernel, Bf16Strip, Bf16Visitor, GROUP as PAIR_GROUP, PairRows, with_bf16_kernel,
 };
+pub(crate) use bf16_products::{Bf16Products, WORDS};
 pub(crate) use bytes::{
     ByteKernel, ByteProducts, ByteStrip, ByteVisitor, Order, PROOF, RowScale, Sink, WordBlock,
     with_byte_kernel, with_nibble_kernel, with_seven_kernel,
