@@ -165,30 +165,46 @@ impl Context {
     ///
     /// No pool is made and none is nested: inside a task, a further call shares the same pool.
     pub fn for_each_task(&self, tasks: usize, task: impl Fn(usize) + Sync) {
+        self.deal(tasks, 1, task);
+    }
+
+    /// As [`Context::for_each_task`], for tasks that go through memory in their order: each thread begins with a run of its own, and helps with
+    /// the others' when that is done. A thread whose next task lies behind another's would not read on where its prefetchers already are.
+    pub fn for_each_piece(&self, pieces: usize, task: impl Fn(usize) + Sync) {
+        self.deal(pieces, self.thread_count().min(pieces), task);
+    }
+
+    /// Runs each task once; those of a run are handed out in order, and a thread starts with the run of its own number.
+    fn deal(&self, tasks: usize, runs: usize, task: impl Fn(usize) + Sync) {
         let workers = self.thread_count().min(tasks);
         if workers <= 1 {
             (0..tasks).for_each(task);
             return;
         }
-        let next = AtomicUsize::new(0);
+        let begin = |run: usize| tasks / runs * run + run.min(tasks % runs);
+        let runs: Vec<Run> =
+            (0..runs).map(|run| Run { next: AtomicUsize::new(begin(run)), end: begin(run + 1) }).collect();
         let finished = AtomicUsize::new(0);
-        let work = || {
-            loop {
-                // Relaxed: the counter hands out indices; the scope's end publishes the results.
-                let index = next.fetch_add(1, Ordering::Relaxed);
-                if index >= tasks {
-                    break;
+        let work = |worker: usize| {
+            for run in (worker..worker + runs.len()).map(|run| &runs[run % runs.len()]) {
+                loop {
+                    // Relaxed: the counter hands out indices; the scope's end publishes the results.
+                    let index = run.next.fetch_add(1, Ordering::Relaxed);
+                    if index >= run.end {
+                        break;
+                    }
+                    task(index);
+                    finished.fetch_add(1, Ordering::Relaxed);
                 }
-                task(index);
-                finished.fetch_add(1, Ordering::Relaxed);
             }
             Waiting::until(|| finished.load(Ordering::Relaxed) >= tasks, PATIENCE);
         };
+        let work = &work;
         rayon::in_place_scope(|scope| {
-            for _ in 1..workers {
-                scope.spawn(|_| work());
+            for worker in 1..workers {
+                scope.spawn(move |_| work(worker));
             }
-            work();
+            work(0);
         });
     }
 
@@ -207,6 +223,13 @@ impl Context {
     }
 }
 
+/// Tasks that follow one another; in a cache line of its own, because one thread asks it most of the time.
+#[repr(align(64))]
+struct Run {
+    next: AtomicUsize,
+    end: usize,
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::AtomicU32;
@@ -219,10 +242,13 @@ mod tests {
             let context = Context::with_isa(Isa::scalar()).threads(NonZeroUsize::new(threads).unwrap());
             for tasks in [0, 1, 2, 7, 100] {
                 let ran: Vec<AtomicU32> = (0..tasks).map(|_| AtomicU32::new(0)).collect();
-                context.for_each_task(tasks, |i| {
+                let run = |i: usize| {
                     ran[i].fetch_add(1, Ordering::Relaxed);
-                });
+                };
+                context.for_each_task(tasks, run);
                 assert!(ran.iter().all(|r| r.load(Ordering::Relaxed) == 1));
+                context.for_each_piece(tasks, run);
+                assert!(ran.iter().all(|r| r.load(Ordering::Relaxed) == 2));
             }
         }
     }

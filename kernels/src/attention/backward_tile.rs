@@ -126,10 +126,10 @@ impl Tile<'_, '_, '_> {
         // SAFETY: q and dO have these rows of `dim` and `v_dim` elements; Kᵀ and Vᵀ have as many rows of `stride`
         // columns, which hold all columns; P and dS have been cut for these rows.
         unsafe {
-            let k = Right { ptr: self.block.kt.as_ptr().wrapping_add(columns.start), stride };
+            let k = Right::rows(self.block.kt.as_ptr().wrapping_add(columns.start), stride);
             let s = Dest { ptr: p.as_mut_ptr().wrapping_add(columns.start), stride };
             product(simd, of_q, left(self.q, local), k, s, Onto::Zero);
-            let v = Right { ptr: self.block.vt.as_ptr().wrapping_add(columns.start), stride };
+            let v = Right::rows(self.block.vt.as_ptr().wrapping_add(columns.start), stride);
             let d_p = Dest { ptr: d_s.as_mut_ptr().wrapping_add(columns.start), stride };
             product(simd, of_d_out, left(self.d_out, local), v, d_p, Onto::Zero);
         }

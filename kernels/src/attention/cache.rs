@@ -12,6 +12,8 @@
 //! transposed, a panel of [`PANEL`] keys at a time, when they are appended. A head's keys and values are each one
 //! stream through memory.
 
+use std::ops::Range;
+
 use super::stored::{GROUP_WORDS, put};
 use crate::error::{ShapeError, expect_dim};
 use crate::gemm::microkernel::Storage;
@@ -204,17 +206,26 @@ impl<'a> Cache<'a> {
     /// One panel of keys of one head, [dim, PANEL].
     #[inline(always)]
     pub(super) fn panel(&self, sequence: usize, head: usize, panel: usize) -> Rows<'a> {
+        self.panels(sequence, head, panel..panel + 1)
+    }
+
+    /// Panels of keys of one head, one after the other, each [dim, PANEL].
+    #[inline(always)]
+    pub(super) fn panels(&self, sequence: usize, head: usize, panels: Range<usize>) -> Rows<'a> {
         let CacheLayout { kv_heads, capacity, dim, .. } = self.layout;
-        let index = (sequence * kv_heads + head) * (capacity / PANEL) + panel;
+        let (index, count) = ((sequence * kv_heads + head) * (capacity / PANEL) + panels.start, panels.len());
         match self.contents {
-            Contents::F32 { keys, .. } => Rows::F32(&keys[index * dim * PANEL..][..dim * PANEL]),
+            Contents::F32 { keys, .. } => {
+                let size = dim * PANEL;
+                Rows::F32(&keys[index * size..][..count * size])
+            }
             Contents::Stored(format, buffers) => {
                 let size = dim * PANEL / format.per_word();
                 let scales = if format == CacheFormat::Int8 { PANEL } else { 0 };
                 Rows::Stored(
                     format,
-                    &buffers.keys[index * size..][..size],
-                    &buffers.key_scales[index * scales..][..scales],
+                    &buffers.keys[index * size..][..count * size],
+                    &buffers.key_scales[index * scales..][..count * scales],
                 )
             }
         }

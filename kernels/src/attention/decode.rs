@@ -289,9 +289,10 @@ impl Decode<'_> {
         let blocks = (0..units).map(|unit| self.blocks(unit).count()).max().unwrap_or(0);
         let stride = blocks * KEY_BLOCK;
         let alpha = rows * stride;
-        let l = (alpha + blocks * rows).next_multiple_of(16);
+        let shift = alpha + blocks * rows;
+        let l = (shift + blocks * rows).next_multiple_of(16);
         let m = l + rows * lanes;
-        Places { stride, alpha, l, m, inverse: m + rows, len: (m + 2 * rows).next_multiple_of(16) }
+        Places { stride, alpha, shift, l, m, inverse: m + rows, len: (m + 2 * rows).next_multiple_of(16) }
     }
 }
 
@@ -308,13 +309,14 @@ impl Block {
     }
 }
 
-/// Where a unit's scratch holds what: scores and then P [rows, stride] at 0, α [blocks, rows], l (one vector a row),
-/// m and 1/l of each row.
+/// Where a unit's scratch holds what: scores and then P [rows, stride] at 0, the maxima of blocks and then α [blocks, rows], what is
+/// subtracted from the scores [blocks, rows], l (one vector a row), m and 1/l of each row.
 #[derive(Clone, Copy)]
 pub(super) struct Places {
     /// Elements of a row of scores: all blocks.
     pub(super) stride: usize,
     pub(super) alpha: usize,
+    pub(super) shift: usize,
     pub(super) l: usize,
     pub(super) m: usize,
     pub(super) inverse: usize,

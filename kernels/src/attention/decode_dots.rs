@@ -53,8 +53,8 @@ impl Products for Dots {
         let mut left = ScratchBuf::take(rows.next_multiple_of(QUERIES) * left_words(dim));
         let mut odd = self.pack(scaled, left.words_mut());
         let mut sums = ScratchBuf::take(rows.next_multiple_of(QUERIES) * PANEL);
-        for block in tasks.blocks_in(unit, columns) {
-            for (part, position, keys) in tasks.held(b, &block.keys) {
+        for run in tasks.runs_in(unit, columns) {
+            for (part, position, keys) in tasks.held(b, &run.keys) {
                 let mut at = keys.start;
                 while at < keys.end {
                     let position = position + at - keys.start;
@@ -74,7 +74,7 @@ impl Products for Dots {
                         }
                     };
                     self.multiply(left.words_mut(), (rows, dim), k, &mut sums, &mut odd);
-                    let place = unit * tasks.places.len + block.place() + at - block.keys.start;
+                    let place = unit * tasks.places.len + run.place() + at - run.keys.start;
                     let width = some.next_multiple_of(GROUP);
                     for (r, sums) in sums.chunks_exact(width).enumerate().take(rows) {
                         // SAFETY: these columns of the unit's row of scores belong to this task alone.

@@ -11,9 +11,8 @@ use super::decode_tiles::InParts;
 use super::decode_vectors::Vectors;
 use super::mask::Line;
 use super::on_tiles::OnTiles;
-use super::online::{self, Carried, Row};
-use super::problem::{Shared, piece};
-use super::tile::GROUP;
+use super::online::{self, Row};
+use super::problem::{KEY_BLOCK, Shared, piece};
 use crate::lanes;
 use crate::scratch::ScratchBuf;
 
@@ -93,11 +92,22 @@ impl Tasks<'_> {
         }
     }
 
-    /// The blocks of a unit whose scores stand in `columns`.
+    /// The blocks of a unit whose scores stand in `columns`, those that follow one another as one: their scores do too.
     #[inline(always)]
-    pub(super) fn blocks_in(&self, unit: usize, columns: &Range<usize>) -> impl Iterator<Item = Block> {
+    pub(super) fn runs_in(&self, unit: usize, columns: &Range<usize>) -> impl Iterator<Item = Block> {
         let columns = columns.clone();
-        self.problem.blocks(unit).filter(move |block| columns.contains(&block.place()))
+        let mut blocks =
+            self.problem.blocks(unit).filter(move |block| columns.contains(&block.place())).peekable();
+        std::iter::from_fn(move || {
+            let mut run = blocks.next()?;
+            let follows = |run: &Block, next: &Block| {
+                next.keys.start == run.keys.end && run.keys.len().is_multiple_of(KEY_BLOCK)
+            };
+            while let Some(next) = blocks.next_if(|next| follows(&run, next)) {
+                run.keys.end = next.keys.end;
+            }
+            Some(run)
+        })
     }
 
     /// What each part holds of some keys of sequence `b`: the part, its first position among them, and the keys.
@@ -137,41 +147,56 @@ impl Tasks<'_> {
         scaled
     }
 
-    /// P of a unit, each row's α for each block, 1/l, and lse.
+    /// P of a unit, each row's α for each block, 1/l, and lse: what `online::absorb` does block by block, one part of it after the other for all
+    /// blocks. A single row's exponentials would wait, at every block, for its maximum and for α.
     #[inline(always)]
     fn weights<S: Simd>(&self, simd: S, unit: usize) {
         let Decode { q, lse, .. } = self.problem;
-        let Places { stride, alpha, l, m, inverse, len } = self.places;
+        let Places { stride, alpha, shift, l, m, inverse, len } = self.places;
         let (b, _) = self.problem.place(unit);
         let rows = self.problem.rows();
         // SAFETY: a unit's weights are one task, and its scores are complete, so nobody else uses its scratch.
         let memory = unsafe { self.memory.part(unit * len, len) };
         let (scores, rest) = memory.split_at_mut(alpha);
-        let (alphas, rest) = rest.split_at_mut(l - alpha);
+        let (alphas, rest) = rest.split_at_mut(shift - alpha);
+        let (shifts, rest) = rest.split_at_mut(l - shift);
         let (ls, rest) = rest.split_at_mut(m - l);
         let (ms, inverses) = rest.split_at_mut(inverse - m);
-        ls.fill(0.0);
-        ms.fill(f32::NEG_INFINITY);
-        for block in self.problem.blocks(unit) {
+        let blocks = self.problem.blocks(unit).count();
+        let vectors = |block: &Block| {
             let place = block.place() / S::F32_LANES;
-            let vectors = place..place + block.keys.len().div_ceil(S::F32_LANES);
-            for first in (0..rows).step_by(GROUP) {
-                let n = GROUP.min(rows - first);
-                let carried = Carried {
-                    m: &mut ms[first..][..n],
-                    l: &mut ls[first * S::F32_LANES..][..n * S::F32_LANES],
-                    alpha: &mut alphas[block.index * rows + first..][..n],
-                };
-                let scores = &mut scores[first * stride..][..n * stride];
-                online::absorb(
-                    simd,
-                    scores,
-                    (stride / S::F32_LANES, &vectors),
-                    #[inline(always)]
-                    |r| self.masked(unit, first + r, &block.keys, vectors.len() * S::F32_LANES),
-                    carried,
-                );
+            place..place + block.keys.len().div_ceil(S::F32_LANES)
+        };
+        for block in self.problem.blocks(unit) {
+            let vectors = vectors(&block);
+            let width = vectors.len() * S::F32_LANES;
+            online::maxima(
+                simd,
+                scores,
+                (stride / S::F32_LANES, &vectors),
+                #[inline(always)]
+                |r| self.masked(unit, r, &block.keys, width),
+                &mut alphas[block.index * rows..][..rows],
+            );
+        }
+        for first in (0..rows).step_by(S::F32_LANES) {
+            let some = S::F32_LANES.min(rows - first);
+            let mut before = simd.splat_f32s(f32::NEG_INFINITY);
+            for block in 0..blocks {
+                let at = block * rows + first..block * rows + first + some;
+                let top = lanes::load_tail(simd, &alphas[at.clone()]);
+                let [now, alpha, shift] = online::raise(simd, top, before);
+                lanes::store_tail(simd, &mut alphas[at.clone()], alpha);
+                lanes::store_tail(simd, &mut shifts[at], shift);
+                before = now;
             }
+            lanes::store_tail(simd, &mut ms[first..first + some], before);
+        }
+        ls.fill(0.0);
+        for block in self.problem.blocks(unit) {
+            let at = block.index * rows..(block.index + 1) * rows;
+            let (stride, due) = (stride / S::F32_LANES, [&shifts[at.clone()], &alphas[at]]);
+            online::exponentials(simd, scores, (stride, &vectors(&block)), due, ls);
         }
         for r in 0..rows {
             let l = S::as_simd_f32s(&ls[r * S::F32_LANES..][..S::F32_LANES]).0[0];

@@ -54,8 +54,8 @@ impl<const P: usize> Products for InParts<P> {
         let q = MatRef::new(&queries.scaled, rows, dim).expect("[rows, dim]");
         on_tiles::pack_left::<S, P>((simd, &self.0), q, queries.tiles.words_mut(), &mut queries.magnitudes);
         let mut widened = ScratchBuf::take(dim * BLOCK);
-        for block in tasks.blocks_in(unit, columns) {
-            for (part, position, keys) in tasks.held(b, &block.keys) {
+        for run in tasks.runs_in(unit, columns) {
+            for (part, position, keys) in tasks.held(b, &run.keys) {
                 let mut at = keys.start;
                 while at < keys.end {
                     let position = position + at - keys.start;
@@ -73,7 +73,7 @@ impl<const P: usize> Products for InParts<P> {
                         }
                     };
                     let k = k.expect("half of a panel is [dim, 32]");
-                    let place = unit * tasks.places.len + block.place() + at - block.keys.start;
+                    let place = unit * tasks.places.len + run.place() + at - run.keys.start;
                     self.panel(simd, tasks, (&mut queries, k), cols.clone(), place);
                     at += cols.len();
                 }

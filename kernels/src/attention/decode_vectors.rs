@@ -11,7 +11,7 @@ use super::cache::{CacheFormat, PANEL, Rows};
 use super::decode::Places;
 use super::decode_tasks::{Products, Tasks};
 use super::stored::{self, GROUP_WORDS};
-use super::tile::{Dest, Extent, Left, Onto, Right, product};
+use super::tile::{Dest, Extent, GROUP, Left, Onto, Right, product};
 use crate::scratch::ScratchBuf;
 use crate::view::MatRef;
 
@@ -24,29 +24,33 @@ impl Products for Vectors {
         let (b, kv) = tasks.problem.place(unit);
         let (rows, dim) = (tasks.problem.rows(), tasks.problem.dim);
         let scaled = tasks.scaled_queries(simd, unit);
-        for block in tasks.blocks_in(unit, columns) {
-            for (part, position, keys) in tasks.held(b, &block.keys) {
+        for run in tasks.runs_in(unit, columns) {
+            for (part, position, keys) in tasks.held(b, &run.keys) {
                 let mut at = keys.start;
                 while at < keys.end {
                     let position = position + at - keys.start;
                     let (panel, first) = (position / PANEL, position % PANEL);
-                    let cols = (PANEL - first).min(keys.end - at);
-                    let place = unit * tasks.places.len + block.place() + at - block.keys.start;
-                    at += cols;
-                    let k = match part.cache.panel(part.sequences[b], kv, panel) {
-                        Rows::F32(k) => k,
+                    let rest = keys.end - at;
+                    let place = unit * tasks.places.len + run.place() + at - run.keys.start;
+                    let panels = panel..panel + (first + rest).div_ceil(PANEL);
+                    let (k, cols) = match part.cache.panels(part.sequences[b], kv, panels) {
+                        // From the first column of a panel on, it and all that follow are one right operand, unless it is to be read again.
+                        Rows::F32(k) if first == 0 && rows <= GROUP => (k, rest),
+                        Rows::F32(k) => (k, rest.min(PANEL - first)),
                         Rows::Stored(format, words, scales) => {
-                            let columns = first..first + cols;
+                            let columns = first..PANEL.min(first + rest);
+                            at += columns.len();
                             tasks.stored_scores(simd, &scaled, (format, words, scales), columns, place);
                             continue;
                         }
                     };
                     let extent = Extent { rows, cols, depth: dim };
-                    // SAFETY: `scaled` is [rows, dim], the panel [dim, PANEL] of which these are columns; the unit's
+                    at += cols;
+                    // SAFETY: `scaled` is [rows, dim], each panel [dim, PANEL], and these are columns of the first or of all of them; the unit's
                     // scores are [rows, stride], of which columns from `place` belong to this task alone.
                     unsafe {
                         let q = Left { ptr: scaled.as_ptr(), stride: dim, across: false };
-                        let k = Right { ptr: k.as_ptr().add(first), stride: PANEL };
+                        let k = Right::panels(k.as_ptr().add(first), dim);
                         let s = Dest { ptr: tasks.memory.at(place), stride: tasks.places.stride };
                         product(simd, extent, q, k, s, Onto::Zero);
                     }
@@ -91,7 +95,7 @@ impl Products for Vectors {
                 unsafe {
                     let unit = tasks.memory.at(unit * len);
                     let p = Left { ptr: unit.add(place), stride, across: false };
-                    let v = Right { ptr: values.as_ptr().add(position * v_dim + cols.start), stride: v_dim };
+                    let v = Right::rows(values.as_ptr().add(position * v_dim + cols.start), v_dim);
                     let onto = match (first, block.index) {
                         (true, 0) => Onto::Zero,
                         (true, index) => Onto::Scaled(unit.add(alpha + index * rows)),

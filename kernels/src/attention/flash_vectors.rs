@@ -190,7 +190,7 @@ impl Chunk<'_> {
         // the lanes, which holds all columns; Kᵀ has `dim` rows and the scores have been cut for these rows.
         unsafe {
             let q = Left { ptr: q.as_ptr(), stride: dim, across: false };
-            let k = Right { ptr: kt.as_ptr().add(columns.start), stride };
+            let k = Right::rows(kt.as_ptr().add(columns.start), stride);
             let s = Dest { ptr: scores.as_mut_ptr().add(columns.start), stride };
             product(simd, extent, q, k, s, Onto::Zero);
         }

@@ -107,9 +107,30 @@ pub(super) fn absorb<'a, S: Simd>(
     carried: Carried<'_>,
 ) {
     let Carried { m, l, alpha } = carried;
+    let rows = m.len();
     let (mut top, mut shifts) = ([0.0; GROUP], [0.0; GROUP]);
+    maxima(simd, scores, (stride, vectors), row, &mut top[..rows]);
+    lanes::visit(
+        simd,
+        [&top[..rows]],
+        [&mut m[..], &mut *alpha, &mut shifts[..rows]],
+        #[inline(always)]
+        |[top], [before, ..]| raise(simd, top, before),
+    );
+    exponentials(simd, scores, (stride, vectors), [&shifts[..rows], alpha], l);
+}
+
+/// Adds to the scores what is added to them, hides what is hidden, and gives the maximum of each row: the first part of [`absorb`].
+#[inline(always)]
+pub(super) fn maxima<'a, S: Simd>(
+    simd: S,
+    scores: &mut [f32],
+    (stride, vectors): (usize, &Range<usize>),
+    row: impl Fn(usize) -> Option<Row<'a>>,
+    top: &mut [f32],
+) {
     let scores = S::as_mut_simd_f32s(scores).0;
-    for ((r, scores), top) in scores.chunks_exact_mut(stride).enumerate().zip(&mut top) {
+    for ((r, scores), top) in scores.chunks_exact_mut(stride).enumerate().zip(top) {
         let scores = &mut scores[vectors.clone()];
         let mut max = simd.splat_f32s(f32::NEG_INFINITY);
         match row(r) {
@@ -127,25 +148,33 @@ pub(super) fn absorb<'a, S: Simd>(
         }
         *top = simd.reduce_max_f32s(max);
     }
-    let rows = m.len();
-    let (none, zero) = (simd.splat_f32s(f32::NEG_INFINITY), simd.splat_f32s(0.0));
-    lanes::visit(
-        simd,
-        [&top[..rows]],
-        [&mut m[..], &mut *alpha, &mut shifts[..rows]],
-        #[inline(always)]
-        |[top], [before, ..]| {
-            let now = simd.max_f32s(top, before);
-            let shift = simd.select_f32s(simd.equal_f32s(now, none), zero, now);
-            // 0 for a row that had seen nothing: its l and o are 0 or not yet written.
-            [now, exp_flushed(simd, simd.sub_f32s(before, shift)), shift]
-        },
-    );
+}
+
+/// m of some rows after a block whose maxima are `top`, the block's α, and what is subtracted from its scores: the second part of [`absorb`].
+#[inline(always)]
+pub(super) fn raise<S: Simd>(simd: S, top: S::f32s, before: S::f32s) -> [S::f32s; 3] {
+    let now = simd.max_f32s(top, before);
+    let none = simd.equal_f32s(now, simd.splat_f32s(f32::NEG_INFINITY));
+    let shift = simd.select_f32s(none, simd.splat_f32s(0.0), now);
+    // 0 for a row that had seen nothing: its l and o are 0 or not yet written.
+    [now, exp_flushed(simd, simd.sub_f32s(before, shift)), shift]
+}
+
+/// p of each row, and its l: the last part of [`absorb`].
+#[inline(always)]
+pub(super) fn exponentials<S: Simd>(
+    simd: S,
+    scores: &mut [f32],
+    (stride, vectors): (usize, &Range<usize>),
+    [shifts, alpha]: [&[f32]; 2],
+    l: &mut [f32],
+) {
+    let scores = S::as_mut_simd_f32s(scores).0;
     let rows =
         scores.chunks_exact_mut(stride).zip(l.chunks_exact_mut(S::F32_LANES)).zip(alpha.iter().zip(shifts));
     for ((scores, l), (alpha, shift)) in rows {
-        let shift = simd.splat_f32s(shift);
-        let mut sum = zero;
+        let shift = simd.splat_f32s(*shift);
+        let mut sum = simd.splat_f32s(0.0);
         for x in &mut scores[vectors.clone()] {
             *x = exp_flushed(simd, simd.sub_f32s(*x, shift));
             sum = simd.add_f32s(sum, *x);

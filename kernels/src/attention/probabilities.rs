@@ -49,7 +49,7 @@ impl WithSimd for Probabilities<'_> {
                 unsafe {
                     let q = left(self.q, first);
                     let s = Dest { ptr: scores.as_mut_ptr(), stride };
-                    product(simd, extent, q, Right { ptr: keys.as_ptr(), stride }, s, Onto::Zero);
+                    product(simd, extent, q, Right::rows(keys.as_ptr(), stride), s, Onto::Zero);
                 }
                 for r in 0..rows {
                     self.out.row_mut(first + r)[block.clone()]

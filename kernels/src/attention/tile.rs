@@ -15,6 +15,7 @@
 
 use pulp::{MemMask, Simd, WithSimd};
 
+use super::cache::PANEL;
 use crate::gemm::microkernel::prefetch;
 use crate::view::{MatMut, MatRef};
 
@@ -42,11 +43,39 @@ impl Left {
     }
 }
 
-/// B: element (k, c) at `ptr + k·stride + c`.
+/// B: element (k, c) at `ptr + k·stride + c`, or, of B in panels of [`PANEL`] columns, at `ptr + (c / PANEL)·panel + k·stride + c % PANEL`.
 #[derive(Clone, Copy)]
 pub(super) struct Right {
-    pub(super) ptr: *const f32,
-    pub(super) stride: usize,
+    ptr: *const f32,
+    stride: usize,
+    /// Elements from one panel to the next; [`PANEL`] where there are none.
+    panel: usize,
+}
+
+impl Right {
+    /// Rows `stride` apart.
+    #[inline(always)]
+    pub(super) fn rows(ptr: *const f32, stride: usize) -> Right {
+        Right { ptr, stride, panel: PANEL }
+    }
+
+    /// Panels [depth, PANEL], one after the other.
+    #[inline(always)]
+    pub(super) fn panels(ptr: *const f32, depth: usize) -> Right {
+        Right { ptr, stride: PANEL, panel: depth * PANEL }
+    }
+
+    /// Whether as many columns from one on that is a multiple of them may lie in two panels.
+    #[inline(always)]
+    fn parts(self, columns: usize) -> bool {
+        columns > PANEL && self.panel != PANEL
+    }
+
+    /// Where column `col` begins.
+    #[inline(always)]
+    fn column(self, col: usize) -> *const f32 {
+        self.ptr.wrapping_add(col / PANEL * self.panel + col % PANEL)
+    }
 }
 
 /// C: element (r, c) at `ptr + r·stride + c`.
@@ -66,7 +95,7 @@ pub(super) fn left(view: MatRef<'_>, first: usize) -> Left {
 /// `view` from row `first` on, as the right factor.
 #[inline(always)]
 pub(super) fn right(view: MatRef<'_>, first: usize) -> Right {
-    Right { ptr: view.as_ptr().wrapping_add(first * view.row_stride()), stride: view.row_stride() }
+    Right::rows(view.as_ptr().wrapping_add(first * view.row_stride()), view.row_stride())
 }
 
 /// `view` from row `first` on, to be written.
@@ -169,7 +198,7 @@ impl<const MR: usize, const ACROSS: bool> WithSimd for Group<MR, ACROSS> {
         let mut col = 0;
         // One or two rows of two vectors are too few chains to hide the latency of the multiply-add.
         if const { MR == 1 } {
-            while col + 8 * S::F32_LANES <= cols {
+            while col + 8 * S::F32_LANES <= cols && !self.0.b.parts(8 * S::F32_LANES) {
                 self.strip::<S, 8, false>(simd, col);
                 col += 8 * S::F32_LANES;
             }
@@ -232,7 +261,7 @@ impl<const MR: usize, const ACROSS: bool> Group<MR, ACROSS> {
                 }
             }
         }
-        let mut at = Place { a: std::array::from_fn(|r| a.rows_from(r).ptr), b: b.ptr.wrapping_add(col) };
+        let mut at = Place { a: std::array::from_fn(|r| a.rows_from(r).ptr), b: b.column(col) };
         // One row is bound by reading B: unrolled, the compiler orders four steps by columns, and no prefetcher follows.
         let unrolled = if const { MR == 1 } { 0 } else { depth / UNROLL };
         for _ in 0..unrolled {
@@ -330,7 +359,7 @@ mod tests {
                 let stride = if across { self.a.col_stride() } else { self.a.row_stride() };
                 let ptr = self.a.as_ptr().wrapping_add(done * self.a.col_stride());
                 let a = Left { ptr, stride, across };
-                let b = Right { ptr: self.b.as_ptr().wrapping_add(done * n), stride: n };
+                let b = Right::rows(self.b.as_ptr().wrapping_add(done * n), n);
                 let c = Dest { ptr: self.c.as_mut_ptr(), stride: n };
                 // SAFETY: the buffers below have exactly the extent's shape.
                 unsafe { product(simd, Extent { depth, ..self.extent }, a, b, c, Onto::sum_if(done > 0)) };

@@ -23,13 +23,13 @@ impl<T> MatMut<'_, T> {
     {
         assert!(rows_per_block > 0);
         let whole = self;
-        context.for_each_task(whole.rows.div_ceil(rows_per_block), |block| {
+        context.for_each_piece(whole.rows.div_ceil(rows_per_block), |block| {
             let first = block * rows_per_block;
             let last = (first + rows_per_block).min(whole.rows);
             let part = whole.as_ref().sub(first..last, 0..whole.cols);
             let (ptr, rows) = (part.ptr.cast_mut(), part.rows);
             // The view's own invariant (no two indices meet) makes the blocks disjoint, and
-            // `for_each_task` runs each index once.
+            // `for_each_piece` runs each index once.
             f(first, MatMut { ptr, rows, lifetime: PhantomData, ..whole });
         });
     }
@@ -59,7 +59,7 @@ pub(crate) fn zip_row_blocks<T: Send + Sync, U: Send + Sync, V: Send + Sync>(
         [first.0.rows.div_ceil(first.1), second.0.rows.div_ceil(second.1), third.0.rows.div_ceil(third.1)];
     let count = blocks[0].max(blocks[1]).max(blocks[2]);
     assert!(blocks.iter().all(|&n| n == count || n == 0), "blocks {blocks:?}");
-    context.for_each_task(count, |index| {
+    context.for_each_piece(count, |index| {
         f(index, (block(&first, index), block(&second, index), block(&third, index)));
     });
 }
@@ -86,10 +86,10 @@ pub fn for_each_chunk<T: Send + Sync>(
     }
     let len = data.len();
     let base = Base(data.as_mut_ptr());
-    context.for_each_task(len.div_ceil(chunk_len), |index| {
+    context.for_each_piece(len.div_ceil(chunk_len), |index| {
         let first = index * chunk_len;
         let n = chunk_len.min(len - first);
-        // SAFETY: `for_each_task` runs each index once, so each chunk is lent once; chunks are
+        // SAFETY: `for_each_piece` runs each index once, so each chunk is lent once; chunks are
         // disjoint and lie in `data`, which stays borrowed until all tasks have ended.
         f(index, unsafe { std::slice::from_raw_parts_mut(base.get().add(first), n) });
     });

@@ -303,6 +303,13 @@ fn lengths_straddle_blocks() {
 }
 
 #[test]
+fn a_hundred_thousand_keys() {
+    for causal in [None, Some(99_998)] {
+        Case { causal, ..Case::new(shape(1, 1, 2, 100_000, 8)) }.check();
+    }
+}
+
+#[test]
 fn rows_straddle_what_is_held_and_tiles() {
     // At 512 elements few rows are held at a time; interleaved heads spread, so that gradients are summed apart.
     for (seq_q, seq_k, causal) in [(200, 140, None), (200, 200, Some(0))] {
