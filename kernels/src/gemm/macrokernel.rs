@@ -164,12 +164,9 @@ fn left_block<K: Microkernel<Lhs = f32>>(a: MatRef<'_>, left: Left, scratch: &mu
             Lhs { ptr: scratch.as_ptr(), tile_stride: K::MR * depth, row_stride: depth, depth_stride: 1 }
         }
         Left::Tiles => {
-            for first in (0..rows).step_by(K::MR) {
-                let tile = a.sub(first..(first + K::MR).min(rows), 0..depth).t();
-                let packed = &mut scratch[first * depth..(first + K::MR) * depth];
-                // SAFETY: the source is the view `tile`.
-                unsafe { pack_panel(Source::of(&tile), depth, tile.cols(), packed, K::MR) };
-            }
+            let (tiles, packed) = (a.t(), &mut scratch[..rows.next_multiple_of(K::MR) * depth]);
+            // SAFETY: the source is the view `tiles`.
+            unsafe { pack_panels(Source::of(&tiles), depth, rows, packed, (K::MR, K::MR)) };
             Lhs { ptr: scratch.as_ptr(), tile_stride: K::MR * depth, row_stride: 1, depth_stride: K::MR }
         }
     }

@@ -10,10 +10,13 @@
 use half::bf16;
 use pulp::bytemuck::cast;
 
-use super::microkernel::{Bf16Products, PairRows, WORDS};
+use super::microkernel::{Bf16Products, PairRows, WORDS, prefetch};
 use super::pack::Element;
 use crate::transpose::transpose_4x4;
 use crate::view::MatRef;
+
+/// Rows that are asked for before they are wanted, of which each gives one line.
+const AHEAD: usize = 16;
 
 /// Elements that become words.
 pub(super) trait Paired: Element + Default {
@@ -126,6 +129,10 @@ fn interleaved<D: Bf16Products, T: Paired, const W: usize>(
 ) {
     let depth = b.rows();
     for (q, row) in rows.iter_mut().enumerate() {
+        // A line of each row, and rows may lie pages apart: no hardware foresees them.
+        for i in [2 * q + AHEAD, 2 * q + AHEAD + 1] {
+            prefetch::line(b.as_ptr().wrapping_add(i.min(depth - 1) * b.row_stride()));
+        }
         let low = b.row(2 * q);
         let high = if 2 * q + 1 < depth { b.row(2 * q + 1) } else { &[] };
         let words = match (low.first_chunk::<WORDS>(), high.first_chunk::<WORDS>()) {
