@@ -5,7 +5,7 @@
 //! buffer. To its gates' pass a part is a layer that is narrower. What the next product needs of the others
 //! (the new state; backward, the gradients of the sums) goes over a [`Board`] with one barrier a step:
 //! ```text
-//! for t in 0..seq:
+//! for t in 0..seq:                                # the inputs of some steps are projected before, see `rows`
 //!     sums[:, own] += h · W_hhᵀ[:, own]           # h of all units: a copy of this thread
 //!     h'[:, own] = cell(sums[:, own])
 //!     board[t % 2][own] = h'[:, own];  arrive
@@ -17,19 +17,21 @@
 //! - Each element is the same chain over k as in the whole product, so the bits are those of the other path.
 //! - The board has two pages: a page is written again two exchanges later, after a barrier that its readers reach only
 //!   when they have read it. So its locks are always free, and one barrier an exchange is enough.
-//! - A part works on a gapless copy of its gates: two copies of `4 · units` values a row beside the product's
-//!   `4 · units · hidden` multiply-adds. Rejected: sharing `h` itself, which needs `unsafe` to save the copy of
+//! - A part works on gates of its own, which hold a few steps. Where backward wants them, they are copied when they are done: `4 · units` values a
+//!   row beside the product's `4 · units · hidden` multiply-adds. Rejected: sharing `h` itself, which needs `unsafe` to save the copy of
 //!   `batch · hidden` values a step.
 
 use std::ops::Range;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{OnceLock, PoisonError, RwLock};
 
 use crate::context::Context;
 use crate::gemm::{Accum, Epilogue, PackedWeights, gemm_packed};
 use crate::scratch::ScratchBuf;
 use crate::view::{MatMut, MatRef};
 
-use super::plan::{Plan, copy, matrix, matrix_mut};
+use super::input_product::{fill_untouched, start_bias};
+use super::plan::{Plan, copy, gates_matrix_mut, gates_stride, matrix, matrix_mut};
+use super::rows::CHUNK;
 use super::team::{Barrier, run_together};
 use super::weights::Sizes;
 use super::{Cell, Weights, Window, gates, gru_reset_before};
@@ -187,15 +189,23 @@ impl Layer<'_> {
         self.plan.rows_at(t, &(0..self.plan.batch()))
     }
 
-    pub(super) fn board(&self, units: &[Range<usize>], groups: usize) -> Arc<Board> {
-        Arc::new(Board::new(self.hidden(), units.to_vec(), [self.plan.batch(), groups]))
+    /// Lies with the caller, who so gets the memory back that was taken from its scratch list.
+    pub(super) fn board<'b>(
+        &self,
+        place: &'b OnceLock<Board>,
+        units: &[Range<usize>],
+        groups: usize,
+    ) -> &'b Board {
+        place.get_or_init(|| Board::new(self.hidden(), units.to_vec(), [self.plan.batch(), groups]))
     }
 }
 
 /// The buffers of a layer, forward.
 pub(super) struct Buffers<'a> {
-    /// Projected gates in, activated gates out.
-    pub(super) gates: MatMut<'a>,
+    /// The inputs of all steps, without gaps.
+    pub(super) x: MatRef<'a>,
+    /// Activated gates out, where something goes back.
+    pub(super) gates: Option<MatMut<'a>>,
     /// States before each step.
     pub(super) h: MatMut<'a>,
     pub(super) c: MatMut<'a>,
@@ -207,8 +217,9 @@ pub(super) struct Buffers<'a> {
 /// A member's columns of [`Buffers`].
 struct Part<'a> {
     place: usize,
-    board: Arc<Board>,
-    gates: Vec<MatMut<'a>>,
+    board: &'a Board,
+    x: MatRef<'a>,
+    gates: Option<Vec<MatMut<'a>>>,
     h: MatMut<'a>,
     c: MatMut<'a>,
     last_h: MatMut<'a>,
@@ -220,19 +231,29 @@ pub(super) fn forward(asked: usize, layer: &Layer<'_>, buffers: Buffers<'_>) {
     let (batch, hidden) = (layer.plan.batch(), layer.hidden());
     let mut start = ScratchBuf::take(batch * hidden);
     copy(buffers.last_h.as_ref(), matrix_mut(&mut start, batch, hidden));
+    let board = OnceLock::new();
     let deal = |members| {
         let units = split_units(hidden, members);
-        let board = layer.board(&units, 1);
+        let board = layer.board(&board, &units, 1);
         let states = split_columns(buffers.h, &units).into_iter().zip(split_columns(buffers.c, &units));
         let last =
             split_columns(buffers.last_h, &units).into_iter().zip(split_columns(buffers.last_c, &units));
-        split_gates(buffers.gates, hidden, &units)
-            .into_iter()
-            .zip(states.zip(last))
-            .enumerate()
-            .map(|(place, (gates, ((h, c), (last_h, last_c))))| {
-                let board = Arc::clone(&board);
-                Part { place, board, gates, h, c, last_h, last_c }
+        let gates: Vec<_> = match buffers.gates {
+            Some(gates) => split_gates(gates, hidden, &units).into_iter().map(Some).collect(),
+            None => units.iter().map(|_| None).collect(),
+        };
+        let parts = gates.into_iter().zip(states.zip(last)).enumerate();
+        let x = buffers.x;
+        parts
+            .map(|(place, (gates, ((h, c), (last_h, last_c))))| Part {
+                place,
+                board,
+                x,
+                gates,
+                h,
+                c,
+                last_h,
+                last_c,
             })
             .collect()
     };
@@ -241,53 +262,149 @@ pub(super) fn forward(asked: usize, layer: &Layer<'_>, buffers: Buffers<'_>) {
 
 fn run(layer: &Layer<'_>, start: &[f32], part: Part<'_>, barrier: &Barrier<'_>) {
     let Layer { ref ctx, plan, weights: &Weights { cell, w_hh, .. } } = *layer;
-    let Part { place, board, mut gates, mut h, mut c, mut last_h, mut last_c } = part;
-    let (batch, hidden, units) = (plan.batch(), layer.hidden(), board.units[place].clone());
-    let (width, cell_width) = (units.len(), c.cols());
+    let (batch, units) = (plan.batch(), part.board.units[part.place].clone());
+    let inputs = Inputs::new(ctx, layer.weights, units.clone());
     let products = Products::new(ctx, cell, w_hh, units.clone());
-    let peepholes = layer.peepholes(&units);
-    let mut exchange = Exchange::new(&board, barrier, place);
-    let mut h_now = ScratchBuf::take(batch * hidden);
+    let mut exchange = Exchange::new(part.board, barrier, part.place);
+    let mut h_now = ScratchBuf::take(batch * layer.hidden());
     h_now.copy_from_slice(start);
-    let mut h_now = matrix_mut(&mut h_now, batch, hidden);
-    let [mut work, mut next_h, mut next_c] =
-        [gates.len() * width, width, cell_width].map(|cols| ScratchBuf::take(batch * cols));
-    let mut work = matrix_mut(&mut work, batch, gates.len() * width);
-    let mut next_h = matrix_mut(&mut next_h, batch, width);
-    let mut next_c = matrix_mut(&mut next_c, batch, cell_width);
-    for t in (0..plan.seq()).map(|visit| plan.step(visit)) {
-        let at = layer.rows_at(t);
-        let rows = at.len();
-        if rows == 0 {
-            continue;
+    let (width, cell_width) = (units.len(), part.c.cols());
+    let [mut next_h, mut next_c] = [width, cell_width].map(|cols| ScratchBuf::take(batch * cols));
+    let mut member = Member {
+        layer,
+        peepholes: layer.peepholes(&units),
+        h_now: matrix_mut(&mut h_now, batch, layer.hidden()),
+        next_h: matrix_mut(&mut next_h, batch, width),
+        next_c: matrix_mut(&mut next_c, batch, cell_width),
+        part,
+    };
+    let ranks = 0..batch;
+    let chunks = plan.chunks(&ranks, CHUNK);
+    let most = chunks.iter().map(|steps| plan.rows_in(steps, &ranks)).max().unwrap_or(0);
+    let columns = cell.gate_columns(width);
+    let mut work = ScratchBuf::take(most * gates_stride(columns));
+    for steps in plan.visits(&(0..chunks.len())).map(|index| chunks[index].clone()) {
+        let rows = plan.rows_in(&steps, &ranks);
+        let first = plan.rows_at(steps.start, &ranks).start;
+        let mut work = gates_matrix_mut(&mut work[..rows * gates_stride(columns)], rows, columns);
+        inputs.project(member.part.x.sub(first..first + rows, 0..layer.weights.input()), work.reborrow());
+        for t in plan.visits(&steps) {
+            let at = layer.rows_at(t);
+            if !at.is_empty() {
+                let sums = rows_of(&mut work, at.start - first..at.end - first);
+                member.step(t, &products, sums, &mut exchange);
+            }
         }
-        let mut sums = rows_of(&mut work, 0..rows);
-        load(&gates, at.clone(), sums.reborrow());
-        products.add(sums.reborrow(), h_now.as_ref().sub(0..rows, 0..hidden), &mut exchange);
+    }
+}
+
+/// A member, and what it works on from step to step.
+struct Member<'a> {
+    layer: &'a Layer<'a>,
+    peepholes: Vec<f32>,
+    /// The state of all units.
+    h_now: MatMut<'a>,
+    /// The new states of its own.
+    next_h: MatMut<'a>,
+    next_c: MatMut<'a>,
+    part: Part<'a>,
+}
+
+impl Member<'_> {
+    /// From the projected inputs of a step to the next states.
+    fn step(&mut self, t: usize, products: &Products<'_>, mut sums: MatMut<'_>, exchange: &mut Exchange<'_>) {
+        let Layer { ref ctx, plan, weights: &Weights { cell, .. } } = *self.layer;
+        let Part {
+            ref board,
+            place,
+            ref mut gates,
+            ref mut h,
+            ref mut c,
+            ref mut last_h,
+            ref mut last_c,
+            ..
+        } = self.part;
+        let (at, hidden, units) = (self.layer.rows_at(t), self.layer.hidden(), board.units[place].clone());
+        let (rows, width, cell_width) = (at.len(), units.len(), c.cols());
+        products.add(sums.reborrow(), self.h_now.as_ref().sub(0..rows, 0..hidden), exchange);
         let step = gates::Forward {
             gates: sums.reborrow(),
-            peepholes: &peepholes,
-            h_prev: h_now.as_ref().sub(0..rows, units.clone()),
+            peepholes: &self.peepholes,
+            h_prev: self.h_now.as_ref().sub(0..rows, units),
             c_prev: c.as_ref().sub(at.clone(), 0..cell_width),
-            h: rows_of(&mut next_h, 0..rows),
-            c: rows_of(&mut next_c, 0..rows),
+            h: rows_of(&mut self.next_h, 0..rows),
+            c: rows_of(&mut self.next_c, 0..rows),
         };
         gates::forward(ctx, cell, step);
         let continuing = plan.continuing(t);
         if continuing > 0 {
-            exchange.give(next_h.as_ref().sub(0..continuing, 0..width));
+            exchange.give(self.next_h.as_ref().sub(0..continuing, 0..width));
         }
-        store(sums.as_ref(), &mut gates, at);
-        let next = plan.next(t).map_or(0, |next| layer.rows_at(next).start);
-        for (new, states, last) in [(&next_h, &mut h, &mut last_h), (&next_c, &mut c, &mut last_c)] {
+        if let Some(gates) = gates {
+            store(sums.as_ref(), gates, at);
+        }
+        let next = plan.next(t).map_or(0, |next| self.layer.rows_at(next).start);
+        for (new, states, last) in [(&self.next_h, h, last_h), (&self.next_c, c, last_c)] {
             let (new, cols) = (new.as_ref(), new.cols());
             copy(new.sub(0..continuing, 0..cols), rows_of(states, next..next + continuing));
             copy(new.sub(continuing..rows, 0..cols), rows_of(last, continuing..rows));
         }
         if continuing > 0 {
-            exchange.take(rows_of(&mut h_now, 0..continuing));
+            exchange.take(rows_of(&mut self.h_now, 0..continuing));
         }
     }
+}
+
+/// A member's part of the inputs' products: its columns of `W_ihᵀ`, gate by gate.
+struct Inputs<'a> {
+    ctx: &'a Context,
+    cell: Cell,
+    width: usize,
+    /// Of its columns of the gates.
+    bias: Vec<f32>,
+    gates: Vec<PackedWeights>,
+}
+
+impl<'a> Inputs<'a> {
+    fn new(ctx: &'a Context, weights: &Weights<'_>, units: Range<usize>) -> Inputs<'a> {
+        let (cell, hidden) = (weights.cell, weights.hidden());
+        let bias = start_bias(weights);
+        let bias = bias.chunks_exact(hidden).flat_map(|block| &block[units.clone()]).copied().collect();
+        let gates = pack_gates(ctx, cell, weights.w_ih, hidden, &units);
+        Inputs { ctx, cell, width: units.len(), bias, gates }
+    }
+
+    /// The inputs' part of the sums, biases included.
+    fn project(&self, x: MatRef<'_>, mut sums: MatMut<'_>) {
+        let (rows, width) = (x.rows(), self.width);
+        for Window { columns, rows: gate_rows } in self.cell.input_windows(width) {
+            let gates = gate_rows.start / width..gate_rows.end / width;
+            for (w, first) in self.gates[gates].iter().zip(columns.step_by(width)) {
+                let columns = first..first + width;
+                let epilogue = Epilogue { bias: Some(&self.bias[columns.clone()]), ..Epilogue::default() };
+                let sums = sums.reborrow().sub(0..rows, columns);
+                gemm_packed(self.ctx, x, w, sums, Accum::Overwrite, &epilogue)
+                    .expect("shapes fit by construction");
+            }
+        }
+        fill_untouched(self.cell, width, &self.bias, &mut sums);
+    }
+}
+
+/// Of each gate, the rows of some units, packed as columns.
+fn pack_gates(
+    ctx: &Context,
+    cell: Cell,
+    w: MatRef<'_>,
+    hidden: usize,
+    units: &Range<usize>,
+) -> Vec<PackedWeights> {
+    let gate = |gate: usize| {
+        let rows = gate * hidden + units.start..gate * hidden + units.end;
+        let w = w.sub(rows, 0..w.cols()).t();
+        PackedWeights::pack_for_call(ctx, w).expect("a part of what lies in memory")
+    };
+    (0..cell.gates()).map(gate).collect()
 }
 
 /// A member's part of the state's products: its columns of `W_hhᵀ`, gate by gate.
@@ -300,13 +417,7 @@ struct Products<'a> {
 
 impl<'a> Products<'a> {
     fn new(ctx: &'a Context, cell: Cell, w_hh: MatRef<'_>, units: Range<usize>) -> Products<'a> {
-        let hidden = w_hh.cols();
-        let gate = |gate: usize| {
-            let rows = gate * hidden + units.start..gate * hidden + units.end;
-            let w = w_hh.sub(rows, 0..hidden).t();
-            PackedWeights::pack_for_call(ctx, w).expect("a part of what lies in memory")
-        };
-        let gates = (0..cell.gates()).map(gate).collect();
+        let gates = pack_gates(ctx, cell, w_hh, w_hh.cols(), &units);
         Products { ctx, cell, units, gates }
     }
 

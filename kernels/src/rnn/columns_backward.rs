@@ -1,6 +1,6 @@
 //! As [`columns`](super::columns), backward: each thread owns some hidden units, and the gradients of the sums go over the board.
 
-use std::sync::Arc;
+use std::sync::OnceLock;
 
 use crate::context::Context;
 use crate::gemm::{Accum, Epilogue, PackedWeights, gemm_packed};
@@ -31,7 +31,7 @@ pub(super) struct BackBuffers<'a> {
 /// A member's columns of [`BackBuffers`].
 struct BackPart<'a> {
     place: usize,
-    board: Arc<Board>,
+    board: &'a Board,
     gates: Vec<MatMut<'a>>,
     h: MatRef<'a>,
     c: MatRef<'a>,
@@ -43,9 +43,10 @@ struct BackPart<'a> {
 /// The recurrence of all rows, backward, on a team of at most `asked`.
 pub(super) fn backward(asked: usize, layer: &Layer<'_>, buffers: BackBuffers<'_>) {
     let hidden = layer.hidden();
+    let board = OnceLock::new();
     let deal = |members| {
         let units = split_units(hidden, members);
-        let board = layer.board(&units, layer.weights.cell.gates());
+        let board = layer.board(&board, &units, layer.weights.cell.gates());
         let d_states = split_columns(buffers.d_h, &units).into_iter().zip(split_columns(buffers.d_c, &units));
         let (h, c, d_y) = (buffers.h, buffers.c, buffers.d_y);
         split_gates(buffers.gates, hidden, &units)
@@ -56,7 +57,7 @@ pub(super) fn backward(asked: usize, layer: &Layer<'_>, buffers: BackBuffers<'_>
                 let own = |m: MatRef<'_>| units[place].start.min(m.cols())..units[place].end.min(m.cols());
                 BackPart {
                     place,
-                    board: Arc::clone(&board),
+                    board,
                     gates,
                     h: h.sub(0..h.rows(), own(h)),
                     c: c.sub(0..c.rows(), own(c)),
@@ -76,7 +77,7 @@ fn run_back(layer: &Layer<'_>, part: BackPart<'_>, barrier: &Barrier<'_>) {
     let (batch, units) = (plan.batch(), board.units[place].clone());
     let (width, cell_width) = (units.len(), c.cols());
     let peepholes = layer.peepholes(&units);
-    let mut exchange = Exchange::new(&board, barrier, place);
+    let mut exchange = Exchange::new(board, barrier, place);
     let pack = |window: Window| {
         let w = w_hh.sub(window.rows, units.clone());
         PackedWeights::pack_for_call(ctx, w).expect("a part of what lies in memory")

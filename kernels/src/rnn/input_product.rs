@@ -41,9 +41,8 @@ fn biased(bias: &[f32]) -> Epilogue<'_> {
 }
 
 /// Writes the bias of the columns that no input reaches.
-fn fill_untouched(sizes: &Sizes, bias: &[f32], gates: &mut MatMut<'_>) {
-    if sizes.cell == Cell::Gru {
-        let hidden = sizes.hidden;
+pub(super) fn fill_untouched(cell: Cell, hidden: usize, bias: &[f32], gates: &mut MatMut<'_>) {
+    if cell == Cell::Gru {
         for row in 0..gates.rows() {
             gates.row_mut(row)[3 * hidden..].copy_from_slice(&bias[3 * hidden..]);
         }
@@ -104,8 +103,29 @@ fn project_in_parts(
             gemm_packed(&alone, x, &w, part, Accum::Overwrite, &epilogue).expect("shapes were checked");
         });
     }
-    fill_untouched(&sizes, &bias, &mut gates);
+    fill_untouched(sizes.cell, sizes.hidden, &bias, &mut gates);
     Ok(())
+}
+
+/// The input's weights and biases, for many products of a few rows.
+pub(super) struct InputWeights {
+    sizes: Sizes,
+    packed: Vec<PackedWeights>,
+    bias: ScratchBuf,
+}
+
+impl InputWeights {
+    /// Packs the weights for one call.
+    pub(super) fn new(ctx: &Context, weights: &Weights<'_>) -> Result<InputWeights, ShapeError> {
+        let packed = pack_input(ctx, weights, PackedWeights::pack_for_call)?;
+        Ok(InputWeights { sizes: weights.sizes(), packed, bias: start_bias(weights) })
+    }
+
+    /// As [`project`], of shapes that fit.
+    pub(super) fn project(&self, ctx: &Context, x: MatRef<'_>, gates: MatMut<'_>) {
+        project_packed(ctx, &self.sizes, &self.packed, &self.bias, (x, gates))
+            .expect("shapes fit by construction");
+    }
 }
 
 /// `W_ihᵀ`, window by window.
@@ -132,7 +152,7 @@ pub(super) fn project_packed(
         let part = gates.reborrow().sub(0..rows, columns.clone());
         gemm_packed(ctx, x, w, part, Accum::Overwrite, &biased(&bias[columns]))?;
     }
-    fill_untouched(sizes, bias, &mut gates);
+    fill_untouched(sizes.cell, sizes.hidden, bias, &mut gates);
     Ok(())
 }
 

@@ -10,8 +10,8 @@
 //!         y[t, b] = h[b]
 //! ```
 //! What is done instead, and why it is fast:
-//! - **One input product.** The input's part of `a` is one matrix product over all steps, with the
-//!   biases in its epilogue; the recurrence then adds to it.
+//! - **Few input products.** The input's part of `a` is a matrix product over several steps, with the biases in its epilogue; the
+//!   recurrence adds to it while it lies in a near cache (`rows`), or, where units are dealt, is over all steps.
 //! - **All gates at once.** The gates' weights are one matrix, packed once a call, so a step is one
 //!   product accumulated onto the projected gates and one vector pass (`gates`).
 //! - **No work for padding.** Rows are ranked by length, longest first, and stored step by step without
@@ -28,7 +28,8 @@
 //!   threads meet once a step (`columns`, `team`).
 //! - **Or layers.** Both directions of a layer run side by side, each on its share of the threads (`side_by_side`).
 //!
-//! [`Saved`] takes its memory from the thread's scratch list, so inference simply drops it.
+//! [`Saved`] takes its memory from the thread's scratch list. Inference keeps no gates ([`infer`]): what is larger than the caches costs
+//! a twentieth of the time.
 //!
 //! # Layout
 //! Sequences are time-major: row `t * batch + b`. The columns of a gates buffer are `4 · hidden` for the
@@ -60,6 +61,7 @@ mod lstm;
 mod lstm_peephole;
 pub mod min_rnn;
 mod plan;
+mod rows;
 mod sequence;
 mod sequence_backward;
 mod side_by_side;
@@ -71,9 +73,9 @@ mod tests;
 mod weights;
 
 pub use input_product::{input_gradient, project};
-pub use sequence::{Saved, forward};
+pub use sequence::{Saved, forward, infer};
 pub use sequence_backward::backward;
-pub use side_by_side::{BackwardPass, ForwardPass, backward_all, forward_all};
+pub use side_by_side::{BackwardPass, ForwardPass, backward_all, forward_all, infer_all};
 pub use step::{PackedBackward, PackedCell, StepInput, project_with, step, step_backward, weight_gradients};
 
 pub use weights::{WeightGrads, Weights};

@@ -61,12 +61,31 @@ impl Plan {
         self.offsets[self.seq()]
     }
 
+    pub(super) fn direction(&self) -> Direction {
+        self.direction
+    }
+
     /// The step that is visited as number `visit`.
     pub(super) fn step(&self, visit: usize) -> usize {
         match self.direction {
             Direction::Forward => visit,
             Direction::Reverse => self.seq() - 1 - visit,
         }
+    }
+
+    /// Those steps, or chunks of steps, in the order of visits.
+    pub(super) fn visits(&self, of: &Range<usize>) -> impl Iterator<Item = usize> + use<> {
+        let (Range { start, end }, direction) = (of.clone(), self.direction);
+        (0..of.len()).map(move |visit| match direction {
+            Direction::Forward => start + visit,
+            Direction::Reverse => end - 1 - visit,
+        })
+    }
+
+    /// The first step at which one of the ranges has fewer than `rows` rows, as at all later ones.
+    pub(super) fn first_step_below(&self, ranges: &[Range<usize>], rows: usize) -> usize {
+        let few = |t: &usize| ranges.iter().any(|ranks| self.rows_at(*t, ranks).len() < rows);
+        (0..self.seq()).find(few).unwrap_or(self.seq())
     }
 
     /// The step that follows `t` in the order of visits.
@@ -133,17 +152,63 @@ impl Plan {
         ranges
     }
 
+    /// Each step alone.
+    pub(super) fn steps(&self) -> Vec<Range<usize>> {
+        (0..self.seq()).map(|t| t..t + 1).collect()
+    }
+
+    /// Steps that follow each other in memory, as many at a time as `ranks` have `rows` rows at, the last few with what is left.
+    pub(super) fn chunks(&self, ranks: &Range<usize>, rows: usize) -> Vec<Range<usize>> {
+        let mut chunks = Vec::new();
+        let (mut start, mut gathered) = (0, 0);
+        for t in 0..self.seq() {
+            gathered += self.rows_at(t, ranks).len();
+            if gathered >= rows || t + 1 == self.seq() {
+                chunks.push(start..t + 1);
+                (start, gathered) = (t + 1, 0);
+            }
+        }
+        chunks
+    }
+
+    /// The gapless rows of step `t`, which may be the end, and of all steps that lie behind it in memory.
+    pub(super) fn rows_from(&self, t: usize) -> Range<usize> {
+        self.offsets[t]..self.rows()
+    }
+
+    /// Rows of `ranks` at those steps.
+    pub(super) fn rows_in(&self, steps: &Range<usize>, ranks: &Range<usize>) -> usize {
+        steps.clone().map(|t| self.rows_at(t, ranks).len()).sum()
+    }
+
+    /// Whether the rows of `ranks` at those steps follow each other in memory.
+    pub(super) fn is_one_block(&self, steps: &Range<usize>, ranks: &Range<usize>) -> bool {
+        steps.len() <= 1 || *ranks == (0..self.batch())
+    }
+
     /// For each range of ranks, its block of rows at every step of a gapless matrix.
     pub(super) fn split_steps<'m>(
         &self,
         matrix: MatMut<'m>,
         ranges: &[Range<usize>],
     ) -> Vec<Vec<MatMut<'m>>> {
-        let mut parts: Vec<Vec<MatMut<'m>>> = ranges.iter().map(|_| Vec::with_capacity(self.seq())).collect();
+        self.split_chunks(matrix, ranges, &self.steps())
+    }
+
+    /// For each range of ranks, its block of rows at every chunk of steps: a block [`is_one_block`](Plan::is_one_block).
+    pub(super) fn split_chunks<'m>(
+        &self,
+        matrix: MatMut<'m>,
+        ranges: &[Range<usize>],
+        chunks: &[Range<usize>],
+    ) -> Vec<Vec<MatMut<'m>>> {
+        let mut parts: Vec<Vec<MatMut<'m>>> =
+            ranges.iter().map(|_| Vec::with_capacity(chunks.len())).collect();
         let mut rest = matrix;
-        for t in 0..self.seq() {
+        for steps in chunks {
             for (part, ranks) in parts.iter_mut().zip(ranges) {
-                let (block, below) = rest.split_rows(self.rows_at(t, ranks).len());
+                debug_assert!(self.is_one_block(steps, ranks));
+                let (block, below) = rest.split_rows(self.rows_in(steps, ranks));
                 part.push(block);
                 rest = below;
             }

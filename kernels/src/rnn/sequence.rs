@@ -1,18 +1,15 @@
-//! A layer over whole sequences, forward: projection of all steps, recurrence, outputs.
+//! A layer over whole sequences, forward: states at the start, recurrence, outputs.
 
 use std::ops::Range;
 
 use crate::context::Context;
 use crate::error::{ShapeError, expect_dim};
-use crate::gemm::PackedWeights;
 use crate::scratch::ScratchBuf;
 use crate::view::{MatMut, MatRef};
 
-use super::input_product::project;
 use super::plan::{Plan, gates_matrix_mut, gates_stride, matrix, matrix_mut};
-use super::state_product::{StateWeights, Step};
 use super::weights::Sizes;
-use super::{Output, Sequence, State, Weights, columns};
+use super::{ForwardPass, Output, Sequence, State, StateMut, Weights, columns, rows};
 
 /// What [`backward`](super::backward) needs of a [`forward`]: gates, and states before each step, without the padding.
 pub struct Saved {
@@ -45,22 +42,6 @@ pub(super) fn split(ctx: &Context, plan: &Plan, sizes: &Sizes) -> Vec<Range<usiz
     plan.split_ranks(ctx.thread_count().min(flops / MIN_THREAD_FLOPS).max(1))
 }
 
-/// How the products of one part run: alone on their thread when there are several parts.
-pub(super) fn part_context(ctx: &Context, parts: usize) -> Context {
-    if parts > 1 { ctx.single_threaded() } else { *ctx }
-}
-
-/// The rows of a range of ranks on their way through all steps, forward.
-struct Strand<'a> {
-    gates: Vec<MatMut<'a>>,
-    /// State before each step.
-    h: Vec<MatMut<'a>>,
-    c: Vec<MatMut<'a>>,
-    /// State after each rank's last step.
-    last_h: MatMut<'a>,
-    last_c: MatMut<'a>,
-}
-
 /// A recurrent layer over a padded batch.
 ///
 /// `h, c = cell(W_ih·x[t] + b_ih + W_hh·h + b_hh)` step by step in the sequence's direction, `y[t] = h`;
@@ -84,71 +65,114 @@ pub fn forward(
     output: Output<'_>,
 ) -> Result<Saved, ShapeError> {
     let plan = check_forward(weights, sequence, initial, &output)?;
-    let batch = plan.batch();
     let mut saved = Saved::new(weights, plan);
     let Saved { sizes, plan, gates, h, c } = &mut saved;
-    let (rows, width, cell_columns) = (plan.rows(), sizes.output, sizes.cell_columns());
-    let mut gates = gates_matrix_mut(gates, rows, sizes.gate_columns());
-    let mut gathered = None;
-    project(ctx, weights, plan.gather(sequence.x, &mut gathered), gates.reborrow())?;
-    drop(gathered);
-
-    let mut last_h = ScratchBuf::take(batch * width);
-    let mut last_c = ScratchBuf::take(batch * cell_columns);
-    let mut h = matrix_mut(h, rows, width);
-    let mut c = matrix_mut(c, rows, cell_columns);
-    start_states(plan, initial.map(|s| s.h), h.reborrow(), matrix_mut(&mut last_h, batch, width));
-    let initial_c = initial.and_then(|s| s.c);
-    start_states(plan, initial_c, c.reborrow(), matrix_mut(&mut last_c, batch, cell_columns));
-
-    let recurrence = columns::Buffers {
-        gates,
-        h: h.reborrow(),
-        c,
-        last_h: matrix_mut(&mut last_h, batch, width),
-        last_c: matrix_mut(&mut last_c, batch, cell_columns),
+    let rows = plan.rows();
+    let kept = Kept {
+        gates: Some(gates_matrix_mut(gates, rows, sizes.gate_columns())),
+        h: Some(matrix_mut(h, rows, sizes.output)),
+        c: matrix_mut(c, rows, sizes.cell_columns()),
     };
-    match columns::team_size(ctx, plan, sizes) {
-        1 => {
-            let weights = StateWeights::forward(ctx, weights, PackedWeights::pack_for_call)?;
-            by_rows(ctx, plan, &weights, recurrence);
-        }
-        team => {
-            let layer = columns::Layer { ctx: ctx.single_threaded(), plan, weights };
-            columns::forward(team, &layer, recurrence);
-        }
-    }
-
-    let last = matrix(&last_h, batch, width);
-    let h = h.as_ref();
-    plan.scatter(ctx, output.y, |t, rank| match plan.next(t) {
-        Some(next) if rank < plan.continuing(t) => h.row(plan.rows_at(next, &(rank..rank + 1)).start),
-        _ => last.row(rank),
-    });
-    if let Some(into) = output.last {
-        unrank(plan, last, into.h);
-        if let Some(into) = into.c {
-            unrank(plan, matrix(&last_c, batch, cell_columns), into);
-        }
-    }
+    let pass = ForwardPass { weights: *weights, sequence: *sequence, initial, output };
+    all_steps(ctx, plan, pass, kept)?;
     Ok(saved)
 }
 
-/// The recurrence with rows dealt to the threads.
-fn by_rows(ctx: &Context, plan: &Plan, weights: &StateWeights, buffers: columns::Buffers<'_>) {
-    let columns::Buffers { gates, h, c, last_h, last_c } = buffers;
-    let ranges = split(ctx, plan, weights.sizes());
-    let strands: Vec<Strand<'_>> = plan
-        .split_steps(gates, &ranges)
-        .into_iter()
-        .zip(plan.split_steps(h, &ranges))
-        .zip(plan.split_steps(c, &ranges))
-        .zip(split_rows(last_h, &ranges))
-        .zip(split_rows(last_c, &ranges))
-        .map(|((((gates, h), c), last_h), last_c)| Strand { gates, h, c, last_h, last_c })
-        .collect();
-    let part = part_context(ctx, strands.len());
-    ctx.for_each_owned(strands, |strand| run(&part, plan, weights, strand));
+/// As [`forward`], for a layer through which nothing goes back: the gates of a few steps at a time are all that it keeps of them.
+///
+/// # Shapes
+/// See [`forward`].
+///
+/// # Errors
+/// As [`forward`].
+///
+/// The bits are those of [`forward`]: `tests::sequence`.
+pub fn infer(
+    ctx: &Context,
+    weights: &Weights<'_>,
+    sequence: &Sequence<'_>,
+    initial: Option<State<'_>>,
+    output: Output<'_>,
+) -> Result<(), ShapeError> {
+    let plan = check_forward(weights, sequence, initial, &output)?;
+    let (rows, sizes) = (plan.rows(), weights.sizes());
+    let in_outputs = plan.is_identity() && rows > 0 && columns::team_size(ctx, &plan, &sizes) == 1;
+    let mut h = ScratchBuf::take(if in_outputs { 0 } else { rows * sizes.output });
+    let mut c = ScratchBuf::take(rows * sizes.cell_columns());
+    let h = (!in_outputs).then(|| matrix_mut(&mut h, rows, sizes.output));
+    let kept = Kept { gates: None, h, c: matrix_mut(&mut c, rows, sizes.cell_columns()) };
+    all_steps(ctx, &plan, ForwardPass { weights: *weights, sequence: *sequence, initial, output }, kept)
+}
+
+/// Where a pass leaves what it goes through.
+struct Kept<'a> {
+    /// Of all steps; `None` where nothing goes back.
+    gates: Option<MatMut<'a>>,
+    /// States before each step. `None`: each is found in the outputs, where rows lie as in the gapless buffers.
+    h: Option<MatMut<'a>>,
+    c: MatMut<'a>,
+}
+
+/// All steps, and the outputs.
+fn all_steps(
+    ctx: &Context,
+    plan: &Plan,
+    ForwardPass { weights, sequence, initial, output }: ForwardPass<'_>,
+    Kept { gates, h, mut c }: Kept<'_>,
+) -> Result<(), ShapeError> {
+    let (sizes, Output { mut y, last }) = (weights.sizes(), output);
+    let (batch, width, cell_columns) = (plan.batch(), sizes.output, sizes.cell_columns());
+    let mut gathered = None;
+    let x = plan.gather(sequence.x, &mut gathered);
+    let [mut end_h, mut end_c] = [width, cell_columns].map(|columns| ScratchBuf::take(batch * columns));
+    let mut ends = (matrix_mut(&mut end_h, batch, width), matrix_mut(&mut end_c, batch, cell_columns));
+    let (initial_h, initial_c) = (initial.map(|state| state.h), initial.and_then(|state| state.c));
+    start_states(plan, initial_c, c.reborrow(), ends.1.reborrow());
+    let Some(mut h) = h else {
+        let ranges = split(ctx, plan, &sizes);
+        let layer = rows::Layer::new(ctx, &weights, plan, x)?;
+        start_ranks(plan, initial_h, ends.0.reborrow());
+        let h = rows::States::in_outputs(plan, ends.0, y.reborrow(), &ranges);
+        rows::forward(ctx, &layer, &ranges, gates, (h, rows::States::split(plan, c, ends.1, &ranges)));
+        let end = plan.step(plan.seq() - 1) * batch;
+        let y = y.as_ref().sub(end..end + batch, 0..width);
+        return last_states(plan, (y, matrix(&end_c, batch, cell_columns)), last);
+    };
+    start_states(plan, initial_h, h.reborrow(), ends.0.reborrow());
+    match columns::team_size(ctx, plan, &sizes) {
+        1 => {
+            let ranges = split(ctx, plan, &sizes);
+            let layer = rows::Layer::new(ctx, &weights, plan, x)?;
+            let states = [(h.reborrow(), ends.0), (c, ends.1)];
+            let [h, c] = states.map(|(before, last)| rows::States::split(plan, before, last, &ranges));
+            rows::forward(ctx, &layer, &ranges, gates, (h, c));
+        }
+        team => {
+            let layer = columns::Layer { ctx: ctx.single_threaded(), plan, weights: &weights };
+            let (h, (last_h, last_c)) = (h.reborrow(), ends);
+            columns::forward(team, &layer, columns::Buffers { x, gates, h, c, last_h, last_c });
+        }
+    }
+    let (h, ends) = (h.as_ref(), (matrix(&end_h, batch, width), matrix(&end_c, batch, cell_columns)));
+    plan.scatter(ctx, y, |t, rank| match plan.next(t) {
+        Some(next) if rank < plan.continuing(t) => h.row(plan.rows_at(next, &(rank..rank + 1)).start),
+        _ => ends.0.row(rank),
+    });
+    last_states(plan, ends, last)
+}
+
+/// The states after each rank's last step, to where they are wanted.
+fn last_states(
+    plan: &Plan,
+    (h, c): (MatRef<'_>, MatRef<'_>),
+    into: Option<StateMut<'_>>,
+) -> Result<(), ShapeError> {
+    let Some(into) = into else { return Ok(()) };
+    unrank(plan, h, into.h);
+    if let Some(into) = into.c {
+        unrank(plan, c, into);
+    }
+    Ok(())
 }
 
 pub(super) fn check_forward(
@@ -175,19 +199,27 @@ pub(super) fn check_forward(
 }
 
 /// Puts the initial state where each rank starts, and into `last` for the ranks without any step.
-fn start_states(plan: &Plan, initial: Option<MatRef<'_>>, mut states: MatMut<'_>, mut last: MatMut<'_>) {
-    let put = |into: &mut [f32], rank: usize| match initial {
-        Some(initial) => into.copy_from_slice(initial.row(plan.order()[rank])),
-        None => into.fill(0.0),
-    };
+fn start_states(plan: &Plan, initial: Option<MatRef<'_>>, mut states: MatMut<'_>, last: MatMut<'_>) {
     for t in 0..plan.seq() {
         let block = plan.rows_at(t, &(0..plan.batch()));
         for rank in plan.continued(t)..block.len() {
-            put(states.row_mut(block.start + rank), rank);
+            start_rank(plan, initial, rank, states.row_mut(block.start + rank));
         }
     }
+    start_ranks(plan, initial, last);
+}
+
+/// The initial state of every rank.
+fn start_ranks(plan: &Plan, initial: Option<MatRef<'_>>, mut states: MatMut<'_>) {
     for rank in 0..plan.batch() {
-        put(last.row_mut(rank), rank);
+        start_rank(plan, initial, rank, states.row_mut(rank));
+    }
+}
+
+fn start_rank(plan: &Plan, initial: Option<MatRef<'_>>, rank: usize, into: &mut [f32]) {
+    match initial {
+        Some(initial) => into.copy_from_slice(initial.row(plan.order()[rank])),
+        None => into.fill(0.0),
     }
 }
 
@@ -200,52 +232,6 @@ pub(super) fn split_rows<'m>(matrix: MatMut<'m>, ranges: &[Range<usize>]) -> Vec
         rest = below;
     }
     parts
-}
-
-/// The recurrence of one strand.
-fn run(ctx: &Context, plan: &Plan, weights: &StateWeights, strand: Strand<'_>) {
-    let Strand { mut gates, mut h, mut c, mut last_h, mut last_c } = strand;
-    for t in (0..plan.seq()).map(|visit| plan.step(visit)) {
-        let rows = gates[t].rows();
-        if rows == 0 {
-            continue;
-        }
-        weights.add(ctx, gates[t].reborrow(), h[t].as_ref()).expect("shapes fit by construction");
-        let continuing = plan.next(t).map_or(0, |next| h[next].rows().min(rows));
-        if let Some(next) = plan.next(t).filter(|_| continuing > 0) {
-            let [h_now, h_next] = h.get_disjoint_mut([t, next]).expect("a step is not its successor");
-            let [c_now, c_next] = c.get_disjoint_mut([t, next]).expect("a step is not its successor");
-            let now = (gates[t].reborrow(), h_now.as_ref(), c_now.as_ref());
-            update(ctx, weights, 0..continuing, now, (h_next.reborrow(), c_next.reborrow()));
-        }
-        if continuing < rows {
-            let now = (gates[t].reborrow(), h[t].as_ref(), c[t].as_ref());
-            update(ctx, weights, continuing..rows, now, (last_h.reborrow(), last_c.reborrow()));
-        }
-    }
-}
-
-/// Gates, `h` and `c` of one step; of each the same rows are meant.
-type Now<'a> = (MatMut<'a>, MatRef<'a>, MatRef<'a>);
-
-/// The new state of some rows of a step.
-fn update(
-    ctx: &Context,
-    weights: &StateWeights,
-    rows: Range<usize>,
-    (gates, h_prev, c_prev): Now<'_>,
-    (h, c): (MatMut<'_>, MatMut<'_>),
-) {
-    let all = |cols: usize| 0..cols;
-    let (g, hp, cp, hn, cn) = (gates.cols(), h_prev.cols(), c_prev.cols(), h.cols(), c.cols());
-    let part = Step {
-        gates: gates.sub(rows.clone(), all(g)),
-        h_prev: h_prev.sub(rows.clone(), all(hp)),
-        c_prev: c_prev.sub(rows.clone(), all(cp)),
-        h: h.sub(rows.clone(), all(hn)),
-        c: c.sub(rows, all(cn)),
-    };
-    weights.update(ctx, part).expect("shapes fit by construction");
 }
 
 /// Rows by rank to rows by batch entry.

@@ -13,7 +13,8 @@ use pulp::{Simd, WithSimd};
 
 use super::input_product::input_gradient;
 use super::plan::{Plan, gates_matrix, gates_matrix_mut, matrix, matrix_mut};
-use super::sequence::{Saved, part_context, split, split_rows, unrank};
+use super::rows::part_context;
+use super::sequence::{Saved, split, split_rows, unrank};
 use super::state_product::{BackStep, StateWeights};
 use super::step::weight_gradients;
 use super::weights::Sizes;

@@ -22,7 +22,7 @@ use crate::error::ShapeError;
 
 use super::sequence::check_forward;
 use super::sequence_backward::check_backward;
-use super::{InputGrads, Output, OutputGrads, Saved, Sequence, State, Weights, backward, forward};
+use super::{InputGrads, Output, OutputGrads, Saved, Sequence, State, Weights, backward, forward, infer};
 
 /// Elements of a `W_hh` from which on two of them crowd each other out of the cache: 8 MiB.
 const LARGE: usize = 2 << 20;
@@ -66,16 +66,42 @@ pub struct BackwardPass<'a> {
 ///
 /// The bits are those of [`forward`]: `rnn::tests::sequence`.
 pub fn forward_all(ctx: &Context, passes: Vec<ForwardPass<'_>>) -> Result<Vec<Saved>, ShapeError> {
+    each(ctx, passes, |ctx, ForwardPass { weights, sequence, initial, output }| {
+        forward(ctx, &weights, &sequence, initial, output)
+    })
+}
+
+/// [`infer`] for each of several layers, at the same time where that is faster.
+///
+/// # Shapes
+/// Each as in [`infer`].
+///
+/// # Errors
+/// [`ShapeError`] when those of any layer do not fit; nothing is written then.
+///
+/// The bits are those of [`forward`]: `rnn::tests::sequence`.
+pub fn infer_all(ctx: &Context, passes: Vec<ForwardPass<'_>>) -> Result<(), ShapeError> {
+    let done = each(ctx, passes, |ctx, ForwardPass { weights, sequence, initial, output }| {
+        infer(ctx, &weights, &sequence, initial, output)
+    });
+    done.map(|_| ())
+}
+
+/// Runs each pass with its share of the threads.
+fn each<T: Send>(
+    ctx: &Context,
+    passes: Vec<ForwardPass<'_>>,
+    run: impl Fn(&Context, ForwardPass<'_>) -> Result<T, ShapeError> + Sync,
+) -> Result<Vec<T>, ShapeError> {
     for ForwardPass { weights, sequence, initial, output } in &passes {
         check_forward(weights, sequence, *initial, output)?;
     }
     let (together, each) = share(ctx, passes.iter().map(|pass| (&pass.weights, &pass.sequence)));
-    let mut saved: Vec<Option<Result<Saved, ShapeError>>> = passes.iter().map(|_| None).collect();
-    together.for_each_owned(passes.into_iter().zip(&mut saved).collect(), |(pass, saved)| {
-        let ForwardPass { weights, sequence, initial, output } = pass;
-        *saved = Some(forward(&each, &weights, &sequence, initial, output));
+    let mut results: Vec<Option<Result<T, ShapeError>>> = passes.iter().map(|_| None).collect();
+    together.for_each_owned(passes.into_iter().zip(&mut results).collect(), |(pass, result)| {
+        *result = Some(run(&each, pass));
     });
-    saved.into_iter().map(|saved| saved.expect("each layer has run")).collect()
+    results.into_iter().map(|result| result.expect("each layer has run")).collect()
 }
 
 /// [`backward`] for each of several layers, at the same time where that is faster.

@@ -56,10 +56,10 @@ impl Layer<'_> {
         };
         let sequence = Sequence { x: MatRef::new(x, rows, width)?, lengths, direction: Direction::Forward };
         let output = Output { y: MatMut::new(&mut self.y, rows, width)?, last: None };
-        let saved = rnn::forward(&self.context, &weights, &sequence, None, output)?;
         if !shape.train {
-            return Ok(());
+            return rnn::infer(&self.context, &weights, &sequence, None, output);
         }
+        let saved = rnn::forward(&self.context, &weights, &sequence, None, output)?;
         let upstream = OutputGrads { d_y: Some(MatRef::new(d_y, rows, width)?), d_last: None };
         let [d_w_ih, d_w_hh] = &mut self.d_weights;
         let [d_b_ih, d_b_hh] = &mut self.d_biases;

@@ -12,7 +12,7 @@ use crate::view::{MatMut, MatRef};
 
 use super::{
     BackwardPass, Cell, Direction, ForwardPass, InputGrads, Output, OutputGrads, Saved, Sequence, State,
-    StateMut, WeightGrads, Weights, backward, backward_all, forward, forward_all,
+    StateMut, WeightGrads, Weights, backward, backward_all, forward, forward_all, infer, infer_all,
 };
 
 /// A kind of layer.

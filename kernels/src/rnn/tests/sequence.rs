@@ -6,11 +6,11 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::error::ShapeError;
-use crate::rnn::columns;
 use crate::rnn::plan::Plan;
+use crate::rnn::{columns, project};
 use crate::testing::{assert_same_bits, for_each_isa};
 
-const DIRECTIONS: [Direction; 2] = [Direction::Forward, Direction::Reverse];
+pub(super) const DIRECTIONS: [Direction; 2] = [Direction::Forward, Direction::Reverse];
 
 #[track_caller]
 fn check_against_reference(ctx: &Context, case: &Case) {
@@ -29,8 +29,15 @@ fn check_against_reference(ctx: &Context, case: &Case) {
     }
 }
 
-fn all_but_relu() -> Vec<Kind> {
+pub(super) fn all_but_relu() -> Vec<Kind> {
     Kind::all().into_iter().filter(|kind| kind.cell != Cell::Relu).collect()
+}
+
+/// All tensors of both have the same bits.
+#[track_caller]
+pub(super) fn assert_same_run((out, grads): &Run<f32>, (other_out, other_grads): &Run<f32>) {
+    let both = tensors(out, grads).into_iter().zip(tensors(other_out, other_grads));
+    both.for_each(|((_, one), (_, other))| assert_same_bits(one, other));
 }
 
 proptest! {
@@ -68,11 +75,9 @@ fn bits_do_not_depend_on_threads() {
             let lengths: Vec<usize> = (0..29).map(|b| (b * 7) % 13).collect();
             let case = Case::new(kind, direction, [13, 31, 64], &lengths);
             for_each_isa(|ctx| {
-                let (out, grads) = case.run(ctx);
+                let one = case.run(ctx);
                 for threads in 2..=4 {
-                    let (out_n, grads_n) = case.run(&ctx.threads(NonZeroUsize::new(threads).unwrap()));
-                    let both = tensors(&out, &grads).into_iter().zip(tensors(&out_n, &grads_n));
-                    both.for_each(|((_, one), (_, many))| assert_same_bits(one, many));
+                    assert_same_run(&one, &case.run(&ctx.threads(NonZeroUsize::new(threads).unwrap())));
                 }
             });
         }
@@ -86,15 +91,14 @@ fn bits_do_not_depend_on_which_thread_owns_a_unit() {
             let case = Case::new(kind, direction, [40, 9, 264], &[40, 17, 0, 40, 8, 25]);
             let plan = Plan::new(&case.sequence()).unwrap();
             for_each_isa(|ctx| {
-                let (out, grads) = case.run(ctx);
+                let one = case.run(ctx);
                 for threads in 2..=4 {
                     let many = ctx.threads(NonZeroUsize::new(threads).unwrap());
                     let team = if kind.projected { 1 } else { threads };
                     assert_eq!(columns::team_size(&many, &plan, &case.weights().sizes()), team);
                     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads - 1).build().unwrap();
-                    for (out_n, grads_n) in [case.run(&many), pool.install(|| case.run(&many))] {
-                        let both = tensors(&out, &grads).into_iter().zip(tensors(&out_n, &grads_n));
-                        both.for_each(|((_, one), (_, many))| assert_same_bits(one, many));
+                    for run in [case.run(&many), pool.install(|| case.run(&many))] {
+                        assert_same_run(&one, &run);
                     }
                 }
             });
@@ -106,14 +110,47 @@ fn bits_do_not_depend_on_which_thread_owns_a_unit() {
 fn bits_do_not_depend_on_who_packs_the_input_weights() {
     for kind in Kind::all() {
         let case = Case::new(kind, Direction::Forward, [3, 340, 264], &[3, 0, 2]);
+        let (weights, sequence) = (case.weights(), case.sequence());
+        let (rows, columns) = (sequence.x.rows(), weights.gate_columns());
+        let projected = |ctx: &Context| {
+            let mut gates = vec![f32::NAN; rows * columns];
+            project(ctx, &weights, sequence.x, MatMut::new(&mut gates, rows, columns).unwrap()).unwrap();
+            gates
+        };
         for_each_isa(|ctx| {
-            let (out, _) = case.run(ctx);
+            let one = projected(ctx);
+            assert!(one[..case.hidden].iter().all(|sum| sum.is_finite()));
             for threads in [2, 3, 5] {
-                let (out_n, _) = case.run(&ctx.threads(NonZeroUsize::new(threads).unwrap()));
-                assert_same_bits(&out.y, &out_n.y);
-                assert_same_bits(&out.h, &out_n.h);
+                let many = projected(&ctx.threads(NonZeroUsize::new(threads).unwrap()));
+                assert_same_bits(&one, &many);
             }
         });
+    }
+}
+
+#[test]
+fn inference_gives_the_bits_of_the_forward_pass() {
+    let lengths: Vec<usize> = (0..29).map(|b| (b * 7) % 13).collect();
+    let layers =
+        [([13, 21, 64], &lengths[..]), ([9, 5, 40], &[9; 23]), ([9, 5, 40], &[9]), ([0, 2, 8], &[0, 0])];
+    for kind in Kind::all() {
+        for direction in DIRECTIONS {
+            for (sizes, lengths) in layers {
+                let case = Case::new(kind, direction, sizes, lengths);
+                for_each_isa(|ctx| {
+                    let (expected, _) = case.run(ctx);
+                    for threads in 1..=3 {
+                        let ctx = ctx.threads(NonZeroUsize::new(threads).unwrap());
+                        let mut out = case.nan_output();
+                        let ForwardPass { weights, sequence, initial, output } = case.forward_pass(&mut out);
+                        infer(&ctx, &weights, &sequence, initial, output).unwrap();
+                        assert_same_bits(&expected.y, &out.y);
+                        assert_same_bits(&expected.h, &out.h);
+                        assert_same_bits(&expected.c, &out.c);
+                    }
+                });
+            }
+        }
     }
 }
 
@@ -131,6 +168,10 @@ fn layers_side_by_side_give_the_bits_of_one_after_the_other() {
                 let mut outs = cases.each_ref().map(Case::nan_output);
                 let passes = cases.iter().zip(&mut outs).map(|(case, out)| case.forward_pass(out));
                 let saved = forward_all(&ctx, passes.collect()).unwrap();
+                let mut inferred = cases.each_ref().map(Case::nan_output);
+                let passes = cases.iter().zip(&mut inferred).map(|(case, out)| case.forward_pass(out));
+                infer_all(&ctx, passes.collect()).unwrap();
+                outs.iter().zip(&inferred).for_each(|(out, inferred)| assert_same_bits(&out.y, &inferred.y));
                 let mut grads = cases.each_ref().map(Case::empty_grads);
                 let passes = cases.iter().zip(saved).zip(&mut grads);
                 let passes = passes.map(|((case, saved), grads)| case.backward_pass(saved, grads));
@@ -167,13 +208,13 @@ fn layers_on_teams_within_tasks_of_a_crowded_pool_give_the_same_bits() {
 }
 
 /// Rows `rows` of each step of a time-major tensor of `batch` rows of `width`, the first `seq` steps.
-fn pick(data: &[f32], seq: usize, batch: usize, width: usize, rows: &[usize]) -> Vec<f32> {
+pub(super) fn pick(data: &[f32], seq: usize, batch: usize, width: usize, rows: &[usize]) -> Vec<f32> {
     let row = |t: usize, b: usize| &data[(t * batch + b) * width..][..width];
     (0..seq).flat_map(|t| rows.iter().flat_map(move |&b| row(t, b))).copied().collect()
 }
 
 /// The same layer over some rows of the batch, padded to `seq` steps (padding is NaN).
-fn subset(case: &Case, rows: &[usize], seq: usize) -> Case {
+pub(super) fn subset(case: &Case, rows: &[usize], seq: usize) -> Case {
     let batch = case.batch();
     let kept = case.seq.min(seq);
     let steps = |data: &[f32], width: usize| {
@@ -232,28 +273,30 @@ fn bits_of_a_row_depend_on_neither_its_neighbours_nor_the_padding() {
 fn carrying_the_state_over_a_cut_gives_the_bits_of_one_run() {
     for kind in Kind::all() {
         let case = Case::new(kind, Direction::Forward, [7, 5, 18], &[7, 4, 2, 6]);
-        for_each_isa(|ctx| {
-            let (whole, _) = case.run(ctx);
-            let cut = 3;
-            let rows = cut * case.batch();
-            let mut first = case.clone();
-            first.seq = cut;
-            first.lengths.iter_mut().for_each(|length| *length = cut.min(*length));
-            first.x.truncate(rows * case.input);
-            first.d.y.truncate(rows * case.output);
-            let (head, _) = first.run(ctx);
-            let mut second = case.clone();
-            second.seq -= cut;
-            second.lengths.iter_mut().for_each(|length| *length -= cut.min(*length));
-            second.x.drain(..rows * case.input);
-            second.d.y.drain(..rows * case.output);
-            (second.h0, second.c0) = (head.h.clone(), head.c.clone());
-            let (tail, _) = second.run(ctx);
-            assert_same_bits(&whole.y, &[head.y, tail.y].concat());
-            assert_same_bits(&whole.h, &tail.h);
-            assert_same_bits(&whole.c, &tail.c);
-        });
+        for_each_isa(|ctx| cut_in_two(ctx, &case, 3));
     }
+}
+
+/// The steps before `cut`, then the others from the state that these leave, give the bits of all steps at once.
+pub(super) fn cut_in_two(ctx: &Context, case: &Case, cut: usize) {
+    let (whole, _) = case.run(ctx);
+    let rows = cut * case.batch();
+    let mut first = case.clone();
+    first.seq = cut;
+    first.lengths.iter_mut().for_each(|length| *length = cut.min(*length));
+    first.x.truncate(rows * case.input);
+    first.d.y.truncate(rows * case.output);
+    let (head, _) = first.run(ctx);
+    let mut second = case.clone();
+    second.seq -= cut;
+    second.lengths.iter_mut().for_each(|length| *length -= cut.min(*length));
+    second.x.drain(..rows * case.input);
+    second.d.y.drain(..rows * case.output);
+    (second.h0, second.c0) = (head.h.clone(), head.c.clone());
+    let (tail, _) = second.run(ctx);
+    assert_same_bits(&whole.y, &[head.y, tail.y].concat());
+    assert_same_bits(&whole.h, &tail.h);
+    assert_same_bits(&whole.c, &tail.c);
 }
 
 #[test]

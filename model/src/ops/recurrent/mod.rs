@@ -116,7 +116,13 @@ pub fn recurrent_layers(
             output: Output { y, last: Some(StateMut { h, c: weights.cell.has_cell_state().then_some(c) }) },
         }
     });
-    let saved = rnn::forward_all(tape.context(), passes.collect())?;
+    let (ctx, passes) = (tape.context(), passes.collect());
+    let saved = if tape.is_recording() {
+        rnn::forward_all(ctx, passes)?
+    } else {
+        rnn::infer_all(ctx, passes)?;
+        vec![]
+    };
     let op = RecurrentOp { x, layers, widths, lengths: lengths.clone(), saved };
     let [y, h, c] = tape.push_all([(y, rows, output), (h, batch, output), (c, batch, cells)], || op);
     Ok(RecurrentOutput { y, last: StateVars { h, c: (cells > 0).then_some(c) } })
