@@ -2,6 +2,7 @@
 
 mod attention;
 mod min_rnn;
+mod precision;
 mod sequence;
 mod steps;
 
