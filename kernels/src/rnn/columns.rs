@@ -315,14 +315,7 @@ impl Member<'_> {
     fn step(&mut self, t: usize, products: &Products<'_>, mut sums: MatMut<'_>, exchange: &mut Exchange<'_>) {
         let Layer { ref ctx, plan, weights: &Weights { cell, .. } } = *self.layer;
         let Part {
-            ref board,
-            place,
-            ref mut gates,
-            ref mut h,
-            ref mut c,
-            ref mut last_h,
-            ref mut last_c,
-            ..
+            board, place, ref mut gates, ref mut h, ref mut c, ref mut last_h, ref mut last_c, ..
         } = self.part;
         let (at, hidden, units) = (self.layer.rows_at(t), self.layer.hidden(), board.units[place].clone());
         let (rows, width, cell_width) = (at.len(), units.len(), c.cols());

@@ -318,6 +318,23 @@ mod tests {
     }
 
     #[test]
+    fn chunks_cover_every_step_once_and_have_rows_enough() {
+        let plan = plan(&[6, 4, 4, 1], 6, Direction::Reverse);
+        assert_eq!(plan.active, [4, 3, 3, 3, 1, 1]);
+        let all = 0..4;
+        assert_eq!(plan.chunks(&all, 1), plan.steps());
+        assert_eq!(plan.chunks(&all, 5), [0..2, 2..4, 4..6]);
+        assert_eq!(plan.chunks(&(2..3), 2), [0..2, 2..4, 4..6]);
+        assert_eq!(plan.chunks(&all, 100), [0..6]);
+        assert_eq!((plan.rows_in(&(1..3), &all), plan.rows_in(&(1..3), &(1..2))), (6, 2));
+        assert!(plan.is_one_block(&(1..3), &all) && !plan.is_one_block(&(1..3), &(1..2)));
+        assert_eq!(plan.visits(&(2..5)).collect::<Vec<_>>(), [4, 3, 2]);
+        let ranges = [0..2, 2..4];
+        assert_eq!([0, 1, 2, 3].map(|rows| plan.first_step_below(&ranges, rows)), [6, 4, 1, 0]);
+        assert_eq!((plan.rows_from(4), plan.rows_from(6)), (13..15, 15..15));
+    }
+
+    #[test]
     fn ranges_cover_every_rank_once() {
         for lengths in [vec![], vec![5], vec![5, 4, 4, 1, 0], vec![1; 9]] {
             for parts in 1..6 {
