@@ -22,6 +22,8 @@
 //!   keep ahead of them. f32 and bf16 lose a third and a fifth by it.
 //! - A row-major left operand is read in place (depth stride 1): where few panels of rhs follow, packing
 //!   it costs more than it saves.
+//! - With 32 registers the elements of a word of int8 or int4 are written out one after the other, int4 looked up in a table. One row reads the panels in order and
+//!   asks for what lies a page ahead.
 //! - A stored form that is narrower than f32 is widened where it is loaded: MR rows share the widening, and memory
 //!   is read once in the small form. Such kernels exist for decoding, so they have fewer instances: panels
 //!   are always NR wide, the left operand has depth stride 1, and the epilogue is the one of ragged tiles.
@@ -91,6 +93,24 @@ impl<S: Simd, T: Stored, const MR: usize, const VECS: usize> Microkernel for Out
     }
 }
 
+/// Whether integers of four bits are looked up in a table: with the sums of eight rows their words would not stay in registers. With six they do, and the multiply-adds
+/// still take longer than all of the looking up.
+const fn looks_up<S: Simd, T: Stored>() -> bool {
+    S::F32_LANES == 16 && T::PER_WORD == 8
+}
+
+/// Rows of a full tile then.
+const LOOKED_UP_ROWS: usize = 6;
+
+/// Whether one row reads its integers panel after panel, as they lie, and asks for what comes a page later, scales and words: its instructions alone take about as
+/// long as memory does, so any wait shows, and the hardware begins anew with each page. (docs/decisions/002-gemm.md)
+const fn in_order<S: Simd, T: Stored, const H: usize, const P: usize>() -> bool {
+    S::F32_LANES == 16 && T::PER_WORD > 2 && H == 1 && P == 1
+}
+
+/// Words from what is read to what is asked for.
+const A_PAGE: usize = 24 * 48;
+
 /// All tiles of a strip that is W vectors wide.
 struct Tiles<'a, S: Simd, T: Stored, const MR: usize, const VECS: usize, const W: usize> {
     kernel: OuterProduct<S, T, MR, VECS>,
@@ -149,14 +169,19 @@ impl<S: Simd, T: Stored, const MR: usize, const VECS: usize, const W: usize> Til
                 first += 16;
             }
         }
-        let whole = first + self.whole_tiles(rows - first) * MR;
+        let full = const { if looks_up::<S, R>() { LOOKED_UP_ROWS } else { MR } };
+        let whole = first + self.whole_tiles(rows - first, full) * full;
         while first < whole {
-            self.tile::<R, MR>(first, rhs);
-            first += MR;
+            if const { looks_up::<S, R>() } {
+                self.tile::<R, LOOKED_UP_ROWS>(first, rhs);
+            } else {
+                self.tile::<R, MR>(first, rhs);
+            }
+            first += full;
         }
         while first < rows {
             let rest = rows - first;
-            let height = if rest > MR { rest.div_ceil(2) } else { rest };
+            let height = if rest > full { rest.div_ceil(2) } else { rest };
             match height {
                 1 => self.tile::<R, 1>(first, rhs),
                 2 => self.tile::<R, 2>(first, rhs),
@@ -170,14 +195,14 @@ impl<S: Simd, T: Stored, const MR: usize, const VECS: usize, const W: usize> Til
         }
     }
 
-    /// How many tiles have MR rows: all that can, unless so few rows would follow that they had to wait for their own sums;
+    /// How many tiles have `full` rows: all that can, unless so few rows would follow that they had to wait for their own sums;
     /// then the last of these tiles shares its rows with them. A packed left operand is cut where it was packed.
     #[inline(always)]
-    fn whole_tiles(&self, rows: usize) -> usize {
+    fn whole_tiles(&self, rows: usize, full: usize) -> usize {
         let Lhs { tile_stride, row_stride, .. } = self.strip.lhs;
         let few = 1..const { CHAINS.div_ceil(VECS) };
-        let shared = rows > MR && few.contains(&(rows % MR)) && tile_stride == MR * row_stride;
-        rows / MR - usize::from(shared)
+        let shared = rows > full && few.contains(&(rows % full)) && tile_stride == MR * row_stride;
+        rows / full - usize::from(shared)
     }
 
     /// What the tile at row `first` asks for while it runs: its share of the next panel, if that is far and not all asked for.
@@ -264,8 +289,9 @@ impl<S: Simd, T: Stored, const MR: usize, const VECS: usize> WithSimd for Thin<'
         }
         if const { S::F32_LANES == 16 } {
             return match (self.strip.rows, T::PER_WORD) {
-                (1, 4) => self.panels::<1, 2>(),
+                (1, 4 | 8) => self.panels::<1, 1>(),
                 (1, _) => self.panels::<1, 4>(),
+                (_, 8) => self.panels::<2, 1>(),
                 _ => self.panels::<2, 2>(),
             };
         }
@@ -302,8 +328,9 @@ impl<S: Simd, T: Stored, const MR: usize, const VECS: usize> Thin<'_, S, T, MR, 
         let lhs = (lhs.ptr, lhs.row_stride, lhs.depth_stride);
         // SAFETY: `run`'s contract: H rows of lhs and P whole panels of rhs, `depth` deep.
         let acc = unsafe {
-            if const { S::F32_LANES == 8 && T::PER_WORD >= 4 } && rhs.far {
-                let next = Ahead::from(rhs.ptr.wrapping_add(P * rhs.panel_stride));
+            if const { S::F32_LANES == 8 && T::PER_WORD >= 4 || in_order::<S, T, H, P>() } && rhs.far {
+                let distance = if in_order::<S, T, H, P>() { A_PAGE } else { P * rhs.panel_stride };
+                let next = Ahead::from(rhs.ptr.wrapping_add(distance));
                 accumulate::<S, T, P, H, VECS, UNROLL, ALL>(simd, depth, lhs, rhs, next)
             } else {
                 accumulate::<S, T, P, H, VECS, UNROLL, NOTHING>(simd, depth, lhs, rhs, Ahead::from(rhs.ptr))
@@ -349,6 +376,9 @@ unsafe fn accumulate<
     for first in (0..depth).step_by(b.group) {
         let depth = b.group.min(depth - first);
         let words = Rhs { ptr: b.ptr.wrapping_add(b.depth_stride), ..b };
+        if const { in_order::<S, T, H, P>() } {
+            ahead.fetch_share::<AHEAD>(const { (W * S::F32_LANES).div_ceil(prefetch::LINE) });
+        }
         // SAFETY: the contract, for one group; its words follow the row of its scales.
         let group = unsafe {
             chain::<S, T, P, H, W, U, AHEAD>(simd, depth, (a, row_stride, depth_stride), words, &mut ahead)
@@ -447,9 +477,16 @@ unsafe fn chain<
     for _ in 0..depth / unrolled {
         ahead.fetch_share::<AHEAD>(const { P * lines_a_turn::<S, T, U>(W) });
         for word in 0..words {
+            let a = a.wrapping_add(word * T::PER_WORD * depth_stride);
+            let b = Rhs { ptr: b.ptr.wrapping_add(word * b.depth_stride), ..b };
+            if const { writes_out::<S, T>(H) } {
+                debug_assert!(depth_stride == 1);
+                // SAFETY: these steps of the contract.
+                unsafe { whole_word::<S, T, P, H, W>(simd, &mut acc, (a, row_stride), b) };
+                continue;
+            }
             for at in 0..T::PER_WORD {
-                let a = a.wrapping_add((word * T::PER_WORD + at) * depth_stride);
-                let b = Rhs { ptr: b.ptr.wrapping_add(word * b.depth_stride), ..b };
+                let a = a.wrapping_add(at * depth_stride);
                 // SAFETY: one step of the contract.
                 unsafe { step::<S, T, P, H, W>(simd, &mut acc, (a, row_stride), b, at) };
             }
@@ -465,6 +502,47 @@ unsafe fn chain<
         }
     }
     acc
+}
+
+/// Whether the elements of a word are written out: the compiler leaves a loop over so many steps as it is, and makes the constants of each element anew.
+/// (Tall tiles have no registers for that.)
+const fn writes_out<S: Simd, T: Stored>(height: usize) -> bool {
+    S::F32_LANES == 16 && T::PER_WORD > 2 && height < 7
+}
+
+/// As many steps of `p` as a word has elements, panel by panel; the depth stride of `a` is 1.
+///
+/// # Safety
+/// As [`step`], for all of them.
+#[inline(always)]
+unsafe fn whole_word<S: Simd, T: Stored, const P: usize, const H: usize, const W: usize>(
+    simd: S,
+    acc: &mut [[[S::f32s; W]; H]; P],
+    (a, row_stride): (*const f32, usize),
+    b: Rhs,
+) {
+    for (panel, acc) in acc.iter_mut().enumerate() {
+        let b = b.ptr.wrapping_add(panel * b.panel_stride);
+        let mut words = [simd.splat_u32s(0); W];
+        for (w, words) in words.iter_mut().enumerate() {
+            // SAFETY: the contract on `b`.
+            *words = unsafe { b.add(w * S::F32_LANES).cast::<S::u32s>().read_unaligned() };
+        }
+        T::for_each(
+            simd,
+            words,
+            #[inline(always)]
+            |at, row| {
+                for (i, acc) in acc.iter_mut().enumerate() {
+                    // SAFETY: the contract on `a`.
+                    let x = simd.splat_f32s(unsafe { *a.add(i * row_stride + at) });
+                    for w in 0..W {
+                        acc[w] = simd.mul_add_e_f32s(x, row[w], acc[w]);
+                    }
+                }
+            },
+        );
+    }
 }
 
 /// One step of `p`: the outer product of H elements of `a` and element `at` of W vectors of words of each panel.

@@ -15,7 +15,7 @@
 //! No SIMD set of [`pulp`] converts integers, and a conversion would want a sign extension before it. Integers
 //! are stored with an offset instead, so that their bits can be put into the mantissa of a power of two `2^e` whose
 //! last place at them is 1; subtracting `2^e` plus the offset is exact. AND, OR and a subtraction run on more ports
-//! than two shifts and a conversion do.
+//! than two shifts and a conversion do. AVX-512 looks integers of four bits up instead, in a register that holds all sixteen.
 
 use pulp::Simd;
 
@@ -32,6 +32,22 @@ pub(crate) trait Stored: Copy {
 
     /// Element `at` of each word.
     fn widen<S: Simd>(simd: S, words: S::u32s, at: usize) -> S::f32s;
+
+    /// Calls `each` with every element of each word, in their order.
+    #[inline(always)]
+    fn for_each<S: Simd, const W: usize>(
+        simd: S,
+        words: [S::u32s; W],
+        mut each: impl FnMut(usize, [S::f32s; W]),
+    ) {
+        for at in 0..Self::PER_WORD {
+            let mut row = [simd.splat_f32s(0.0); W];
+            for (row, words) in row.iter_mut().zip(words) {
+                *row = Self::widen(simd, words, at);
+            }
+            each(at, row);
+        }
+    }
 
     /// The same with the fewest constants, for a pass that does nothing else.
     #[inline(always)]
@@ -165,6 +181,18 @@ impl Stored for Int8 {
     fn widen<S: Simd>(simd: S, words: S::u32s, at: usize) -> S::f32s {
         widen_integer::<S, 8, 1>(simd, words, at)
     }
+
+    #[inline(always)]
+    fn for_each<S: Simd, const W: usize>(
+        simd: S,
+        words: [S::u32s; W],
+        mut each: impl FnMut(usize, [S::f32s; W]),
+    ) {
+        each(0, bytes(simd, words, 0));
+        each(1, bytes(simd, words, 1));
+        each(2, bytes(simd, words, 2));
+        each(3, bytes(simd, words, 3));
+    }
 }
 
 /// Eights of integers plus 8.
@@ -182,9 +210,65 @@ impl Stored for Int4 {
     }
 
     #[inline(always)]
+    fn for_each<S: Simd, const W: usize>(
+        simd: S,
+        words: [S::u32s; W],
+        mut each: impl FnMut(usize, [S::f32s; W]),
+    ) {
+        each(0, nibbles(simd, words, 0));
+        each(1, nibbles(simd, words, 1));
+        each(2, nibbles(simd, words, 2));
+        each(3, nibbles(simd, words, 3));
+        each(4, nibbles(simd, words, 4));
+        each(5, nibbles(simd, words, 5));
+        each(6, nibbles(simd, words, 6));
+        each(7, nibbles(simd, words, 7));
+    }
+
+    #[inline(always)]
     fn widen_alone<S: Simd>(simd: S, words: S::u32s, at: usize) -> S::f32s {
         widen_integer::<S, 4, 1>(simd, words, at)
     }
+}
+
+/// Element `at` of each word of integers of 8 bits, where there are registers for the constants of two places.
+#[inline(always)]
+fn bytes<S: Simd, const W: usize>(simd: S, words: [S::u32s; W], at: usize) -> [S::f32s; W] {
+    let mut row = [simd.splat_f32s(0.0); W];
+    for (row, words) in row.iter_mut().zip(words) {
+        *row = widen_integer::<S, 8, 2>(simd, words, at);
+    }
+    row
+}
+
+/// Element `at` of each word of integers of 4 bits, looked up.
+#[inline(always)]
+fn nibbles<S: Simd, const W: usize>(simd: S, words: [S::u32s; W], at: usize) -> [S::f32s; W] {
+    let mut row = [simd.splat_f32s(0.0); W];
+    for (row, words) in row.iter_mut().zip(words) {
+        *row = look_up(simd, words, at);
+    }
+    row
+}
+
+/// Integer `at` of four bits of each word, less 8. Sixteen lanes are a table of all of them: a permutation looks at the lowest four bits of its indices alone, so a
+/// shift and the permutation stand for a shift, an AND, an OR and a subtraction.
+#[inline(always)]
+fn look_up<S: Simd>(simd: S, words: S::u32s, at: usize) -> S::f32s {
+    #[cfg(target_arch = "x86_64")]
+    if const { S::F32_LANES == 16 } {
+        use std::arch::x86_64::_mm512_permutexvar_ps;
+
+        use pulp::bytemuck::cast;
+
+        const INTEGERS: [f32; 16] =
+            [-8.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0];
+        let indices =
+            if at == 0 { words } else { simd.wrapping_dyn_shr_u32s(words, simd.splat_u32s(4 * at as u32)) };
+        // SAFETY: no set but AVX-512 has vectors of sixteen lanes on this architecture, and `simd` is the proof that the CPU has it.
+        return cast(unsafe { _mm512_permutexvar_ps(cast(indices), cast(INTEGERS)) });
+    }
+    Int4::widen(simd, words, at)
 }
 
 /// Bits `BITS·at ..` of each word, less `2^(BITS − 1)`. PLACES neighbours are taken out of the word after one shift.
