@@ -118,7 +118,7 @@ fn all_steps(
     ctx: &Context,
     plan: &Plan,
     ForwardPass { weights, sequence, initial, output }: ForwardPass<'_>,
-    Kept { gates, h, mut c }: Kept<'_>,
+    Kept { gates, mut h, mut c }: Kept<'_>,
 ) -> Result<(), ShapeError> {
     let (sizes, Output { mut y, last }) = (weights.sizes(), output);
     let (batch, width, cell_columns) = (plan.batch(), sizes.output, sizes.cell_columns());
@@ -128,37 +128,37 @@ fn all_steps(
     let mut ends = (matrix_mut(&mut end_h, batch, width), matrix_mut(&mut end_c, batch, cell_columns));
     let (initial_h, initial_c) = (initial.map(|state| state.h), initial.and_then(|state| state.c));
     start_states(plan, initial_c, c.reborrow(), ends.1.reborrow());
-    let Some(mut h) = h else {
-        let ranges = split(ctx, plan, &sizes);
-        let layer = rows::Layer::new(ctx, &weights, plan, x)?;
-        start_ranks(plan, initial_h, ends.0.reborrow());
-        let h = rows::States::in_outputs(plan, ends.0, y.reborrow(), &ranges);
-        rows::forward(ctx, &layer, &ranges, gates, (h, rows::States::split(plan, c, ends.1, &ranges)));
-        let end = plan.step(plan.seq() - 1) * batch;
-        let y = y.as_ref().sub(end..end + batch, 0..width);
-        return last_states(plan, (y, matrix(&end_c, batch, cell_columns)), last);
-    };
-    start_states(plan, initial_h, h.reborrow(), ends.0.reborrow());
-    match columns::team_size(ctx, plan, &sizes) {
-        1 => {
-            let ranges = split(ctx, plan, &sizes);
-            let layer = rows::Layer::new(ctx, &weights, plan, x)?;
-            let states = [(h.reborrow(), ends.0), (c, ends.1)];
-            let [h, c] = states.map(|(before, last)| rows::States::split(plan, before, last, &ranges));
-            rows::forward(ctx, &layer, &ranges, gates, (h, c));
-        }
-        team => {
+    match &mut h {
+        Some(h) => start_states(plan, initial_h, h.reborrow(), ends.0.reborrow()),
+        None => start_ranks(plan, initial_h, ends.0.reborrow()),
+    }
+    match (columns::team_size(ctx, plan, &sizes), &mut h) {
+        (team @ 2.., Some(h)) => {
             let layer = columns::Layer { ctx: ctx.single_threaded(), plan, weights: &weights };
             let (h, (last_h, last_c)) = (h.reborrow(), ends);
             columns::forward(team, &layer, columns::Buffers { x, gates, h, c, last_h, last_c });
         }
+        (_, h) => {
+            let ranges = split(ctx, plan, &sizes);
+            let layer = rows::Layer::new(ctx, &weights, plan, x)?;
+            let h = match h {
+                Some(h) => rows::States::split(plan, h.reborrow(), ends.0, &ranges),
+                None => rows::States::in_outputs(plan, ends.0, y.reborrow(), &ranges),
+            };
+            rows::forward(ctx, &layer, &ranges, gates, (h, rows::States::split(plan, c, ends.1, &ranges)));
+        }
     }
-    let (h, ends) = (h.as_ref(), (matrix(&end_h, batch, width), matrix(&end_c, batch, cell_columns)));
+    let end_c = matrix(&end_c, batch, cell_columns);
+    let Some(h) = h else {
+        let end = plan.step(plan.seq() - 1) * batch;
+        return last_states(plan, (y.as_ref().sub(end..end + batch, 0..width), end_c), last);
+    };
+    let (h, end_h) = (h.as_ref(), matrix(&end_h, batch, width));
     plan.scatter(ctx, y, |t, rank| match plan.next(t) {
         Some(next) if rank < plan.continuing(t) => h.row(plan.rows_at(next, &(rank..rank + 1)).start),
-        _ => ends.0.row(rank),
+        _ => end_h.row(rank),
     });
-    last_states(plan, ends, last)
+    last_states(plan, (end_h, end_c), last)
 }
 
 /// The states after each rank's last step, to where they are wanted.

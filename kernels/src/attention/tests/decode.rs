@@ -51,6 +51,8 @@ pub(super) fn cases() -> Vec<Case> {
         (3, 2, 1, 300, 64, 64),
         (2, 6, 3, 64, 7, 3),
         (1, 1, 1, 1500, 16, 70),
+        // Twelve rows read each panel, more than one product takes.
+        (1, 4, 1, 300, 9, 8),
     ];
     let shape = |(batch, heads, kv_heads, seq, dim, v_dim)| Shape {
         batch,
@@ -155,11 +157,12 @@ pub(super) fn are_the_last_rows(cases: Vec<Case>) {
 
 #[test]
 fn beams_read_the_rows_that_they_name() {
-    let case = Case { causal: Some(0), ..Case::new(shape(3, 2, 70, 70, 8)) };
-    let layout = CacheLayout { sequences: 3, kv_heads: 2, capacity: 128, dim: 8, v_dim: 8 };
+    let case = Case { causal: Some(0), ..Case::new(shape(3, 2, 300, 300, 8)) };
+    let layout = CacheLayout { sequences: 3, kv_heads: 2, capacity: 320, dim: 8, v_dim: 8 };
     let mut cache = Owned::new(layout);
-    (0..3).for_each(|b| cache.append(b, 0, &case, 0..70));
-    let lengths = [70, 70, 33];
+    (0..3).for_each(|b| cache.append(b, 0, &case, 0..300));
+    // Three blocks of keys, two, and one.
+    let lengths = [300, 200, 33];
     everywhere(|ctx| {
         let beams = [2, 0, 2];
         let together =

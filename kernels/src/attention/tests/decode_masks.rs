@@ -13,14 +13,14 @@ pub(super) fn masked() -> Vec<Case> {
     for (index, case) in cases().into_iter().enumerate() {
         let Shape { heads, seq_k, .. } = case.shape;
         let window = |left| Some(Window { offset: 0, left, right: 3 });
-        all.push(Case { window: window([1, 9, 140, 0, 700][index]), ..case.clone() });
+        all.push(Case { window: window([1, 9, 140, 0, 700, 150][index]), ..case.clone() });
         if seq_k > 1000 {
             continue;
         }
         let bias_heads = if index == 0 { 1 } else { heads };
         all.push(Case { bias_heads, ..case.clone() }.filled());
         all.push(Case { bias_heads: heads, window: window(33), ..case.clone() }.filled());
-        let block = [2, 16, 64, 7][index];
+        let block = [2, 16, 64, 7, 1, 32][index];
         let bigbird = |blocks: usize, seed| {
             let rule = BigBird::Paper { random: 1, seed };
             BlockList::bigbird(block, blocks, rule).unwrap()
