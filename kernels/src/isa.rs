@@ -219,6 +219,16 @@ impl Isa {
         is_x86_feature_detected!("avx512bf16")
     }
 
+    /// Whether a dot product of bf16 takes longer than the two multiply-adds of f32 that it stands for. Intel's cores finish one in two cycles and four multiply-adds
+    /// meanwhile (80 and 164 GFLOP/s in registers on an Emerald Rapids whose tile unit was hidden), AMD's Zen 4 twice as many products as multiply-adds. So f32 serves
+    /// [`Precision::Medium`](crate::Precision::Medium) better there (docs/decisions/002-gemm.md).
+    #[cfg(target_arch = "x86_64")]
+    fn dots_of_bf16_are_slow() -> bool {
+        let vendor = std::arch::x86_64::__cpuid(0);
+        let name = [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes);
+        name.as_flattened() == b"GenuineIntel"
+    }
+
     /// The set `avx512bf16`: of this CPU, or else in plain arithmetic beside AVX2.
     #[cfg(test)]
     pub(crate) fn avx512_bf16_or_emulated() -> Option<Isa> {
@@ -316,12 +326,12 @@ impl Isa {
         }
     }
 
-    /// The widest set that this CPU has.
+    /// The fastest set that this CPU has.
     pub fn best() -> Isa {
         Isa::available().pop().unwrap_or_else(Isa::scalar)
     }
 
-    /// Every set that this CPU has, the narrowest first. Tests run over all of them.
+    /// Every set that this CPU has, the slowest first. Tests run over all of them.
     pub fn available() -> Vec<Isa> {
         // `Isa::new` calls this for its error text only, so ask pulp directly.
         let mut all = vec![Isa::scalar()];
@@ -330,8 +340,12 @@ impl Isa {
             all.extend(pulp::x86::V3::try_new().map(|t| Isa(Token::Avx2(t))));
             all.extend(Isa::avx2_vnni());
             all.extend(pulp::x86::V4::try_new().map(|t| Isa(Token::Avx512(t))));
-            all.extend(Isa::avx512_vnni());
-            all.extend(Isa::avx512_bf16());
+            let (bytes, pairs) = (Isa::avx512_vnni(), Isa::avx512_bf16());
+            all.extend(
+                if Isa::dots_of_bf16_are_slow() { [pairs, bytes] } else { [bytes, pairs] }
+                    .into_iter()
+                    .flatten(),
+            );
             all.extend(Isa::amx());
         }
         #[cfg(target_arch = "aarch64")]
