@@ -38,8 +38,9 @@ use crate::lanes;
 use crate::scratch::ScratchBuf;
 use crate::view::{HeadsMut, HeadsRef, MatMut, MatRef};
 
-/// Query rows of a tile.
-pub(super) const TILE: usize = 48;
+/// Query rows of a tile: so many that the sums dK and dV, which pass through memory once a tile, cost little beside their multiply-adds
+/// (24, 48, 72, 96 and 126 rows: docs/decisions/003-attention.md).
+pub(super) const TILE: usize = 96;
 
 /// A checked problem.
 #[derive(Clone, Copy)]

@@ -19,10 +19,10 @@ pub(super) const ROW_TILE: usize = 48;
 /// Query rows of one task of a split head.
 pub(super) const ROW_CHUNK: usize = 192;
 
-/// Elements of Q and O together, and in the backward pass of Q, dO and dQ, that rows hold while keys stream past: 768 KiB, more than a
-/// second-level cache of 512. Rows that share the staging of a key block pay it once, and their own come back from the third-level
-/// cache one tile after the other, which the hardware foresees. 288 KiB and 576 KiB were slower in the forward pass (docs/decisions/003-attention.md).
-pub(super) const HELD: usize = 192 * 1024;
+/// Elements of Q and O together, and in the backward pass of Q, dO and dQ, that rows hold while keys stream past: 1.5 MiB, about a
+/// second-level cache or more. Rows that share the staging of a key block pay it once, and their own come back from the third-level
+/// cache one tile after the other, which the hardware foresees. 288, 576 and 768 KiB were slower, 3 MiB no faster (docs/decisions/003-attention.md).
+pub(super) const HELD: usize = 384 * 1024;
 
 /// A task should hold at least this many multiplications, about 20 µs.
 const TASK_WORK: usize = 1 << 20;

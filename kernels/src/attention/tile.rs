@@ -203,7 +203,8 @@ impl<const MR: usize, const ACROSS: bool> WithSimd for Group<MR, ACROSS> {
                 col += 8 * S::F32_LANES;
             }
         }
-        if const { MR <= 2 } {
+        // Where 32 registers hold the sums of six rows of four vectors, they need 10 loads a step where two strips of two vectors need 16.
+        if const { MR <= 2 || S::F32_LANES == 16 } {
             while col + 4 * S::F32_LANES <= cols {
                 self.strip::<S, 4, false>(simd, col);
                 col += 4 * S::F32_LANES;
