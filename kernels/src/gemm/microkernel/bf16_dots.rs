@@ -206,7 +206,7 @@ impl<D: Bf16Products, const VECS: usize> Bf16Kernel<D, VECS> {
         let Rhs { ptr, panel_stride, far, .. } = strip.rhs;
         let left = (strip.lhs.from(first), strip.lhs);
         if far {
-            self.ask_for_rows::<H>(first, strip);
+            prefetch::rows_of(strip.out, first..first + H, strip.cols);
         }
         // Its share of the next panel, if not all of it was asked for.
         let share = Share::of(H, strip.rows, Self::MR);
@@ -226,15 +226,6 @@ impl<D: Bf16Products, const VECS: usize> Bf16Kernel<D, VECS> {
         let tile = Tile { simd: self.0.simd(), acc };
         // SAFETY: the contract on `out`, bias, gate and residual.
         unsafe { tile.finish::<F32>(first, strip.cols, &strip.finish, strip.out) };
-    }
-
-    /// Asks for the last line of each row of C in the tile: the strip before this one has touched the first, if that is another.
-    #[inline(always)]
-    fn ask_for_rows<const H: usize>(self, first: usize, strip: &Bf16Strip<'_>) {
-        for i in 0..H {
-            let row = strip.out.ptr.wrapping_add((first + i) * strip.out.row_stride);
-            prefetch::line(row.wrapping_add((strip.cols - 1) * strip.out.col_stride));
-        }
     }
 
     /// H rows over whole panels, P at a time, the rest one by one.

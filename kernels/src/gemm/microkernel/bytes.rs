@@ -413,8 +413,11 @@ impl<P: ByteProducts, const MR: usize, const VECS: usize> ByteKernel<P, MR, VECS
         let row_words = strip.lhs.len() / strip.rows.len();
         let mut lhs = strip.lhs[first * row_words..(first + H) * row_words].as_ptr();
         let mut sums = [[[simd.splat_u32s(0); W]; H]; Q];
-        if strip.far {
-            self.ask_for_rows::<H>(first, strip);
+        if let Sink::Scaled { out, .. } = strip.sink
+            && const { Q == 1 }
+            && strip.far
+        {
+            prefetch::rows_of(out, first..first + H, strip.cols);
         }
         for block in strip.blocks {
             // Its share of the next panel, if not all of it was asked for.
@@ -436,16 +439,6 @@ impl<P: ByteProducts, const MR: usize, const VECS: usize> ByteKernel<P, MR, VECS
             let scales = strip.scales.wrapping_add(panel * stride);
             // SAFETY: the contract; these are columns of the strip, and their scales.
             unsafe { self.finish(sums, first, (cols, scales), strip) };
-        }
-    }
-
-    /// Asks for the last line of each row of C in the tile: the strip before this one has touched the first, if that is another.
-    #[inline(always)]
-    fn ask_for_rows<const H: usize>(self, first: usize, strip: &ByteStrip<'_>) {
-        if let Sink::Scaled { out, .. } = strip.sink {
-            for i in first..first + H {
-                prefetch::line(out.ptr.wrapping_add(i * out.row_stride + (strip.cols - 1) * out.col_stride));
-            }
         }
     }
 

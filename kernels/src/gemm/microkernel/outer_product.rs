@@ -228,12 +228,8 @@ impl<S: Simd, T: Stored, const MR: usize, const VECS: usize, const W: usize> Til
         // SAFETY: row `first` is part of the left operand by `run`'s contract; it begins a tile, or no tile is packed.
         let a = unsafe { lhs.ptr.add(first / MR * lhs.tile_stride + first % MR * lhs.row_stride) };
         let depth = strip.depth;
-        if strip.rhs.far && strip.out.col_stride == 1 {
-            for i in 0..H {
-                // The last column's line: the strip before this one has touched the first column's, if that is another.
-                let row = strip.out.ptr.wrapping_add((first + i) * strip.out.row_stride);
-                prefetch::line(row.wrapping_add(strip.cols - 1));
-            }
+        if strip.rhs.far {
+            prefetch::rows_of(strip.out, first..first + H, strip.cols);
         }
         // SAFETY: `run`'s contract: H rows of lhs and W whole vectors of rhs, `depth` deep, or those widened.
         let [acc] = unsafe {

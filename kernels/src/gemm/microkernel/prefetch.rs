@@ -2,6 +2,10 @@
 //!
 //! Measured with weights of 1 to 16 MiB, which lie in the third-level cache, on a Zen 3 core: see docs/decisions/002-gemm.md.
 
+use std::ops::Range;
+
+use super::Out;
+
 /// Lines of memory, one after the other, that the next strip will read.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Ahead {
@@ -73,11 +77,28 @@ impl Share {
 /// Asks for all of a row, into the first-level cache. For rows that lie far apart, which no hardware foresees.
 #[inline(always)]
 pub(crate) fn row(row: &[f32]) {
-    for at in (0..row.len()).step_by(LINE) {
-        line(row.as_ptr().wrapping_add(at));
+    elements(row.as_ptr(), row.len());
+}
+
+/// Asks for the first `cols` columns of these rows of C, which a tile will write when it has its sums: all of their lines, where columns are neighbours. Left to the
+/// stores, rows of C that lie in memory are waited for (figures in docs/decisions/002-gemm.md).
+#[inline(always)]
+pub(super) fn rows_of(out: Out<f32>, rows: Range<usize>, cols: usize) {
+    if out.col_stride == 1 {
+        for i in rows {
+            elements(out.ptr.wrapping_add(i * out.row_stride), cols);
+        }
     }
-    // A row that does not begin with a line ends in one more.
-    line(row.as_ptr().wrapping_add(row.len().saturating_sub(1)));
+}
+
+/// Asks for `len` neighbours of four bytes from `at` on, into the first-level cache.
+#[inline(always)]
+fn elements(at: *const f32, len: usize) {
+    for i in (0..len).step_by(LINE) {
+        line(at.wrapping_add(i));
+    }
+    // What does not begin with a line ends in one more.
+    line(at.wrapping_add(len.saturating_sub(1)));
 }
 
 /// Asks for all of a row, into the second-level cache: what is wanted later, while the first is full of what runs now.
