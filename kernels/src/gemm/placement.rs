@@ -26,6 +26,9 @@ const TRANSPOSED_MAX_STRIDE: usize = 512;
 /// Bytes of a whole B that vectors of 512 bits read in place, from the second-level cache: 256³ 1.02 and 1.04, 128³ 1.01 and 1.03 times as fast as packed
 /// (AMD Zen 5, medians of two runs), where 64³ and 512 × 512 × 4096 lose.
 const NEAR_B: std::ops::RangeInclusive<usize> = 64 * 1024..=256 * 1024;
+/// Rows of C up to which they do. More of them pay for packing: 1024×384×128 1.19 and 1.23, 1024×512×128 1.06 and 1.06, 1024×128×128 1.17 and 1.03, 1024×128×512 1.14 and 1.20 times as fast
+/// packed, but 256³ 1.07 and 0.97, 128³ 0.97 and 0.96, 64×512×128 0.87 and 0.88 (Intel Emerald Rapids, medians and shortest of alternating calls).
+const NEAR_B_ROWS: usize = 256;
 
 /// Bytes of a page of memory.
 const PAGE: usize = 4096;
@@ -76,6 +79,7 @@ pub(super) fn right_in_place<K: Microkernel>(b: &MatRef<'_>, depth: usize, rows:
         return false;
     }
     if const { <K::Simd as Simd>::F32_LANES == 16 }
+        && rows <= NEAR_B_ROWS
         && NEAR_B.contains(&(size_of::<f32>() * b.rows() * b.cols()))
     {
         return true;
