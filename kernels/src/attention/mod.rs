@@ -26,7 +26,7 @@
 //!   `key_lengths` are never read into a result; other hidden keys, and the rows of Q and dO that do
 //!   not see a key, must be finite, but on tiles they may be anything.
 //! - A NaN or +∞ among the visible scores of a row makes that row NaN.
-//! - Memory beyond inputs and outputs: one block of keys, one tile of scores and some rows of a head (up to 768 KiB; of packed rows in the
+//! - Memory beyond inputs and outputs: one block of keys, one tile of scores and some rows of a head (up to 1.5 MiB; of packed rows in the
 //!   backward pass of `Medium` and `High` up to 4 MiB) a thread.
 //!
 //! # Accuracy

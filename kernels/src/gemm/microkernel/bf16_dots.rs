@@ -206,7 +206,7 @@ impl<D: Bf16Products, const VECS: usize> Bf16Kernel<D, VECS> {
         let Rhs { ptr, panel_stride, far, .. } = strip.rhs;
         let left = (strip.lhs.from(first), strip.lhs);
         if far {
-            prefetch::rows_of(strip.out, first..first + H, strip.cols);
+            prefetch::rows_of(strip.out, first..first + H, strip.cols, Self::NR / prefetch::LINE);
         }
         // Its share of the next panel, if not all of it was asked for.
         let share = Share::of(H, strip.rows, Self::MR);

@@ -417,7 +417,7 @@ impl<P: ByteProducts, const MR: usize, const VECS: usize> ByteKernel<P, MR, VECS
             && const { Q == 1 }
             && strip.far
         {
-            prefetch::rows_of(out, first..first + H, strip.cols);
+            prefetch::rows_of(out, first..first + H, strip.cols, Self::NR / prefetch::LINE);
         }
         for block in strip.blocks {
             // Its share of the next panel, if not all of it was asked for.

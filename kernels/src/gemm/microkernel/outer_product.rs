@@ -229,7 +229,7 @@ impl<S: Simd, T: Stored, const MR: usize, const VECS: usize, const W: usize> Til
         let a = unsafe { lhs.ptr.add(first / MR * lhs.tile_stride + first % MR * lhs.row_stride) };
         let depth = strip.depth;
         if strip.rhs.far {
-            prefetch::rows_of(strip.out, first..first + H, strip.cols);
+            prefetch::rows_of(strip.out, first..first + H, strip.cols, W * S::F32_LANES / prefetch::LINE);
         }
         // SAFETY: `run`'s contract: H rows of lhs and W whole vectors of rhs, `depth` deep, or those widened.
         let [acc] = unsafe {

@@ -77,28 +77,27 @@ impl Share {
 /// Asks for all of a row, into the first-level cache. For rows that lie far apart, which no hardware foresees.
 #[inline(always)]
 pub(crate) fn row(row: &[f32]) {
-    elements(row.as_ptr(), row.len());
+    for at in (0..row.len()).step_by(LINE) {
+        line(row.as_ptr().wrapping_add(at));
+    }
+    // A row that does not begin with a line ends in one more.
+    line(row.as_ptr().wrapping_add(row.len().saturating_sub(1)));
 }
 
-/// Asks for the first `cols` columns of these rows of C, which a tile will write when it has its sums: all of their lines, where columns are neighbours. Left to the
-/// stores, rows of C that lie in memory are waited for (figures in docs/decisions/002-gemm.md).
+/// Asks for rows of C that a tile of `cols` columns, about so many `lines`, will write when it has its sums. Left to the stores, rows of C that lie in memory are waited for
+/// (docs/decisions/002-gemm.md). Of a single line, or two halves, the strip before has touched the first.
 #[inline(always)]
-pub(super) fn rows_of(out: Out<f32>, rows: Range<usize>, cols: usize) {
-    if out.col_stride == 1 {
-        for i in rows {
-            elements(out.ptr.wrapping_add(i * out.row_stride), cols);
+pub(super) fn rows_of(out: Out<f32>, rows: Range<usize>, cols: usize, lines: usize) {
+    if out.col_stride != 1 {
+        return;
+    }
+    for i in rows {
+        let row = out.ptr.wrapping_add(i * out.row_stride);
+        if lines > 1 {
+            (0..lines).for_each(|l| line(row.wrapping_add(l * LINE)));
         }
+        line(row.wrapping_add(cols - 1));
     }
-}
-
-/// Asks for `len` neighbours of four bytes from `at` on, into the first-level cache.
-#[inline(always)]
-fn elements(at: *const f32, len: usize) {
-    for i in (0..len).step_by(LINE) {
-        line(at.wrapping_add(i));
-    }
-    // What does not begin with a line ends in one more.
-    line(at.wrapping_add(len.saturating_sub(1)));
 }
 
 /// Asks for all of a row, into the second-level cache: what is wanted later, while the first is full of what runs now.
