@@ -94,10 +94,10 @@ fn scratch_memory_does_not_grow_with_the_length() {
         assert!(short.iter().all(|bytes| (1..9 << 18).contains(bytes)), "{short:?}");
         assert_eq!(long, short);
     }
-    let lists = [4096, 65536].map(bigbird);
+    let lists = [8192, 65536].map(bigbird);
     let [few, many] = lists.each_ref().map(|lists| lists[0].keys(1).len());
     assert_eq!(few, many, "a row sees as many blocks in both");
-    let [short, long] = [(4096, &lists[0]), (65536, &lists[1])]
+    let [short, long] = [(8192, &lists[0]), (65536, &lists[1])]
         .map(|(seq, list)| passes(seq, Mask::none().with_blocks(list)));
     assert_eq!(long, short);
 }
