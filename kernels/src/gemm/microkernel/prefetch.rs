@@ -85,7 +85,8 @@ pub(crate) fn row(row: &[f32]) {
 }
 
 /// Asks for rows of C that a tile of `cols` columns, about so many `lines`, will write when it has its sums. Left to the stores, rows of C that lie in memory are waited for
-/// (docs/decisions/002-gemm.md). Of a single line, or two halves, the strip before has touched the first.
+/// (docs/decisions/002-gemm.md). Of a single line, or two halves, the strip before has touched the first. `lines` is a constant of the tile and not made from `cols`: a loop of unknown
+/// length puts sums of AVX2 tiles on the stack.
 #[inline(always)]
 pub(super) fn rows_of(out: Out<f32>, rows: Range<usize>, cols: usize, lines: usize) {
     if out.col_stride != 1 {
