@@ -42,7 +42,11 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
+/// Elements of a row in the table and under lists.
 const DIM: usize = 32;
+
+/// Elements of a row that is so wide that few of them are held, so that short sequences show what long ones take.
+const WIDE: usize = 128;
 
 /// The most bytes that `f` held beyond what it found, on a thread whose scratch memory is empty.
 fn peak(f: impl FnOnce() + Send) -> usize {
@@ -59,20 +63,20 @@ fn peak(f: impl FnOnce() + Send) -> usize {
     })
 }
 
-/// The bytes of the forward and of the backward pass over `seq` positions of one head.
-fn passes(seq: usize, mask: Mask<'_>) -> [usize; 2] {
+/// The bytes of the forward and of the backward pass over `seq` positions of one head of `dim` elements.
+fn passes([seq, dim]: [usize; 2], mask: Mask<'_>) -> [usize; 2] {
     let ctx = Context::with_isa(Isa::best()).threads(NonZeroUsize::MIN);
-    let layout = HeadsLayout::batch_seq_heads(1, seq, 1, DIM);
-    let data: Vec<f32> = (0..seq * DIM).map(|i| (i * 37 % 101) as f32 / 50.0 - 1.0).collect();
+    let layout = HeadsLayout::batch_seq_heads(1, seq, 1, dim);
+    let data: Vec<f32> = (0..seq * dim).map(|i| (i * 37 % 101) as f32 / 50.0 - 1.0).collect();
     let view = HeadsRef::new(&data, layout).unwrap();
-    let spec = AttentionSpec::scaled(DIM).with_mask(mask);
-    let (mut out, mut lse) = (vec![0.0; seq * DIM], vec![0.0; seq]);
+    let spec = AttentionSpec::scaled(dim).with_mask(mask);
+    let (mut out, mut lse) = (vec![0.0; seq * dim], vec![0.0; seq]);
     let forward = peak(|| {
         let out = HeadsMut::new(&mut out, layout).unwrap();
         attention::forward(&ctx, &Inputs { q: view, k: view, v: view }, &spec, out, &mut lse).unwrap();
     });
     let out = HeadsRef::new(&out, layout).unwrap();
-    let mut grads = [(); 3].map(|()| vec![0.0; seq * DIM]);
+    let mut grads = [(); 3].map(|()| vec![0.0; seq * dim]);
     let backward = peak(|| {
         let [d_q, d_k, d_v] = grads.each_mut().map(|grad| HeadsMut::new(grad, layout).unwrap());
         let saved = Saved { q: view, k: view, v: view, out, lse: &lse };
@@ -90,7 +94,7 @@ fn bigbird(seq: usize) -> [BlockList; 1] {
 fn scratch_memory_does_not_grow_with_the_length() {
     for mask in [Mask::causal(0), Mask::none()] {
         // Both go by equal parts of as many rows as are held at most.
-        let [short, long] = [12288, 24576].map(|seq| passes(seq, mask));
+        let [short, long] = [3072, 6144].map(|seq| passes([seq, WIDE], mask));
         assert!(short.iter().all(|bytes| (1..9 << 18).contains(bytes)), "{short:?}");
         assert_eq!(long, short);
     }
@@ -98,7 +102,7 @@ fn scratch_memory_does_not_grow_with_the_length() {
     let [few, many] = lists.each_ref().map(|lists| lists[0].keys(1).len());
     assert_eq!(few, many, "a row sees as many blocks in both");
     let [short, long] = [(8192, &lists[0]), (65536, &lists[1])]
-        .map(|(seq, list)| passes(seq, Mask::none().with_blocks(list)));
+        .map(|(seq, list)| passes([seq, DIM], Mask::none().with_blocks(list)));
     assert_eq!(long, short);
 }
 
@@ -111,10 +115,10 @@ fn table() {
     );
     println!("|--:|--:|--:|--:|--:|--:|--:|");
     for seq in [1024, 4096, 16384, 65536] {
-        let [forward, backward] = passes(seq, Mask::none());
+        let [forward, backward] = passes([seq, DIM], Mask::none());
         let list = peak(|| drop(bigbird(seq)));
         let lists = bigbird(seq);
-        let [sparse, sparse_backward] = passes(seq, Mask::none().with_blocks(&lists));
+        let [sparse, sparse_backward] = passes([seq, DIM], Mask::none().with_blocks(&lists));
         let kib = |bytes: usize| bytes.div_ceil(1024);
         println!(
             "| {seq} | {} | {} | {} | {} | {} | {} |",
