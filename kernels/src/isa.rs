@@ -130,7 +130,7 @@ pub(crate) enum Bf16Dots {
     #[cfg(target_arch = "x86_64")]
     Wide(pulp::x86::V4, Found),
     /// In plain arithmetic.
-    #[cfg(all(target_arch = "x86_64", test))]
+    #[cfg(all(target_arch = "x86_64", any(test, feature = "testing")))]
     Emulated(pulp::x86::V3),
     /// No other CPU has them.
     #[cfg(not(target_arch = "x86_64"))]
@@ -238,9 +238,10 @@ impl Isa {
         None
     }
 
+    /// Tiles of bf16 are made by the CPU's own conversion, which every CPU with a tile unit has.
     #[cfg(target_arch = "x86_64")]
     fn amx() -> Option<Isa> {
-        pulp::x86::V4::try_new().filter(|_| amx::available()).map(|t| Isa(Token::Amx(t)))
+        pulp::x86::V4::try_new().filter(|_| Isa::converts() && amx::available()).map(|t| Isa(Token::Amx(t)))
     }
 
     /// The tile unit in software, beside the widest vectors that there are; `None` where they have fewer than eight lanes.
@@ -285,15 +286,17 @@ impl Isa {
         }
     }
 
-    /// The proof that the CPU converts to bf16 itself, whatever multiplies.
+    /// The proof that conversions to bf16 run, whatever multiplies: wherever tiles do, and dot products.
     pub(crate) fn bf16_conversion(self) -> Option<Bf16Dots> {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
-            Token::Amx(t) => Isa::converts().then_some(Bf16Dots::Wide(t, Found(()))),
+            Token::Amx(t) => Some(Bf16Dots::Wide(t, Found(()))),
             #[cfg(all(target_arch = "x86_64", target_os = "linux", any(test, feature = "testing")))]
-            Token::EmulatedAmx(EmulatedBeside::Avx512(t)) => {
-                Isa::converts().then_some(Bf16Dots::Wide(t, Found(())))
-            }
+            Token::EmulatedAmx(beside) => match beside {
+                EmulatedBeside::Avx512(t) if Isa::converts() => Some(Bf16Dots::Wide(t, Found(()))),
+                EmulatedBeside::Avx512(_) => pulp::x86::V3::try_new().map(Bf16Dots::Emulated),
+                EmulatedBeside::Avx2(t) => Some(Bf16Dots::Emulated(t)),
+            },
             _ => self.bf16_dots(),
         }
     }

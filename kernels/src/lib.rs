@@ -28,6 +28,7 @@ pub mod attention;
 pub mod context;
 pub mod error;
 pub mod gemm;
+mod huge_pages;
 pub mod isa;
 pub mod lanes;
 pub mod math;

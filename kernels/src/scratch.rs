@@ -7,6 +7,8 @@
 use std::cell::RefCell;
 use std::ops::{Deref, DerefMut};
 
+use crate::huge_pages;
+
 /// One cache line of f32; a `Vec` of these is 64-byte aligned.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
@@ -22,6 +24,15 @@ const KEPT_BUFFERS: usize = 64;
 
 thread_local! {
     static FREE: RefCell<Vec<Vec<Line>>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Makes it `needed` lines; new ones are zero.
+fn lengthen(lines: &mut Vec<Line>, needed: usize) {
+    if needed > lines.capacity() {
+        lines.reserve_exact(needed - lines.len());
+        huge_pages::advise(lines.as_ptr(), needed * size_of::<Line>());
+    }
+    lines.resize(needed, Line([0.0; Line::LEN]));
 }
 
 /// A 64-byte aligned `[f32]`. Its contents are whatever the last user left: initialised memory, but not zero.
@@ -43,7 +54,7 @@ impl ScratchBuf {
         });
         if lines.len() < needed {
             lines.clear();
-            lines.resize(needed, Line([0.0; Line::LEN]));
+            lengthen(&mut lines, needed);
         }
         ScratchBuf { lines, len }
     }
@@ -52,6 +63,12 @@ impl ScratchBuf {
     pub(crate) fn words_mut(&mut self) -> &mut [u32] {
         // SAFETY: as in `deref_mut`; f32 and u32 have the same size and alignment, and every bit pattern is one of both.
         unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast::<u32>(), self.len) }
+    }
+
+    /// The same to read.
+    pub(crate) fn words(&self) -> &[u32] {
+        // SAFETY: as in `deref`; f32 and u32 have the same size and alignment, and every bit pattern is one of both.
+        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast::<u32>(), self.len) }
     }
 
     /// A buffer of `len` zeros.
@@ -114,7 +131,7 @@ impl Words {
     pub(crate) fn resize(&mut self, len: usize) {
         let needed = len.div_ceil(Line::LEN);
         if !self.lent || needed > self.lines.len() {
-            self.lines.resize(needed, Line([0.0; Line::LEN]));
+            lengthen(&mut self.lines, needed);
         }
         self.len = len;
     }

@@ -2,7 +2,7 @@
 
 use crate::context::{Blocking, Context};
 
-use super::microkernel::KernelInfo;
+use super::microkernel::{KernelInfo, Storage};
 use crate::isa::IsaName;
 
 /// The tuned sizes of each instruction set's kernel, in whole tiles.
@@ -20,21 +20,25 @@ use crate::isa::IsaName;
 /// A panel of B is larger than L1 then, and streams from L2 at the third of its rate that the tile needs; what is gained is fewer passes over C.
 /// `mc` and `nc` are not settled on AVX2: with kc = 512, mc = 48, 96 and 144 and nc = 1024 and 2048 lay within the
 /// noise of one to three runs each (0.94–1.20, 48 and 144 also above 96), and 96 is simply the middle.
-const fn tuned(isa: IsaName) -> Blocking {
-    match isa {
+const fn tuned(kernel: &KernelInfo) -> Blocking {
+    match kernel.isa {
         IsaName::Scalar => Blocking { mc: 96, kc: 512, nc: 1024 },
         IsaName::Neon => Blocking { mc: 96, kc: 512, nc: 2040 },
         IsaName::Avx2 | IsaName::Avx2Vnni => Blocking { mc: 96, kc: 512, nc: 2048 },
         IsaName::Avx512 | IsaName::Avx512Vnni | IsaName::Avx512Bf16 => {
             Blocking { mc: 192, kc: 768, nc: 2016 }
         }
-        IsaName::Amx => Blocking { mc: 256, kc: 512, nc: 1056 },
+        IsaName::Amx => match kernel.storage {
+            Storage::Int8 => Blocking { mc: 256, kc: 512, nc: 1056 },
+            Storage::Bf16 => Blocking { mc: 512, kc: 256, nc: 512 },
+            _ => Blocking { mc: 512, kc: 128, nc: 512 },
+        },
     }
 }
 
 /// The block sizes of one product: those of the context or the table, in whole tiles.
 pub(super) fn blocking(ctx: &Context, kernel: &KernelInfo) -> Blocking {
-    let Some(Blocking { mc, kc, nc }) = ctx.forced_blocking() else { return tuned(kernel.isa) };
+    let Some(Blocking { mc, kc, nc }) = ctx.forced_blocking() else { return tuned(kernel) };
     Blocking {
         mc: mc.clamp(1, 1 << 20).next_multiple_of(kernel.mr),
         kc: kc.max(1),
@@ -60,7 +64,7 @@ mod tests {
         for kernel in kernels() {
             let forced = blocking(&ctx, kernel);
             assert_eq!((forced.mc, forced.kc, forced.nc), (kernel.mr, 1, 5usize.next_multiple_of(kernel.nr)));
-            let Blocking { mc, nc, .. } = tuned(kernel.isa);
+            let Blocking { mc, nc, .. } = tuned(kernel);
             assert!(mc.is_multiple_of(kernel.mr) && nc.is_multiple_of(kernel.nr), "{}", kernel.name);
         }
         let [vectors, tiles] = [1, 32].map(|step| kernels().iter().find(|k| k.k_step == step).unwrap());

@@ -91,7 +91,7 @@ impl WithSimd for TilePart<'_> {
                             let sums = scaled(&sums, scales);
                             // SAFETY: this task alone writes these rows and columns of C, and the shapes of the epilogue were
                             // checked.
-                            unsafe { store(simd, &sums, (block.len(), cols.len()), &finish, out) };
+                            unsafe { store(simd, &sums.0, (block.len(), cols.len()), &finish, out) };
                         }
                         Sink::Integers { out, add } => {
                             for (i, sums) in

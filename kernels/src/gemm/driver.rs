@@ -9,7 +9,7 @@ use half::bf16;
 
 use super::macrokernel::{Part, Problem, RightOperand};
 use super::microkernel::{KernelInfo, with_bf16_kernel, with_kernel};
-use super::tiles::TilePart;
+use super::tiles::{Proofs, TilePart};
 use crate::context::Context;
 use crate::isa::{Bf16Dots, Isa, IsaName};
 
@@ -49,8 +49,8 @@ pub(super) fn run(ctx: &Context, problem: &Problem<'_>) {
 #[inline(never)]
 pub(super) fn run_part(isa: Isa, part: Part<'_>) {
     let kernel = part.problem.kernel;
-    match (kernel.isa, isa.tiles(), isa.bf16_dots()) {
-        (IsaName::Amx, Some(tiles), _) => isa.dispatch(TilePart { part, tiles }),
+    match (kernel.isa, Proofs::of(isa), isa.bf16_dots()) {
+        (IsaName::Amx, Some(proofs), _) => isa.dispatch(TilePart::new(part, proofs)),
         (IsaName::Avx512Bf16, _, Some(dots)) => with_bf16_kernel(dots, part),
         _ => with_kernel(isa, kernel.storage, part),
     }

@@ -75,6 +75,12 @@ impl<'a, A> Problem<'a, A> {
         let add = depth.start > 0 || self.accum == Accum::Add;
         self.epilogue.finish(rows, cols, (add, depth.end == self.a.cols()))
     }
+
+    /// The same where the sums are over all of K.
+    #[inline(always)]
+    pub(super) fn finish_all(&self, rows: Range<usize>, cols: Range<usize>) -> Finish<'a> {
+        self.epilogue.finish(rows, cols, (self.accum == Accum::Add, true))
+    }
 }
 
 // SAFETY: `c` is the only part that is not Sync by itself; tasks write disjoint parts of it.

@@ -26,7 +26,9 @@ use super::microkernel::{Out, Storage, kernel_for};
 use super::operand::Output;
 use super::pack::Element;
 use super::packed::PackedWeights;
+use super::pair_packing::Paired;
 use super::quantise::{WeightFormat, bf16_bits};
+use super::tiles::{Proofs, TilePart};
 use crate::context::{Blocking, Context};
 use crate::error::ShapeError;
 use crate::isa::{Bf16Dots, IsaName};
@@ -41,16 +43,11 @@ pub(super) fn pack(ctx: &Context, b: Operand<'_>) -> Result<PackedWeights, Shape
     let selected = |format| kernel_for(ctx, b.rows(), format);
     let format = match b {
         Operand::F32(_) => WeightFormat::F32,
-        // Where f32 would run on tiles and stored bf16 would not, tiles are faster.
-        Operand::Bf16(_)
-            if selected(WeightFormat::F32).isa == IsaName::Amx
-                && selected(WeightFormat::Bf16).isa != IsaName::Amx =>
-        {
-            WeightFormat::F32
-        }
+        // A kernel that reads A in f32 would widen every panel again with every tile, and where f32 runs on tiles they are faster; the products are the same.
+        Operand::Bf16(_) if selected(WeightFormat::Bf16).left == Storage::F32 => WeightFormat::F32,
         Operand::Bf16(_) => WeightFormat::Bf16,
     };
-    PackedWeights::pack_as(ctx, b, format)
+    PackedWeights::pack_for_call_as(ctx, b, format)
 }
 
 /// The product with checked shapes.
@@ -63,9 +60,19 @@ pub(super) fn run(
     epilogue: &Epilogue<'_>,
 ) {
     let product = Product { ctx, a, b, accum, epilogue: *epilogue };
-    match c {
-        Output::F32(c) => product.for_each_part(c, |part| product.in_place(part)),
-        Output::Bf16(c) => product.for_each_part(c, |part| product.rounded(part)),
+    let proofs = Proofs::of(ctx.isa()).filter(|_| b.kernel().isa == IsaName::Amx);
+    match (c, proofs) {
+        (Output::F32(c), None) => product.for_each_part(c, |piece| product.in_place(piece)),
+        (Output::Bf16(c), None) => product.for_each_part(c, |piece| product.rounded(piece)),
+        (Output::F32(c), Some(proofs)) => product.for_each_part(c, |piece| {
+            let place = piece.place();
+            product.on_tiles(proofs, place, (piece.out(), None));
+        }),
+        (Output::Bf16(c), Some(proofs)) => product.for_each_part(c, |piece| {
+            let (place, nowhere) =
+                (piece.place(), Out { ptr: std::ptr::null_mut(), row_stride: 0, col_stride: 0 });
+            product.on_tiles(proofs, place, (nowhere, Some(piece.out())));
+        }),
     }
 }
 
@@ -84,6 +91,19 @@ struct Piece<'c, T> {
     col: usize,
 }
 
+impl<T> Piece<'_, T> {
+    /// Its rows and columns in C.
+    fn place(&self) -> [Range<usize>; 2] {
+        [self.row..self.row + self.c.rows(), self.col..self.col + self.c.cols()]
+    }
+
+    /// Its rows, and all columns of C.
+    fn out(mut self) -> Out<T> {
+        let (row_stride, col_stride) = (self.c.row_stride(), self.c.col_stride());
+        Out { ptr: self.c.as_mut_ptr().wrapping_sub(self.col * col_stride), row_stride, col_stride }
+    }
+}
+
 impl Product<'_> {
     /// Runs `task` on the parts of C, each on one thread.
     fn for_each_part<T: Send>(&self, c: MatMut<'_, T>, task: impl Fn(Piece<'_, T>) + Sync) {
@@ -92,6 +112,36 @@ impl Product<'_> {
         }
         let grid = Grid::of(self.ctx, self.b.kernel(), [c.rows(), c.cols(), self.b.rows()], true);
         self.ctx.for_each_owned(pieces(c, &grid), task);
+    }
+
+    /// Those rows and columns on the tile unit, which reads and writes either type itself.
+    fn on_tiles(&self, proofs: Proofs, [rows, cols]: [Range<usize>; 2], c: (Out<f32>, Option<Out<bf16>>)) {
+        match self.a {
+            Operand::F32(a) => {
+                self.rows_on_tiles(proofs, a.sub(rows.clone(), 0..a.cols()), rows.start, cols, c)
+            }
+            Operand::Bf16(a) => {
+                self.rows_on_tiles(proofs, a.sub(rows.clone(), 0..a.cols()), rows.start, cols, c)
+            }
+        }
+    }
+
+    fn rows_on_tiles<A: Paired>(
+        &self,
+        proofs: Proofs,
+        a: MatRef<'_, A>,
+        first: usize,
+        cols: Range<usize>,
+        (c, rounded): (Out<f32>, Option<Out<bf16>>),
+    ) {
+        let rows = 0..a.rows();
+        let problem = self.problem(a, first, (c, self.accum));
+        let part = TilePart::new(Part { problem: &problem, rows, cols }, proofs);
+        self.ctx.isa().dispatch(match rounded {
+            // SAFETY: the piece of C is this task's own.
+            Some(c) => unsafe { part.rounded_to(c) },
+            None => part,
+        });
     }
 
     /// A part of C in f32: block of rows after block of rows.

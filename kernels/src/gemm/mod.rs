@@ -40,6 +40,7 @@ pub(crate) mod quantise;
 pub(crate) mod split;
 #[cfg(test)]
 mod tests;
+pub(crate) mod tile_packing;
 mod tiles;
 
 pub use crate::rowwise::Activation;

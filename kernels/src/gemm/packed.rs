@@ -14,8 +14,6 @@ mod fill;
 
 use std::ops::Range;
 
-use fill::PackTiles;
-
 use super::bf16_pairs::PackPairs;
 use super::blocking::{block_depth, blocking};
 use super::microkernel::amx::{BLOCK, SIDE};
@@ -64,7 +62,16 @@ impl PackedWeights {
     /// As [`PackedWeights::pack`], into memory of the thread's scratch list: for a call that packs, multiplies and forgets. Fresh memory
     /// would be cleared first, and new pages mapped.
     pub(crate) fn pack_for_call(ctx: &Context, b: MatRef<'_>) -> Result<Self, ShapeError> {
-        let (mut packed, len) = PackedWeights::shaped(ctx, [b.rows(), b.cols()], WeightFormat::F32)?;
+        PackedWeights::pack_for_call_as(ctx, b.into(), WeightFormat::F32)
+    }
+
+    /// The same in that format.
+    pub(super) fn pack_for_call_as(
+        ctx: &Context,
+        b: Operand<'_>,
+        format: WeightFormat,
+    ) -> Result<Self, ShapeError> {
+        let (mut packed, len) = PackedWeights::shaped(ctx, [b.rows(), b.cols()], format)?;
         packed.words = Words::lent(len);
         packed.repack(ctx, b)?;
         Ok(packed)
@@ -156,7 +163,7 @@ impl PackedWeights {
         let kernel = shape.kernel;
         *self = PackedWeights { words, ..shape };
         match (kernel.isa, kernel.storage) {
-            (IsaName::Amx, _) => ctx.isa().dispatch(PackTiles(self, b)),
+            (IsaName::Amx, _) => self.pack_tiles(ctx, b),
             (IsaName::Avx512Bf16, _) => {
                 with_bf16_kernel(ctx.isa().bf16_dots().expect(PROOF), PackPairs(self, b));
             }
@@ -354,17 +361,12 @@ impl PackedWeights {
     }
 
     /// Marks the columns of a panel for which parts do not stand.
-    pub(super) fn mark_odd(&self, depth: &Range<usize>, cols: &Range<usize>, odd: &mut [bool; BLOCK]) {
-        self.odd.mark(depth, cols, odd);
-    }
-
-    /// Element (p, j) of a column that is marked as odd.
-    pub(super) fn odd_element(&self, p: usize, j: usize) -> f32 {
-        self.odd.element(p, j).expect("the column is odd in this block of K")
+    pub(super) fn mark_odd(&self, cols: &Range<usize>, odd: &mut [bool; BLOCK]) {
+        self.odd.mark(cols, odd);
     }
 
     /// Element (p, j) as a product on tiles uses it.
-    fn tile_element(&self, p: usize, j: usize) -> f32 {
+    pub(super) fn tile_element(&self, p: usize, j: usize) -> f32 {
         let block = p / self.depth * self.depth;
         let depth = block..(block + self.depth).min(self.rows);
         let panel = j / self.kernel.nr * self.kernel.nr;

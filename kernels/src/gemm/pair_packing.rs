@@ -10,7 +10,7 @@
 use half::bf16;
 use pulp::bytemuck::cast;
 
-use super::microkernel::{Bf16Products, PairRows, WORDS, prefetch};
+use super::microkernel::{Bf16Products, Halves, PairRows, WORDS, prefetch};
 use super::pack::Element;
 use crate::transpose::transpose_4x4;
 use crate::view::MatRef;
@@ -19,7 +19,7 @@ use crate::view::MatRef;
 const AHEAD: usize = 16;
 
 /// Elements that become words.
-pub(super) trait Paired: Element + Default {
+pub(crate) trait Paired: Element + Default {
     /// The matrix as a left operand, if it is words as it lies.
     #[inline(always)]
     fn as_it_lies(_: MatRef<'_, Self>) -> Option<PairRows> {
@@ -31,6 +31,9 @@ pub(super) trait Paired: Element + Default {
 
     /// Word j holds element j of both.
     fn across<D: Bf16Products>(dots: D, low: &[Self; WORDS], high: &[Self; WORDS]) -> [u32; WORDS];
+
+    /// All of `first` and then all of `second` as halves of words; what rounds to infinity becomes infinity.
+    fn halves<D: Bf16Products>(dots: D, first: &[Self; WORDS], second: &[Self; WORDS]) -> Halves;
 }
 
 impl Paired for f32 {
@@ -42,6 +45,11 @@ impl Paired for f32 {
     #[inline(always)]
     fn across<D: Bf16Products>(dots: D, low: &[f32; WORDS], high: &[f32; WORDS]) -> [u32; WORDS] {
         dots.across::<true>(low, high)
+    }
+
+    #[inline(always)]
+    fn halves<D: Bf16Products>(dots: D, first: &[f32; WORDS], second: &[f32; WORDS]) -> Halves {
+        dots.rounded::<false>(first, second)
     }
 }
 
@@ -68,6 +76,15 @@ impl Paired for bf16 {
             *word = u32::from(low.to_bits()) | u32::from(high.to_bits()) << 16;
         }
         words
+    }
+
+    #[inline(always)]
+    fn halves<D: Bf16Products>(_: D, first: &[bf16; WORDS], second: &[bf16; WORDS]) -> Halves {
+        let [first, second] = [first, second].map(
+            #[inline(always)]
+            |elements| elements.map(bf16::to_bits),
+        );
+        pulp::bytemuck::cast([first, second])
     }
 }
 
@@ -190,7 +207,7 @@ fn gathered<D: Bf16Products, T: Paired, const W: usize>(
 
 /// The transpose of 16 rows of 16 words, by squares of 4.
 #[inline(always)]
-fn transposed_square(rows: &[[u32; WORDS]; WORDS]) -> [[u32; WORDS]; WORDS] {
+pub(super) fn transposed_square(rows: &[[u32; WORDS]; WORDS]) -> [[u32; WORDS]; WORDS] {
     let mut columns = [[0; WORDS]; WORDS];
     for i in (0..WORDS).step_by(4) {
         for j in (0..WORDS).step_by(4) {

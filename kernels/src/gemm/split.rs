@@ -21,8 +21,8 @@
 //! the bound of f32 multiply-adds. Below 32 it would not, so `Highest` takes tiles from there on only.
 //!
 //! # Where parts do not do
-//! Infinity and NaN have no rest, a number that rounds up to infinity has none either, and parts of a number below 2⁻¹¹⁰ are
-//! subnormal, which tiles take for zero. Rows of A and columns of B with such an element are found while they are converted, and what they make is
+//! Infinity and NaN have no rest, a number that rounds up to infinity has none either, and a number below 2⁻¹⁰³ may have
+//! bits below 2⁻¹²⁶, the least normal number, which tiles take for zero. Rows of A and columns of B with such an element are found while they are converted, and what they make is
 //! computed by fused multiply-adds, element by element (`gemm::tiles`).
 //!
 //! # Source
@@ -36,8 +36,8 @@ use crate::view::MatRef;
 
 /// The smallest magnitude that rounds to infinity as bf16, as bits.
 const ROUNDS_TO_INFINITY: u32 = 0x7f7f_8000;
-/// 2⁻¹¹⁰ as bits: the third part of a smaller number may be subnormal.
-const TINY: u32 = (127 - 110) << 23;
+/// 2⁻¹⁰³ as bits: a smaller number may have bits below 2⁻¹²⁶, which tiles take for zero.
+const TINY: u32 = (127 - 103) << 23;
 
 /// Words of one column, `depth` deep, in `parts` parts.
 pub(crate) fn column_words(depth: usize, parts: usize) -> usize {
@@ -219,6 +219,16 @@ pub(crate) fn pack_right<T: Element, const P: usize>(
             }
         }
     }
+}
+
+/// `x` as tiles see it: the sum of its first `parts` parts, without a rounding.
+pub(super) fn sum_of_parts(x: f32, parts: usize) -> f32 {
+    let (mut rest, mut sum) = (x, 0.0);
+    for _ in 0..parts {
+        let part = if rest.abs() < f32::MIN_POSITIVE { 0.0 } else { f32::from_bits(bf16_bits(rest) << 16) };
+        (rest, sum) = (rest - part, sum + part);
+    }
+    sum
 }
 
 /// Element (p, j) of a panel that [`pack_right`] made with `parts` parts: the sum of its parts, without a rounding.

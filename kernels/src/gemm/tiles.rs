@@ -1,40 +1,88 @@
-//! One thread's part of C on the tile unit: the loops around [`TileUnit::sums`].
+//! One thread's part of C on the tile unit: the loops around [`TileUnit::sums_to`].
 //!
 //! ```text
-//! for jc in 0..n step nc                    panels of B, converted unless they were packed beforehand
-//!   for pc in 0..k step kc                  K is summed block by block, in order
-//!     for ic in 0..m step mc                a block of A is converted and fits L2
-//!       for jr in jc..jc+nc step 32         a panel of B fits L1
-//!         for ir in ic..ic+mc step 32       32 × 32 sums, then the epilogue
+//! for JC in 0..n step NC                    what is packed of B for all rows fits the third-level cache
+//!   for ic in 0..m step mc                  mc rows of A are converted for all of K
+//!     for jc in JC..JC+NC step nc           mc · nc sums fit the second-level cache
+//!       for pc in 0..k step kc              K is summed block by block, in order; a block of B is converted unless it was before
+//!         for ir in ic..ic+mc step 32       a strip of A, kc deep, lies in L1
+//!           for jr in jc..jc+nc step 32     the sums of 32 × 32 go on
+//!           in the last block: the epilogue of the strip, row by row
 //! ```
-//! f32 becomes bf16, or a sum of bf16 parts, while it is packed ([`super::split`]); C and everything outside stay f32.
+//! f32 becomes bf16, or a sum of bf16 parts, while it is packed ([`super::tile_packing`]); C and everything outside stay f32, or C is bf16 and rounded once.
+//!
+//! - A tile of sums goes on from block to block of K: to load 1 KiB takes the unit a sixth of the time in which vectors would add it, and C, which may lie far away, is
+//!   written once. So an element is one chain over all of K, and blocks of K can be as shallow as the first-level cache wants them.
+//! - A strip is finished along its rows. Block by block, 128 bytes of each of 32 rows, a C beyond the second-level cache is written at half of the rate of whole rows, and takes as
+//!   long as the sums themselves.
+//! - Up to 32 rows are all the rows that the unit is told of.
 //!
 //! # Where parts do not do
-//! Packing also sees the magnitudes of each row and column in the block. Where parts do not stand for them, every
-//! element of that row or column is computed as the chain of f32 multiply-adds over the block, after the tiles: nothing is read twice where nothing
+//! Packing also sees the magnitudes of each row and column in a block of K. Where parts do not stand for them, every
+//! element of that row or column is computed as a chain of f32 multiply-adds over K, after the tiles: nothing is read twice where nothing
 //! is odd, and an element depends on its own row and column alone.
 
 use std::ops::Range;
 
+use half::bf16;
 use pulp::{Simd, WithSimd};
 
+use super::epilogue::Accum;
 use super::macrokernel::{Part, Problem, RightOperand};
 use super::microkernel::amx::{BLOCK, SIDE, STEP, TileBlock, TileUnit};
 use super::microkernel::{F32, Finish, Out, Storage, Tile};
 use super::pack::Element;
-use super::split::{Magnitudes, column_words, pack_left, pack_right, right_element};
+use super::pair_packing::Paired;
+use super::quantise::bf16_bits;
+use super::split::{Magnitudes, column_words, sum_of_parts};
+use super::tile_packing::{pack_left, pack_right};
 use crate::context::Blocking;
-use crate::isa::Tiles;
+use crate::isa::{Bf16Dots, Isa, Tiles};
 use crate::scratch::ScratchBuf;
 use crate::view::MatRef;
 
-/// A part of C, and the proof that tiles run.
-pub(super) struct TilePart<'a> {
-    pub(super) part: Part<'a>,
-    pub(super) tiles: Tiles,
+/// Rows that are finished at a time.
+const GROUP: usize = 8;
+/// Words of B that are packed for all blocks of rows: 32 MiB.
+const KEPT: usize = 8 * 1024 * 1024;
+
+/// A part of C, and the proofs that tiles and conversions run.
+pub(super) struct TilePart<'a, A = f32> {
+    part: Part<'a, A>,
+    proofs: Proofs,
+    /// Where C is in bf16, in place of the problem's.
+    rounded: Option<Out<bf16>>,
 }
 
-impl WithSimd for TilePart<'_> {
+/// That tiles and conversions run.
+#[derive(Clone, Copy)]
+pub(super) struct Proofs {
+    tiles: Tiles,
+    conversion: Bf16Dots,
+}
+
+impl Proofs {
+    /// Those of a set that has tiles.
+    pub(super) fn of(isa: Isa) -> Option<Proofs> {
+        Some(Proofs { tiles: isa.tiles()?, conversion: isa.bf16_conversion()? })
+    }
+}
+
+impl<'a, A> TilePart<'a, A> {
+    pub(super) fn new(part: Part<'a, A>, proofs: Proofs) -> TilePart<'a, A> {
+        TilePart { part, proofs, rounded: None }
+    }
+
+    /// C is there, in bf16.
+    ///
+    /// # Safety
+    /// No other task reads or writes those rows and columns of it.
+    pub(super) unsafe fn rounded_to(self, c: Out<bf16>) -> TilePart<'a, A> {
+        TilePart { rounded: Some(c), ..self }
+    }
+}
+
+impl<A: Paired> WithSimd for TilePart<'_, A> {
     type Output = ();
 
     #[inline(always)]
@@ -50,184 +98,304 @@ impl WithSimd for TilePart<'_> {
     }
 }
 
-/// A panel of B in one block of K.
-struct Panel<'a> {
-    cols: Range<usize>,
-    depth: Range<usize>,
-    words: &'a [u32],
-    /// Its columns for which parts do not stand.
-    odd: [bool; BLOCK],
+/// How a part is cut.
+struct Plan {
+    mc: usize,
+    nc: usize,
+    kc: usize,
+    /// Columns of what is packed of B at a time.
+    wide: usize,
+    /// Whether that stands for all blocks of rows, over all of K; or for one block of K.
+    kept: bool,
 }
 
-impl TilePart<'_> {
-    #[inline(always)]
-    fn run<S: Simd, const P: usize>(self, simd: S) {
-        let TilePart { part: Part { problem, rows, cols }, tiles } = self;
-        let unit = TileUnit::configure(tiles);
+impl Plan {
+    fn of<A>(problem: &Problem<'_, A>, (rows, cols): (usize, usize)) -> Plan {
         let Blocking { mc, kc, nc } = problem.blocking;
         let k = problem.a.cols();
-        let column = column_words(kc.min(k), P);
-        let left_rows = mc.min(rows.len()).next_multiple_of(SIDE);
-        let right_cols = match problem.b {
-            RightOperand::Plain(_) => nc.min(cols.len()).next_multiple_of(BLOCK),
+        let plain = matches!(problem.b, RightOperand::Plain(_));
+        let (kept, nc) = (plain && rows > mc, nc.min(cols));
+        let wide = if kept {
+            let column = column_words(k, problem.kernel.storage.parts());
+            (KEPT / column / nc).max(1) * nc
+        } else {
+            cols
+        };
+        Plan { mc: mc.min(rows), nc, kc: kc.min(k), wide: wide.min(cols), kept }
+    }
+}
+
+impl<A: Paired> TilePart<'_, A> {
+    #[inline(always)]
+    fn run<S: Simd, const P: usize>(self, simd: S) {
+        let TilePart { part: Part { problem, rows, cols }, proofs, rounded } = self;
+        if rows.is_empty() || cols.is_empty() {
+            return;
+        }
+        let unit = if rows.len() <= BLOCK {
+            TileUnit::configure_rows(proofs.tiles, rows.len())
+        } else {
+            TileUnit::configure(proofs.tiles)
+        };
+        let plan = Plan::of(problem, (rows.len(), cols.len()));
+        let Plan { mc, nc, kc, wide, kept } = plan;
+        let (k, storage) = (problem.a.cols(), problem.kernel.storage);
+        let tall = mc.next_multiple_of(SIDE);
+        let mut left = ScratchBuf::take(tall * column_words(k, P));
+        let of_b = match problem.b {
+            RightOperand::Plain(_) if kept => wide.next_multiple_of(BLOCK) * column_words(k, P),
+            RightOperand::Plain(_) => nc.next_multiple_of(BLOCK) * column_words(kc, P),
             RightOperand::Packed(_) => 0,
         };
-        let mut left = ScratchBuf::take(left_rows * column);
-        let mut right = ScratchBuf::take(right_cols * column);
-        let mut decoded = ScratchBuf::take(BLOCK * kc.min(k));
-        let mut left_magnitudes = vec![Magnitudes::NONE; left_rows];
-        let mut right_magnitudes = vec![Magnitudes::NONE; right_cols];
-        for jc in cols.clone().step_by(nc) {
-            let block_cols = jc..(jc + nc).min(cols.end);
-            for pc in (0..k).step_by(kc) {
-                let depth = pc..(pc + kc).min(k);
-                for ic in rows.clone().step_by(mc) {
-                    let block = Block {
-                        unit: &unit,
-                        problem,
-                        rows: ic..(ic + mc).min(rows.end),
-                        depth: depth.clone(),
-                        left: left.words_mut(),
-                        magnitudes: &mut left_magnitudes,
-                        decoded: &mut decoded,
-                    };
-                    let right = (right.words_mut(), &mut *right_magnitudes);
-                    block.run::<S, P>(simd, block_cols.clone(), right, ic == rows.start);
+        let mut right = ScratchBuf::take(of_b);
+        // Sums of one strip, or of all where they go on through K.
+        let strips = if k > kc { mc.div_ceil(BLOCK) } else { 1 };
+        let mut sums = ScratchBuf::take(strips * BLOCK * nc.next_multiple_of(BLOCK));
+        let (mut odd_rows, mut odd_cols) = (vec![false; mc], vec![false; wide]);
+        for all_cols in blocks(cols, wide) {
+            odd_cols.fill(false);
+            for block_rows in blocks(rows.clone(), mc) {
+                odd_rows.fill(false);
+                for depth in blocks(0..k, kc) {
+                    let a = problem.a.sub(block_rows.clone(), depth.clone());
+                    let to = &mut left.words_mut()[tall * column_words(depth.start, P)..];
+                    pack_left::<A, P>(proofs.conversion, a, to, storage, &mut odd_rows);
+                }
+                for block_cols in blocks(all_cols.clone(), nc) {
+                    let first = block_cols.start - all_cols.start;
+                    for depth in blocks(0..k, kc) {
+                        let at = if kept {
+                            wide.next_multiple_of(BLOCK) * column_words(depth.start, P)
+                                + first * column_words(depth.len(), P)
+                        } else {
+                            0
+                        };
+                        if let (RightOperand::Plain(b), true) =
+                            (problem.b, !kept || block_rows.start == rows.start)
+                        {
+                            let b = b.sub(depth.clone(), block_cols.clone());
+                            let (to, odd) = (&mut right.words_mut()[at..], &mut odd_cols[first..]);
+                            pack_right::<f32, P>(proofs.conversion, b, to, storage, odd);
+                        }
+                        let block = Block {
+                            unit: &unit,
+                            problem,
+                            rounded,
+                            rows: block_rows.clone(),
+                            cols: block_cols.clone(),
+                            left: &left.words()[tall * column_words(depth.start, P)..],
+                            right: &right.words()[at.min(of_b)..],
+                            depth,
+                            odd: (&odd_rows, &odd_cols[first..]),
+                        };
+                        block.run::<S, P>(simd, &mut sums, strips > 1);
+                    }
                 }
             }
         }
     }
 }
 
-/// One block of A, converted, and what it is multiplied with.
-struct Block<'a> {
+/// A range in pieces of `step`.
+fn blocks(all: Range<usize>, step: usize) -> impl Iterator<Item = Range<usize>> {
+    all.clone().step_by(step).map(move |first| first..(first + step).min(all.end))
+}
+
+/// One block of A times one of B.
+struct Block<'a, A> {
     unit: &'a TileUnit,
-    problem: &'a Problem<'a>,
+    problem: &'a Problem<'a, A>,
+    rounded: Option<Out<bf16>>,
     rows: Range<usize>,
+    cols: Range<usize>,
     depth: Range<usize>,
-    left: &'a mut [u32],
-    magnitudes: &'a mut [Magnitudes],
-    /// A panel as f32, for rows that are odd.
-    decoded: &'a mut [f32],
+    left: &'a [u32],
+    /// Nothing where B was packed beforehand.
+    right: &'a [u32],
+    /// Rows and columns for which parts do not stand; of columns as far as K was read.
+    odd: (&'a [bool], &'a [bool]),
 }
 
-impl Block<'_> {
+impl<A: Paired> Block<'_, A> {
     #[inline(always)]
-    fn run<S: Simd, const P: usize>(
-        mut self,
+    fn run<S: Simd, const P: usize>(self, simd: S, sums: &mut [f32], running: bool) {
+        let column = column_words(self.depth.len(), P);
+        let storage = self.problem.kernel.storage;
+        let (is_first, is_last) = (self.depth.start == 0, self.depth.end == self.problem.a.cols());
+        let strip_len = self.cols.len().next_multiple_of(BLOCK) * BLOCK;
+        for (strip, rows) in blocks(0..self.rows.len(), BLOCK).enumerate() {
+            let at = if running { strip * strip_len } else { 0 };
+            let sums = sums[at..][..strip_len].as_chunks_mut().0;
+            for (panel, sums) in sums.iter_mut().enumerate() {
+                let right = match self.problem.b {
+                    RightOperand::Packed(packed) => {
+                        packed.tile_panel(self.depth.clone(), self.cols.start + panel * BLOCK)
+                    }
+                    RightOperand::Plain(_) => &self.right[panel * BLOCK * column..][..BLOCK * column],
+                };
+                let block = TileBlock {
+                    left: self.left[rows.start * column..].as_ptr(),
+                    left_stride: SIDE * column,
+                    right: right.as_ptr(),
+                    steps: self.depth.len().div_ceil(STEP),
+                    two_rows: rows.len() > SIDE,
+                };
+                // SAFETY: `pack_left` and `pack_right` wrote whole tiles for each step, for 16 rows and two times 16 columns; the sums are 32 rows of 32.
+                unsafe {
+                    if is_first {
+                        self.unit.sums_to(storage, &block, sums.as_mut_ptr(), BLOCK);
+                    } else {
+                        self.unit.go_on(storage, &block, sums.as_mut_ptr(), BLOCK);
+                    }
+                }
+            }
+            if is_last {
+                self.finish_strip::<S, P>(simd, rows, sums);
+            }
+        }
+    }
+
+    /// From the sums of a strip over all of K to C.
+    #[inline(always)]
+    fn finish_strip<S: Simd, const P: usize>(
+        &self,
         simd: S,
-        cols: Range<usize>,
-        (right, right_magnitudes): (&mut [u32], &mut [Magnitudes]),
-        pack: bool,
+        rows: Range<usize>,
+        sums: &mut [[f32; BLOCK * BLOCK]],
     ) {
-        let a = self.problem.a.sub(self.rows.clone(), self.depth.clone());
-        pack_left::<P>(a, self.left, self.magnitudes);
-        let storage = self.problem.kernel.storage;
-        let panel_words = BLOCK * column_words(self.depth.len(), P);
-        for (number, first) in cols.clone().step_by(BLOCK).enumerate() {
-            let panel_cols = first..(first + BLOCK).min(cols.end);
-            let mut odd = [false; BLOCK];
-            let words = match self.problem.b {
-                RightOperand::Packed(packed) => {
-                    packed.mark_odd(&self.depth, &panel_cols, &mut odd);
-                    packed.tile_panel(self.depth.clone(), panel_cols.start)
-                }
-                RightOperand::Plain(b) => {
-                    let words = &mut right[number * panel_words..][..panel_words];
-                    let magnitudes = &mut right_magnitudes[number * BLOCK..][..BLOCK];
-                    if pack {
-                        let b = b.sub(self.depth.clone(), panel_cols.clone());
-                        pack_right::<f32, P>(b, words, magnitudes);
-                    }
-                    for (odd, magnitudes) in odd.iter_mut().zip(&*magnitudes).take(panel_cols.len()) {
-                        *odd = !magnitudes.fit(storage);
-                    }
-                    &*words
-                }
-            };
-            self.panel::<S, P>(simd, &Panel { cols: panel_cols, depth: self.depth.clone(), words, odd });
+        let odd_rows = &self.odd.0[rows.clone()];
+        let rows = self.rows.start + rows.start..self.rows.start + rows.end;
+        if const { P > 1 } {
+            for (cols, sums) in blocks(self.cols.clone(), BLOCK).zip(&mut *sums) {
+                self.mend((&rows, odd_rows), &cols, sums);
+            }
+        }
+        for (group, rows) in blocks(rows, GROUP).enumerate() {
+            for (cols, sums) in blocks(self.cols.clone(), BLOCK).zip(&*sums) {
+                let sums = sums[group * GROUP * BLOCK..].first_chunk().expect("a block is whole groups");
+                self.finish(simd, sums, rows.clone(), cols);
+            }
         }
     }
 
-    /// All rows of the block times one panel.
+    /// From the sums of some rows of a block to C.
     #[inline(always)]
-    fn panel<S: Simd, const P: usize>(&mut self, simd: S, panel: &Panel<'_>) {
-        let storage = self.problem.kernel.storage;
-        let column = column_words(panel.depth.len(), P);
-        let odd_panel = panel.odd.contains(&true);
-        let mut is_decoded = false;
-        for first in (0..self.rows.len()).step_by(BLOCK) {
-            let rows = first..(first + BLOCK).min(self.rows.len());
-            let block = TileBlock {
-                left: self.left[first * column..].as_ptr(),
-                left_stride: SIDE * column,
-                right: panel.words.as_ptr(),
-                steps: panel.depth.len().div_ceil(STEP),
-                two_rows: rows.len() > SIDE,
-            };
-            let mut sums = Sums([0.0; BLOCK * BLOCK]);
-            // SAFETY: `pack_left` and `pack_right` wrote whole tiles for each step, for 16 rows and two times 16 columns.
-            unsafe { self.unit.sums(storage, &block, &mut sums.0) };
-            let odd_rows = self.magnitudes[rows.clone()].iter().any(|magnitudes| !magnitudes.fit(storage));
-            if odd_rows && !is_decoded {
-                decode::<P>(panel, self.problem, self.decoded);
-                is_decoded = true;
-            }
-            if odd_rows || odd_panel {
-                self.mend::<P>(rows.clone(), panel, &mut sums);
-            }
-            let rows = self.rows.start + rows.start..self.rows.start + rows.end;
-            let finish = self.problem.finish(rows.clone(), panel.cols.clone(), panel.depth.clone());
-            let out = self.problem.out(rows.start, panel.cols.start);
+    fn finish<S: Simd>(&self, simd: S, sums: &[f32; GROUP * BLOCK], rows: Range<usize>, cols: Range<usize>) {
+        let shape = (rows.len(), cols.len());
+        let (row, col) = (rows.start, cols.start);
+        let finish = self.problem.finish_all(rows, cols);
+        let Some(c) = self.rounded else {
             // SAFETY: this task alone writes these rows and columns of C, and the driver checked the shapes of the epilogue.
-            unsafe { store(simd, &sums, (rows.len(), panel.cols.len()), &finish, out) };
+            unsafe { store(simd, sums, shape, &finish, self.problem.out(row, col)) };
+            return;
+        };
+        let mut wide = [0.0; GROUP * BLOCK];
+        let (c, rounded) = (c.from(row, col), |x: f32| bf16::from_bits(bf16_bits(x) as u16));
+        let element = |i: usize, j: usize| c.ptr.wrapping_add(i * c.row_stride + j * c.col_stride);
+        if self.problem.accum == Accum::Add {
+            for (i, row) in wide.as_chunks_mut::<BLOCK>().0.iter_mut().enumerate().take(shape.0) {
+                for (j, x) in row.iter_mut().enumerate().take(shape.1) {
+                    // SAFETY: the contract of `rounded_to`; C has these rows and columns.
+                    *x = unsafe { element(i, j).read() }.widen();
+                }
+            }
+        }
+        let out = Out { ptr: wide.as_mut_ptr(), row_stride: BLOCK, col_stride: 1 };
+        // SAFETY: as many rows of 32 elements are there, and the driver checked the shapes of the epilogue.
+        unsafe { store(simd, sums, shape, &finish, out) };
+        for (i, row) in wide.as_chunks::<BLOCK>().0.iter().enumerate().take(shape.0) {
+            if shape.1 == BLOCK && c.col_stride == 1 {
+                let mut halves = [bf16::ZERO; BLOCK];
+                halves.iter_mut().zip(row).for_each(|(half, x)| *half = rounded(*x));
+                // SAFETY: as above; the elements of a row follow each other.
+                unsafe { element(i, 0).cast::<[bf16; BLOCK]>().write_unaligned(halves) };
+            } else {
+                for (j, x) in row.iter().enumerate().take(shape.1) {
+                    // SAFETY: as above.
+                    unsafe { element(i, j).write(rounded(*x)) };
+                }
+            }
         }
     }
 
-    /// Computes the elements of odd rows and columns by f32 multiply-adds.
+    /// Marks the columns of a panel that are odd in any block of K.
     #[inline(always)]
-    fn mend<const P: usize>(&self, rows: Range<usize>, panel: &Panel<'_>, sums: &mut Sums) {
-        let storage = self.problem.kernel.storage;
-        for (i, sums) in rows.zip(sums.0.as_chunks_mut::<BLOCK>().0) {
-            let a = self.problem.a.sub(self.rows.start + i..self.rows.start + i + 1, panel.depth.clone());
-            if !self.magnitudes[i].fit(storage) {
-                *sums = [0.0; BLOCK];
-                for (p, b) in self.decoded.as_chunks::<BLOCK>().0.iter().take(a.cols()).enumerate() {
-                    let a = a.at(0, p);
-                    for (sum, b) in sums.iter_mut().zip(b) {
-                        *sum = a.mul_add(*b, *sum);
-                    }
-                }
-            } else {
-                for j in (0..panel.cols.len()).filter(|j| panel.odd[*j]) {
-                    let chain = |sum: f32, p| a.at(0, p).mul_add(original(panel, self.problem, p, j), sum);
-                    sums[j] = (0..a.cols()).fold(0.0, chain);
+    fn odd_columns(&self, cols: &Range<usize>, odd: &mut [bool; BLOCK]) {
+        match self.problem.b {
+            RightOperand::Packed(packed) => packed.mark_odd(cols, odd),
+            RightOperand::Plain(_) => {
+                let at = cols.start - self.cols.start;
+                odd[..cols.len()].copy_from_slice(&self.odd.1[at..at + cols.len()]);
+            }
+        }
+    }
+
+    /// Computes the elements of odd rows and columns by f32 multiply-adds, where there are any.
+    #[inline(always)]
+    fn mend(
+        &self,
+        (rows, odd_rows): (&Range<usize>, &[bool]),
+        cols: &Range<usize>,
+        sums: &mut [f32; BLOCK * BLOCK],
+    ) {
+        let mut odd_cols = [false; BLOCK];
+        self.odd_columns(cols, &mut odd_cols);
+        if odd_cols.contains(&true) || odd_rows.contains(&true) {
+            self.mend_odd((rows, odd_rows), (cols, &odd_cols), sums);
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn mend_odd(
+        &self,
+        (rows, odd_rows): (&Range<usize>, &[bool]),
+        (cols, odd_cols): (&Range<usize>, &[bool; BLOCK]),
+        sums: &mut [f32; BLOCK * BLOCK],
+    ) {
+        let k = self.problem.a.cols();
+        let b =
+            Right { of: self.problem.b, storage: self.problem.kernel.storage, kc: self.problem.blocking.kc };
+        let elements: Vec<Vec<f32>> = cols
+            .clone()
+            .zip(odd_cols)
+            .map(|(j, odd)| if *odd || odd_rows.contains(&true) { b.column(j, k) } else { Vec::new() })
+            .collect();
+        for (i, sums) in rows.clone().zip(sums.as_chunks_mut::<BLOCK>().0) {
+            for (j, elements) in elements.iter().enumerate() {
+                if odd_rows[i - rows.start] || odd_cols[j] {
+                    let chain =
+                        |sum: f32, (p, b): (usize, &f32)| self.problem.a.at(i, p).widen().mul_add(*b, sum);
+                    sums[j] = elements.iter().enumerate().fold(0.0, chain);
                 }
             }
         }
     }
 }
 
-/// The panel as f32, a row of 32 for each p: columns that are odd as they were given, the others as their parts.
-#[inline(always)]
-fn decode<const P: usize>(panel: &Panel<'_>, problem: &Problem<'_>, decoded: &mut [f32]) {
-    for (p, row) in decoded.as_chunks_mut::<BLOCK>().0.iter_mut().take(panel.depth.len()).enumerate() {
-        for (j, x) in row.iter_mut().enumerate() {
-            *x = if panel.odd[j] {
-                original(panel, problem, p, j)
-            } else {
-                right_element(panel.words, P, p, j)
-            };
-        }
-    }
+/// The right operand as f32.
+struct Right<'a> {
+    of: RightOperand<'a>,
+    storage: Storage,
+    kc: usize,
 }
 
-/// Element (p, j) of a panel as it was given, where column j is odd.
-fn original(panel: &Panel<'_>, problem: &Problem<'_>, p: usize, j: usize) -> f32 {
-    let (p, j) = (panel.depth.start + p, panel.cols.start + j);
-    match problem.b {
-        RightOperand::Plain(b) => b.at(p, j),
-        RightOperand::Packed(packed) => packed.odd_element(p, j),
+impl Right<'_> {
+    /// Column `j`: in blocks of K in which it is odd as it was given, in the others as the sum of its parts.
+    fn column(&self, j: usize, k: usize) -> Vec<f32> {
+        let b = match self.of {
+            RightOperand::Packed(packed) => return (0..k).map(|p| packed.tile_element(p, j)).collect(),
+            RightOperand::Plain(b) => b,
+        };
+        let mut elements: Vec<f32> = (0..k).map(|p| b.at(p, j)).collect();
+        for block in elements.chunks_mut(self.kc) {
+            let mut magnitudes = Magnitudes::NONE;
+            block.iter().for_each(|x| magnitudes.add(*x));
+            if magnitudes.fit(self.storage) {
+                block.iter_mut().for_each(|x| *x = sum_of_parts(*x, self.storage.parts()));
+            }
+        }
+        elements
     }
 }
 
@@ -242,7 +410,7 @@ pub(super) struct Sums(pub(super) [f32; BLOCK * BLOCK]);
 #[inline(always)]
 pub(super) unsafe fn store<S: Simd>(
     simd: S,
-    sums: &Sums,
+    sums: &[f32],
     (rows, cols): (usize, usize),
     finish: &Finish<'_>,
     out: Out<f32>,
@@ -263,13 +431,14 @@ pub(super) unsafe fn store<S: Simd>(
 #[inline(always)]
 unsafe fn store_rows<S: Simd, const H: usize, const W: usize>(
     simd: S,
-    sums: &Sums,
+    sums: &[f32],
     (rows, cols): (usize, usize),
     finish: &Finish<'_>,
     out: Out<f32>,
 ) {
     debug_assert_eq!(W * S::F32_LANES, BLOCK);
-    let row = |i: usize| sums.0[i * BLOCK..(i + 1) * BLOCK].as_ptr().cast::<S::f32s>();
+    debug_assert!(rows * BLOCK <= sums.len());
+    let row = |i: usize| sums[i * BLOCK..(i + 1) * BLOCK].as_ptr().cast::<S::f32s>();
     let whole = rows / H * H;
     for first in (0..whole).step_by(H) {
         let mut acc = [[simd.splat_f32s(0.0); W]; H];
@@ -305,23 +474,18 @@ struct OddColumn {
 }
 
 impl OddColumns {
-    /// Keeps the columns of `b`, a panel that starts at (`first`, `col`), that do not fit.
-    pub(super) fn keep<T: Element>(
-        &mut self,
-        b: MatRef<'_, T>,
-        (first, col): (usize, usize),
-        storage: Storage,
-        of: &[Magnitudes],
-    ) {
-        for (j, _) in of.iter().enumerate().filter(|(_, magnitudes)| !magnitudes.fit(storage)) {
-            let elements = (0..b.rows()).map(|p| b.at(p, j).widen()).collect();
-            self.0.push(OddColumn { col: col + j, first, elements });
+    /// Keeps the columns of `b`, whose first element is (`first`, 0) of the operand, that are marked.
+    pub(super) fn keep<T: Element>(&mut self, b: MatRef<'_, T>, first: usize, odd: &[bool]) {
+        for (col, _) in odd.iter().enumerate().filter(|(_, odd)| **odd) {
+            let elements = (0..b.rows()).map(|p| b.at(p, col).widen()).collect();
+            self.0.push(OddColumn { col, first, elements });
         }
     }
 
-    /// Marks those of a panel.
-    pub(super) fn mark(&self, depth: &Range<usize>, cols: &Range<usize>, odd: &mut [bool; BLOCK]) {
-        for column in self.0.iter().filter(|c| c.first == depth.start && cols.contains(&c.col)) {
+    /// Marks those of a panel, whatever the block of K.
+    #[inline]
+    pub(super) fn mark(&self, cols: &Range<usize>, odd: &mut [bool; BLOCK]) {
+        for column in self.0.iter().filter(|c| cols.contains(&c.col)) {
             odd[column.col - cols.start] = true;
         }
     }

@@ -45,7 +45,7 @@ pub(crate) const TILE_WORDS: usize = SIDE * SIDE;
 /// Elements along k of one tile of bf16; of bytes there are twice as many.
 pub(crate) const STEP: usize = 32;
 
-/// What `ldtilecfg` reads: all eight tiles have 16 rows of 64 bytes.
+/// What `ldtilecfg` reads: eight tiles of rows of 64 bytes.
 #[repr(C, align(64))]
 struct Config {
     palette: u8,
@@ -55,13 +55,20 @@ struct Config {
     rows: [u8; 16],
 }
 
-static WHOLE_TILES: Config = Config {
-    palette: 1,
-    start_row: 0,
-    reserved: [0; 14],
-    bytes_a_row: [64, 64, 64, 64, 64, 64, 64, 64, 0, 0, 0, 0, 0, 0, 0, 0],
-    rows: [16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0],
-};
+static WHOLE_TILES: Config = Config::of_rows(SIDE as u8, SIDE as u8);
+
+impl Config {
+    /// So many rows in the tiles of the first rows of sums and of A, and in those of the second.
+    const fn of_rows(upper: u8, lower: u8) -> Config {
+        Config {
+            palette: 1,
+            start_row: 0,
+            reserved: [0; 14],
+            bytes_a_row: [64, 64, 64, 64, 64, 64, 64, 64, 0, 0, 0, 0, 0, 0, 0, 0],
+            rows: [upper, upper, lower, lower, upper, lower, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0],
+        }
+    }
+}
 
 /// The tile unit of this thread, configured. It gives the registers back when it is dropped, so it cannot be sent to
 /// another thread.
@@ -70,11 +77,25 @@ pub(crate) struct TileUnit(PhantomData<*const ()>);
 impl TileUnit {
     /// Configures the tiles of this thread.
     pub(crate) fn configure(_: Tiles) -> TileUnit {
-        // SAFETY: the token proves that the instruction runs; it reads the 64 bytes of the configuration.
+        TileUnit::load(&WHOLE_TILES)
+    }
+
+    /// As [`TileUnit::configure`], for products of so many rows, all of which are in one block: the unit spends no time on rows that it does not have.
+    pub(crate) fn configure_rows(_: Tiles, rows: usize) -> TileUnit {
+        debug_assert!((1..=BLOCK).contains(&rows));
+        // A tile without rows cannot be; what nobody uses stays whole.
+        let lower = if rows > SIDE { rows - SIDE } else { SIDE };
+        TileUnit::load(&Config::of_rows(rows.min(SIDE) as u8, lower as u8))
+    }
+
+    fn load(config: &Config) -> TileUnit {
+        // SAFETY: the caller has the token, which proves that the instruction runs; it reads the 64 bytes of the configuration.
         #[cfg(target_arch = "x86_64")]
         unsafe {
-            asm!("ldtilecfg [{}]", in(reg) &raw const WHOLE_TILES, options(nostack, readonly, preserves_flags));
+            asm!("ldtilecfg [{}]", in(reg) &raw const *config, options(nostack, readonly, preserves_flags));
         }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = config;
         TileUnit(PhantomData)
     }
 }
@@ -225,9 +246,42 @@ macro_rules! six_products {
     };
 }
 
+/// How the four tiles of sums begin, or the upper two: as zero or as what lies where they will be stored.
+macro_rules! begin {
+    (zero, four) => {
+        "tilezero tmm0\ntilezero tmm1\ntilezero tmm2\ntilezero tmm3\n"
+    };
+    (zero, two) => {
+        "tilezero tmm0\ntilezero tmm1\n"
+    };
+    (load, four) => {
+        concat!(
+            begin!(load, two),
+            "tileloadd tmm2, [{below} + {sums_row}*1]\n",
+            "tileloadd tmm3, [{below} + {sums_row}*1 + 64]\n",
+        )
+    };
+    (load, two) => {
+        "tileloadd tmm0, [{sums} + {sums_row}*1]\ntileloadd tmm1, [{sums} + {sums_row}*1 + 64]\n"
+    };
+}
+/// Stores what [`begin`] began.
+macro_rules! end {
+    (four) => {
+        concat!(
+            end!(two),
+            "tilestored [{below} + {sums_row}*1], tmm2\n",
+            "tilestored [{below} + {sums_row}*1 + 64], tmm3\n",
+        )
+    };
+    (two) => {
+        "tilestored [{sums} + {sums_row}*1], tmm0\ntilestored [{sums} + {sums_row}*1 + 64], tmm1\n"
+    };
+}
+
 /// The loop over k with `$step` in it.
 macro_rules! sums {
-    ($name:ident, $step:expr, $parts:literal) => {
+    ($name:ident, $begin:tt, $tiles:tt, $step:expr, $parts:literal) => {
         /// # Safety
         /// As [`TileUnit::sums_to`].
         #[inline(never)]
@@ -243,7 +297,7 @@ macro_rules! sums {
             #[cfg(target_arch = "x86_64")]
             unsafe {
                 asm!(
-                    "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
+                    begin!($begin, $tiles),
                     "2:",
                     $step,
                     concat!("add {left}, 1024*", $parts),
@@ -251,10 +305,9 @@ macro_rules! sums {
                     concat!("add {right}, 2048*", $parts),
                     "dec {steps}",
                     "jnz 2b",
-                    "tilestored [{sums} + {sums_row}*1], tmm0",
-                    "tilestored [{sums} + {sums_row}*1 + 64], tmm1",
-                    "tilestored [{below} + {sums_row}*1], tmm2",
-                    "tilestored [{below} + {sums_row}*1 + 64], tmm3",
+                    end!($tiles),
+                    // The upper tiles do not ask where the lower ones are.
+                    "/* {lower} {below} */",
                     left = inout(reg) block.left => _,
                     lower = inout(reg) block.left.wrapping_add(block.left_stride) => _,
                     right = inout(reg) block.right => _,
@@ -322,12 +375,18 @@ macro_rules! byte_sums {
     };
 }
 
-sums!(bf16_four, one_product!(four, "tdpbf16ps"), 1);
-sums!(bf16_two, one_product!(two, "tdpbf16ps"), 1);
-sums!(split2_four, three_products!(four, "tdpbf16ps"), 2);
-sums!(split2_two, three_products!(two, "tdpbf16ps"), 2);
-sums!(split3_four, six_products!(four, "tdpbf16ps"), 3);
-sums!(split3_two, six_products!(two, "tdpbf16ps"), 3);
+sums!(bf16_four, zero, four, one_product!(four, "tdpbf16ps"), 1);
+sums!(bf16_two, zero, two, one_product!(two, "tdpbf16ps"), 1);
+sums!(split2_four, zero, four, three_products!(four, "tdpbf16ps"), 2);
+sums!(split2_two, zero, two, three_products!(two, "tdpbf16ps"), 2);
+sums!(split3_four, zero, four, six_products!(four, "tdpbf16ps"), 3);
+sums!(split3_two, zero, two, six_products!(two, "tdpbf16ps"), 3);
+sums!(more_bf16_four, load, four, one_product!(four, "tdpbf16ps"), 1);
+sums!(more_bf16_two, load, two, one_product!(two, "tdpbf16ps"), 1);
+sums!(more_split2_four, load, four, three_products!(four, "tdpbf16ps"), 2);
+sums!(more_split2_two, load, two, three_products!(two, "tdpbf16ps"), 2);
+sums!(more_split3_four, load, four, six_products!(four, "tdpbf16ps"), 3);
+sums!(more_split3_two, load, two, six_products!(two, "tdpbf16ps"), 3);
 
 // Registers as above; a row of the right operand is `right_row` bytes from the next, and 16 columns are 64 bytes of it.
 macro_rules! bytes_right {
@@ -374,19 +433,11 @@ byte_sums!(
 byte_sums!(bytes_one_by_one, concat!(bytes_right!(0), left!(0, 0), multiply!("tdpbsud", 0, 0)));
 
 impl TileUnit {
-    /// Writes the sums of one block, 32 rows of 32 columns; the lower 16 rows are zero where `block` has one tile of rows.
+    /// Writes the sums of one block, 32 rows of 32 columns that are `stride` elements apart; only the upper 16 where `block` has one tile of rows.
     ///
     /// # Safety
-    /// `block` reaches readable tiles, the second tile of rows only if `two_rows`, and has at least one step.
-    pub(crate) unsafe fn sums(&self, storage: Storage, block: &TileBlock, sums: &mut [f32; BLOCK * BLOCK]) {
-        // SAFETY: the contract; the sums are 32 rows of 32 without gaps.
-        unsafe { self.sums_to(storage, block, sums.as_mut_ptr(), BLOCK) };
-    }
-
-    /// As [`TileUnit::sums`], with rows `stride` elements apart.
-    ///
-    /// # Safety
-    /// As [`TileUnit::sums`], and 32 rows of 32 elements are writable from `sums` on.
+    /// `block` reaches readable tiles, the second tile of rows only if `two_rows`, and has at least one step; as many rows of 32 elements as are
+    /// written are writable from `sums` on.
     pub(crate) unsafe fn sums_to(&self, storage: Storage, block: &TileBlock, sums: *mut f32, stride: usize) {
         let sums = sums.cast::<u32>();
         // SAFETY: the unit is configured, because `self` exists; the rest is the contract.
@@ -398,6 +449,28 @@ impl TileUnit {
                 (Storage::Split2, false) => split2_two(block, sums, stride),
                 (Storage::Split3, true) => split3_four(block, sums, stride),
                 (Storage::Split3, false) => split3_two(block, sums, stride),
+                (Storage::F32 | Storage::Int8 | Storage::Int4 | Storage::Int7, _) => {
+                    unreachable!("tiles hold no {storage:?}")
+                }
+            }
+        }
+    }
+
+    /// As [`TileUnit::sums_to`], but goes on from the sums that lie there.
+    ///
+    /// # Safety
+    /// As [`TileUnit::sums_to`], and the sums are readable.
+    pub(crate) unsafe fn go_on(&self, storage: Storage, block: &TileBlock, sums: *mut f32, stride: usize) {
+        let sums = sums.cast::<u32>();
+        // SAFETY: as above.
+        unsafe {
+            match (storage, block.two_rows) {
+                (Storage::Bf16, true) => more_bf16_four(block, sums, stride),
+                (Storage::Bf16, false) => more_bf16_two(block, sums, stride),
+                (Storage::Split2, true) => more_split2_four(block, sums, stride),
+                (Storage::Split2, false) => more_split2_two(block, sums, stride),
+                (Storage::Split3, true) => more_split3_four(block, sums, stride),
+                (Storage::Split3, false) => more_split3_two(block, sums, stride),
                 (Storage::F32 | Storage::Int8 | Storage::Int4 | Storage::Int7, _) => {
                     unreachable!("tiles hold no {storage:?}")
                 }

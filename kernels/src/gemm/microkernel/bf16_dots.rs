@@ -100,7 +100,7 @@ pub(crate) fn with_bf16_kernel<V: Bf16Visitor>(proof: Bf16Dots, visitor: V) {
         // SAFETY: the value is the proof that the CPU has the instruction, beside the vectors.
         #[cfg(target_arch = "x86_64")]
         Bf16Dots::Wide(simd, _) => unsafe { wide(Wide(simd), visitor) },
-        #[cfg(all(test, target_arch = "x86_64"))]
+        #[cfg(all(target_arch = "x86_64", any(test, feature = "testing")))]
         Bf16Dots::Emulated(simd) => plain::with_plain_dots(simd, visitor),
         #[cfg(not(target_arch = "x86_64"))]
         Bf16Dots::Never(nowhere) => {

@@ -1,4 +1,4 @@
-//! Vectors with dot products of pairs of bf16 and conversions to bf16: AVX512-BF16, and plain arithmetic in its place for tests.
+//! Vectors with dot products of pairs of bf16 and conversions to bf16: AVX512-BF16, and plain arithmetic in its place for tests and beside an emulated tile unit.
 //!
 //! ```text
 //! sum[j] += left[j].low · right[j].low + left[j].high · right[j].high        words: bf16(a) | bf16(b) << 16
@@ -31,11 +31,30 @@ pub(crate) trait Bf16Products: Copy {
 
     /// Words of neighbours: word j holds elements 2j and 2j + 1, each as the nearest bf16, ties to even. What is beyond the range becomes the largest finite number when
     /// `FINITE`, else infinity, as the first part of `gemm::split`, for those who look for such elements themselves. Infinity and NaN stay what they are.
-    fn along<const FINITE: bool>(self, elements: &[f32; 2 * WORDS]) -> [u32; WORDS];
+    #[inline(always)]
+    fn along<const FINITE: bool>(self, elements: &[f32; 2 * WORDS]) -> [u32; WORDS] {
+        let [first, second]: [[f32; WORDS]; 2] = pulp::bytemuck::cast(*elements);
+        pulp::bytemuck::cast(self.rounded::<FINITE>(&first, &second))
+    }
 
     /// Words across two rows: word j holds element j of both, rounded likewise.
-    fn across<const FINITE: bool>(self, low: &[f32; WORDS], high: &[f32; WORDS]) -> [u32; WORDS];
+    #[inline(always)]
+    fn across<const FINITE: bool>(self, low: &[f32; WORDS], high: &[f32; WORDS]) -> [u32; WORDS] {
+        self.interleaved(self.rounded::<FINITE>(low, high))
+    }
+
+    /// The halves of words, all of `first` and then all of `second`, as [`Bf16Products::along`] rounds them.
+    fn rounded<const FINITE: bool>(self, first: &[f32; WORDS], second: &[f32; WORDS]) -> Halves;
+
+    /// What is left of both after halves that [`Bf16Products::rounded`] made of them; exact.
+    fn rest(self, halves: Halves, of: [[f32; WORDS]; 2]) -> [[f32; WORDS]; 2];
+
+    /// Words across the first 16 halves and the last 16.
+    fn interleaved(self, halves: Halves) -> [u32; WORDS];
 }
+
+/// 32 bf16.
+pub(crate) type Halves = [u16; 2 * WORDS];
 
 /// Words that are made at once.
 pub(crate) const WORDS: usize = 16;
@@ -71,16 +90,34 @@ impl Bf16Products for Wide {
     }
 
     #[inline(always)]
-    fn along<const FINITE: bool>(self, elements: &[f32; 2 * WORDS]) -> [u32; WORDS] {
-        let [first, second] = pulp::bytemuck::cast::<[f32; 2 * WORDS], [pulp::f32x16; 2]>(*elements);
-        pulp::bytemuck::cast(self.round::<FINITE>(first, second))
+    fn rounded<const FINITE: bool>(self, first: &[f32; WORDS], second: &[f32; WORDS]) -> Halves {
+        use pulp::bytemuck::cast;
+        use std::arch::x86_64::_mm512_cvtne2ps_pbh;
+        let (mut first, mut second) = (cast(*first), cast(*second));
+        if FINITE && (self.any_beyond(first) || self.any_beyond(second)) {
+            (first, second) = (held(first), held(second));
+        }
+        // SAFETY: a value of this type is made after its set was found only; vectors of 512 bits all.
+        unsafe { std::mem::transmute(_mm512_cvtne2ps_pbh(cast(second), cast(first))) }
     }
 
     #[inline(always)]
-    fn across<const FINITE: bool>(self, low: &[f32; WORDS], high: &[f32; WORDS]) -> [u32; WORDS] {
+    fn rest(self, halves: Halves, [first, second]: [[f32; WORDS]; 2]) -> [[f32; WORDS]; 2] {
+        use pulp::bytemuck::cast;
+        use std::arch::x86_64::{__m256i, _mm512_cvtepu16_epi32, _mm512_slli_epi32, _mm512_sub_ps};
+        let [low, high]: [__m256i; 2] = cast::<Halves, [pulp::u16x16; 2]>(halves).map(cast);
+        // SAFETY: as above.
+        unsafe {
+            let wide = |halves| cast(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves)));
+            [cast(_mm512_sub_ps(cast(first), wide(low))), cast(_mm512_sub_ps(cast(second), wide(high)))]
+        }
+    }
+
+    #[inline(always)]
+    fn interleaved(self, halves: Halves) -> [u32; WORDS] {
         use std::arch::x86_64::_mm512_permutexvar_epi16;
         /// The halves of each word among 16 low and 16 high elements.
-        const HALVES: [u16; 2 * WORDS] = {
+        const HALVES: Halves = {
             let (mut halves, mut j) = ([0; 2 * WORDS], 0);
             while j < WORDS {
                 (halves[2 * j], halves[2 * j + 1]) = (j as u16, (WORDS + j) as u16);
@@ -88,7 +125,6 @@ impl Bf16Products for Wide {
             }
             halves
         };
-        let halves = self.round::<FINITE>(pulp::bytemuck::cast(*low), pulp::bytemuck::cast(*high));
         // SAFETY: as above.
         pulp::bytemuck::cast(unsafe {
             _mm512_permutexvar_epi16(pulp::bytemuck::cast(HALVES), pulp::bytemuck::cast(halves))
@@ -98,20 +134,6 @@ impl Bf16Products for Wide {
 
 #[cfg(target_arch = "x86_64")]
 impl Wide {
-    /// All elements of `first`, then all of `second`, in halves of words. The instruction rounds what is beyond the range to infinity, so
-    /// when `FINITE` that is taken back first, where there is any.
-    #[inline(always)]
-    fn round<const FINITE: bool>(self, first: pulp::f32x16, second: pulp::f32x16) -> pulp::u32x16 {
-        use pulp::bytemuck::cast;
-        use std::arch::x86_64::_mm512_cvtne2ps_pbh;
-        let (mut first, mut second) = (first, second);
-        if FINITE && (self.any_beyond(first) || self.any_beyond(second)) {
-            (first, second) = (held(first), held(second));
-        }
-        // SAFETY: a value of this type is made after its set was found only; vectors of 512 bits all.
-        unsafe { std::mem::transmute(_mm512_cvtne2ps_pbh(cast(second), cast(first))) }
-    }
-
     /// Whether a lane rounds to infinity.
     #[inline(always)]
     fn any_beyond(self, x: pulp::f32x16) -> bool {
@@ -139,7 +161,7 @@ fn held(x: pulp::f32x16) -> pulp::f32x16 {
 }
 
 /// The same in plain arithmetic on other vectors, so that all around the instruction is tested where no CPU has it.
-#[cfg(all(test, target_arch = "x86_64"))]
+#[cfg(all(target_arch = "x86_64", any(test, feature = "testing")))]
 pub(super) mod plain {
     use pulp::WithSimd;
     use pulp::x86::V3;
@@ -181,21 +203,27 @@ pub(super) mod plain {
         }
 
         #[inline(always)]
-        fn along<const FINITE: bool>(self, elements: &[f32; 2 * WORDS]) -> [u32; WORDS] {
-            std::array::from_fn(|j| {
-                rounded::<FINITE>(elements[2 * j]) | rounded::<FINITE>(elements[2 * j + 1]) << 16
+        fn rounded<const FINITE: bool>(self, first: &[f32; WORDS], second: &[f32; WORDS]) -> Halves {
+            std::array::from_fn(|j| nearest::<FINITE>(if j < WORDS { first[j] } else { second[j - WORDS] }))
+        }
+
+        #[inline(always)]
+        fn rest(self, halves: Halves, of: [[f32; WORDS]; 2]) -> [[f32; WORDS]; 2] {
+            std::array::from_fn(|row| {
+                std::array::from_fn(|j| of[row][j] - f32::from_bits(u32::from(halves[row * WORDS + j]) << 16))
             })
         }
 
         #[inline(always)]
-        fn across<const FINITE: bool>(self, low: &[f32; WORDS], high: &[f32; WORDS]) -> [u32; WORDS] {
-            std::array::from_fn(|j| rounded::<FINITE>(low[j]) | rounded::<FINITE>(high[j]) << 16)
+        fn interleaved(self, halves: Halves) -> [u32; WORDS] {
+            std::array::from_fn(|j| u32::from(halves[j]) | u32::from(halves[WORDS + j]) << 16)
         }
     }
 
-    /// The bf16 next to `x`, ties to even, a finite one when `FINITE`; infinity and NaN stay what they are.
-    fn rounded<const FINITE: bool>(x: f32) -> u32 {
-        bf16_bits(if FINITE && x.is_finite() { x.clamp(-LARGEST, LARGEST) } else { x })
+    /// The bf16 next to `x`, ties to even, a finite one when `FINITE`; infinity and NaN stay what they are, and what is below the least normal
+    /// number is zero, as the instruction has it.
+    fn nearest<const FINITE: bool>(x: f32) -> u16 {
+        bf16_bits(flush(if FINITE && x.is_finite() { x.clamp(-LARGEST, LARGEST) } else { x })) as u16
     }
 
     struct Shell<V>(Plain, V);

@@ -32,7 +32,7 @@ use pulp::{Simd, WithSimd};
 pub(crate) use bf16_dots::{
     Bf16Kernel, Bf16Strip, Bf16Visitor, GROUP as PAIR_GROUP, PairRows, with_bf16_kernel,
 };
-pub(crate) use bf16_products::{Bf16Products, WORDS};
+pub(crate) use bf16_products::{Bf16Products, Halves, WORDS};
 pub(crate) use bytes::{
     ByteKernel, ByteProducts, ByteStrip, ByteVisitor, Order, PROOF, RowScale, Sink, WordBlock,
     with_byte_kernel, with_nibble_kernel, with_seven_kernel,

@@ -2,16 +2,17 @@
 
 use std::ops::Range;
 
-use pulp::{Simd, WithSimd};
+use pulp::Simd;
 
 use super::PackedWeights;
 use crate::context::Context;
 use crate::gemm::driver::slab;
-use crate::gemm::microkernel::amx::BLOCK;
 use crate::gemm::microkernel::{KernelVisitor, Microkernel, Storage, with_kernel};
 use crate::gemm::pack::{Element, Source, pack_panel, pack_panels};
+use crate::gemm::pair_packing::Paired;
 use crate::gemm::quantise::{WeightFormat, bf16_bits, encode, scale_of};
-use crate::gemm::split::{Magnitudes, pack_right};
+use crate::gemm::split::column_words;
+use crate::gemm::tile_packing::pack_right;
 use crate::scratch::ScratchBuf;
 use crate::view::MatRef;
 
@@ -75,6 +76,36 @@ impl PackedWeights {
         }
         let (isa, storage) = (ctx.isa(), self.kernel.storage);
         ctx.for_each_owned(tasks, |task| with_kernel(isa, storage, task));
+    }
+}
+
+impl PackedWeights {
+    /// Packs whole tiles of bf16 parts; threads share each block of K by its columns.
+    pub(super) fn pack_tiles<T: Paired>(&mut self, ctx: &Context, b: MatRef<'_, T>) {
+        let (k, n, nr, storage) = (b.rows(), b.cols(), self.kernel.nr, self.kernel.storage);
+        let conversion = ctx.isa().bf16_conversion().expect("tiles are for sets that have them");
+        let pieces = if k.saturating_mul(n) < SHARED_FROM { 1 } else { ctx.thread_count() };
+        let blocks = self.depths();
+        let mut odd = vec![false; blocks.len() * n];
+        let mut tasks = Vec::with_capacity(blocks.len() * pieces);
+        let (mut words, mut marks) = (&mut *self.words, &mut *odd);
+        for depth in &blocks {
+            let column = column_words(depth.len(), storage.parts());
+            for cols in (0..pieces).map(|i| slab(n, nr, pieces, i)) {
+                let (to, rest) = words.split_at_mut(cols.len().next_multiple_of(nr) * column);
+                let (odd, others) = marks.split_at_mut(cols.len());
+                (words, marks) = (rest, others);
+                tasks.push((b.sub(depth.clone(), cols), to, odd));
+            }
+        }
+        ctx.for_each_owned(tasks, |(from, to, odd)| match storage.parts() {
+            1 => pack_right::<T, 1>(conversion, from, to, storage, odd),
+            2 => pack_right::<T, 2>(conversion, from, to, storage, odd),
+            _ => pack_right::<T, 3>(conversion, from, to, storage, odd),
+        });
+        for (depth, odd) in blocks.iter().zip(odd.chunks(n.max(1))) {
+            self.odd.keep(b.sub(depth.clone(), 0..n), depth.start, odd);
+        }
     }
 }
 
@@ -148,41 +179,5 @@ fn encode_row(storage: Storage, elements: &[f32], units: &[f32], shift: usize, r
         columns.for_each(|(word, x)| *word |= bf16_bits(*x) << shift);
     } else {
         columns.zip(units).for_each(|((word, x), unit)| *word |= encode(storage, *x, *unit) << shift);
-    }
-}
-
-/// Packs whole tiles of bf16 parts, block of K after block of K, in the shell of the vectors.
-pub(super) struct PackTiles<'a, T>(pub(super) &'a mut PackedWeights, pub(super) MatRef<'a, T>);
-
-impl<T: Element> WithSimd for PackTiles<'_, T> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) {
-        match self.0.kernel.storage.parts() {
-            1 => self.run::<1>(),
-            2 => self.run::<2>(),
-            _ => self.run::<3>(),
-        }
-    }
-}
-
-impl<T: Element> PackTiles<'_, T> {
-    #[inline(always)]
-    fn run<const P: usize>(self) {
-        let PackTiles(packed, b) = self;
-        let (k, n, storage) = (b.rows(), b.cols(), packed.kernel.storage);
-        for pc in (0..k).step_by(packed.depth) {
-            let depth = pc..(pc + packed.depth).min(k);
-            for panel in (0..n).step_by(BLOCK) {
-                let cols = panel..(panel + BLOCK).min(n);
-                let part = b.sub(depth.clone(), cols.clone());
-                let (at, words) =
-                    (packed.offset(depth.clone(), panel), packed.column_words(depth.len()) * BLOCK);
-                let mut magnitudes = [Magnitudes::NONE; BLOCK];
-                pack_right::<T, P>(part, &mut packed.words[at..at + words], &mut magnitudes);
-                packed.odd.keep(part, (pc, panel), storage, &magnitudes[..cols.len()]);
-            }
-        }
     }
 }
