@@ -87,6 +87,23 @@ impl<'a> Chunk<'a> {
         self.out.as_ref()
     }
 
+    /// Whether the rows see all of `columns` of a block of keys and nothing is added to their scores or dropped from their P.
+    #[inline(always)]
+    pub(super) fn takes_all(&self, rows: &Range<usize>, keys: &Range<usize>, columns: &Range<usize>) -> bool {
+        self.dropout.is_none() && self.adds_nothing(rows, keys, columns)
+    }
+
+    /// Whether the rows see all of `columns` of a block of keys and nothing is added to their scores.
+    #[inline(always)]
+    fn adds_nothing(&self, rows: &Range<usize>, keys: &Range<usize>, columns: &Range<usize>) -> bool {
+        let Mask { bias, alibi, .. } = &self.problem.spec.mask;
+        let seen = keys.start + columns.start..keys.start + columns.end;
+        bias.is_none()
+            && alibi.is_none()
+            && columns.end <= keys.len()
+            && self.sight.classify(rows, &seen) == Coverage::Full
+    }
+
     /// Turns the scores of at most six rows, in `columns` of a block of keys, into `P`; their new m, l and α.
     #[inline(always)]
     pub(super) fn weigh<S: Simd>(
@@ -103,10 +120,7 @@ impl<'a> Chunk<'a> {
         let vectors = columns.start / S::F32_LANES..columns.end / S::F32_LANES;
         let from = keys.start + columns.start;
         let Mask { bias, alibi, .. } = self.problem.spec.mask;
-        let plain = bias.is_none()
-            && alibi.is_none()
-            && columns.end <= keys.len()
-            && self.sight.classify(&rows, &(from..keys.start + columns.end)) == Coverage::Full;
+        let plain = self.adds_nothing(&rows, keys, &columns);
         let n = rows.len();
         let local = rows.start - self.rows.start;
         let carried = Carried {

@@ -3,13 +3,20 @@
 //! What `gemm::split` writes for one part, word for word, but that numbers below 2⁻¹²⁶ become zero, as which products take them anyway: 32 numbers are two loads, one
 //! instruction and a store, where integer arithmetic takes some forty instructions. Nothing is copied to a place of its own first.
 
+use std::ops::Range;
+
+use pulp::Simd;
+
 use super::on_tiles::is_odd;
+use super::online::{self, Carried};
 use super::problem::KEY_BLOCK;
 use crate::gemm::microkernel::amx::{BLOCK, SIDE, STEP, TILE_WORDS};
 use crate::gemm::microkernel::{Bf16Kernel, Bf16Products, Bf16Visitor, with_bf16_kernel};
 use crate::gemm::pair_packing::{filled, from};
 use crate::gemm::split::{Magnitudes, Together};
 use crate::isa::Bf16Dots;
+use crate::lanes;
+use crate::math::exp_flushed;
 use crate::view::MatRef;
 
 /// As [`crate::gemm::split::pack_left`].
@@ -172,6 +179,68 @@ impl Bf16Visitor for ScoreRows<'_> {
             for (step, row) in row.as_chunks::<STEP>().0.iter().enumerate().take(self.steps) {
                 tiles[step * TILE_WORDS..][..SIDE].copy_from_slice(&kernel.products().along::<false>(row));
             }
+        }
+    }
+}
+
+/// Turns the scores of `carried`'s rows, [`KEY_BLOCK`] apart, over some steps of keys into P, straight into left tiles; new m, l and α. What
+/// [`online::absorb`] and [`pack_score_rows`] give, bit for bit, where nothing is hidden or added; the scores stay what they were.
+pub(super) fn weigh(
+    proof: Bf16Dots,
+    scores: &[f32],
+    steps: &Range<usize>,
+    carried: Carried<'_>,
+    tiles: &mut [u32],
+) {
+    with_bf16_kernel(proof, Weigh { scores, steps, carried, tiles });
+}
+
+struct Weigh<'a> {
+    scores: &'a [f32],
+    steps: &'a Range<usize>,
+    carried: Carried<'a>,
+    tiles: &'a mut [u32],
+}
+
+impl Bf16Visitor for Weigh<'_> {
+    #[inline(always)]
+    fn visit<D: Bf16Products, const VECS: usize>(self, kernel: Bf16Kernel<D, VECS>) {
+        let (dots, simd) = (kernel.products(), kernel.products().simd());
+        let lanes = <D::Simd as Simd>::F32_LANES;
+        let Carried { m, l, alpha } = self.carried;
+        let (mut top, mut shifts) = ([0.0f32; BLOCK], [0.0f32; BLOCK]);
+        let rows = m.len();
+        let columns = self.steps.start * STEP..self.steps.end * STEP;
+        for (top, scores) in top[..rows].iter_mut().zip(self.scores.chunks_exact(KEY_BLOCK)) {
+            let mut max = simd.splat_f32s(f32::NEG_INFINITY);
+            for x in D::Simd::as_simd_f32s(&scores[columns.clone()]).0 {
+                max = simd.max_f32s(max, *x);
+            }
+            *top = simd.reduce_max_f32s(max);
+        }
+        lanes::visit(
+            simd,
+            [&top[..rows]],
+            [&mut m[..], &mut *alpha, &mut shifts[..rows]],
+            #[inline(always)]
+            |[top], [before, ..]| online::raise(simd, top, before),
+        );
+        for (i, l) in l.chunks_exact_mut(lanes).enumerate().take(rows) {
+            let row = &self.scores[i * KEY_BLOCK..][columns.clone()];
+            let tiles = &mut self.tiles[i / SIDE * self.steps.len() * TILE_WORDS + i % SIDE * SIDE..];
+            let shift = simd.splat_f32s(shifts[i]);
+            let mut sum = simd.splat_f32s(0.0);
+            for (step, scores) in row.as_chunks::<STEP>().0.iter().enumerate() {
+                let mut p = [0.0f32; STEP];
+                let vectors = D::Simd::as_mut_simd_f32s(&mut p).0.iter_mut();
+                for (p, x) in vectors.zip(D::Simd::as_simd_f32s(scores).0) {
+                    *p = exp_flushed(simd, simd.sub_f32s(*x, shift));
+                    sum = simd.add_f32s(sum, *p);
+                }
+                tiles[step * TILE_WORDS..][..SIDE].copy_from_slice(&dots.along::<false>(&p));
+            }
+            let l = &mut D::Simd::as_mut_simd_f32s(l).0[0];
+            *l = simd.mul_add_e_f32s(*l, simd.splat_f32s(alpha[i]), sum);
         }
     }
 }

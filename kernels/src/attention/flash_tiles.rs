@@ -12,19 +12,22 @@
 //! - l is the sum of the probabilities before they are rounded: the log-sum-exp has no error of theirs, and the backward pass makes the same P from it.
 //! - o stays in f32 memory and takes the sums of a block by one multiply-add with α: tiles have no α, and the key block is as deep as a product gets.
 //! - 32 rows know which steps of 32 keys they see, so causal order saves half of the tiles; inside of them P is 0 where a key is hidden.
+//! - Where 32 rows see all of the keys and nothing is added, dropped or odd, P goes from its exponential straight into its tiles ([`conversion::weigh`]), with the same bits: no
+//!   P in f32 is stored and read again. A sixth of the time of the pass at 64 elements.
 //!
 //! Rejected: S as K·Qᵀ, with queries across. P would come out as the right operand's rows, without a transposition of K, but the softmax
-//! would run along rows of tiles that belong to different queries, and its sums would not be those of the vectors' pass or of decoding.
-//! The sizes here are from those of caches. On a tile unit nothing of this file has been timed; with dot products on vectors (Zen 4) the products are two thirds of the time.
+//! would run along rows of tiles that belong to different queries, and its sums would not be those of the vectors' pass or of decoding. The products of the next 32 rows
+//! between the softmax of these: a tenth slower (docs/decisions/003-attention.md).
 
 use std::ops::Range;
 
 use pulp::Simd;
 
 use super::chunk::{Chunk, Rows, groups, vectors};
+use super::conversion;
 use super::flash::{First, Forward};
 use super::on_tiles::{self, OnTiles, Operands, Unit, left_words, product, right_words};
-use super::online;
+use super::online::{self, Carried};
 use super::problem::{KEY_BLOCK, Shape, cut, take_first};
 use super::stage::{self, Coming};
 use crate::gemm::microkernel::amx::{BLOCK, SIDE, STEP};
@@ -237,6 +240,20 @@ impl Chunk<'_> {
         self.scores_on_tiles::<P>(state, block, &rows, &seen_steps);
         state.rows.first = rows.start;
         let columns = seen_steps.start * STEP..seen_steps.end * STEP;
+        let plain = block.odd_values.is_none() && self.takes_all(&rows, keys, &columns);
+        let fused = state.unit.conversion::<P>().filter(|_| plain);
+        if let Some(proof) = fused {
+            let local = rows.start - self.rows.start;
+            let carried = Carried {
+                m: &mut state.rows.m[local..][..rows.len()],
+                l: &mut state.rows.l[local * S::F32_LANES..][..rows.len() * S::F32_LANES],
+                alpha: &mut state.rows.alpha[..rows.len()],
+            };
+            conversion::weigh(proof, state.rows.scores, &seen_steps, carried, state.p);
+            coming.ask();
+            self.values_on_tiles::<S, P>(simd, state, block, &rows, &seen_steps);
+            return;
+        }
         for group in groups(&rows) {
             let seen = self.sight.rows(&group, keys);
             let own = vectors::<S>(&seen, keys);
@@ -254,6 +271,13 @@ impl Chunk<'_> {
                 row[own.end..columns.end].fill(0.0);
             }
         }
+        // Of the steps that are seen alone: P has no other, and the panels of V are as deep as the block.
+        on_tiles::pack_score_rows::<S, P>(
+            (simd, &state.unit),
+            state.rows.scores,
+            (rows.len(), &seen_steps),
+            state.p,
+        );
         coming.ask();
         self.values_on_tiles::<S, P>(simd, state, block, &rows, &seen_steps);
     }
@@ -296,7 +320,7 @@ impl Chunk<'_> {
         }
     }
 
-    /// `o = α·o + P·V` of at most 32 rows.
+    /// `o = α·o + P·V` of at most 32 rows, whose P is packed.
     #[inline(always)]
     fn values_on_tiles<S: Simd, const P: usize>(
         &self,
@@ -308,13 +332,6 @@ impl Chunk<'_> {
     ) {
         let v_dim = self.v.cols();
         let width = v_dim.next_multiple_of(BLOCK);
-        // Of the steps that are seen alone: P has no other, and the panels of V are as deep as the block.
-        on_tiles::pack_score_rows::<S, P>(
-            (simd, &state.unit),
-            state.rows.scores,
-            (rows.len(), seen),
-            state.p,
-        );
         let deep = on_tiles::steps(block.keys.len());
         let panel = right_words(block.keys.len(), BLOCK, P);
         let step = panel / deep;

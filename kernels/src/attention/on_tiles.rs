@@ -120,7 +120,7 @@ enum Products {
 impl Unit {
     /// The CPU's own conversion, which makes one part.
     #[inline(always)]
-    fn conversion<const P: usize>(&self) -> Option<Bf16Dots> {
+    pub(super) fn conversion<const P: usize>(&self) -> Option<Bf16Dots> {
         self.conversion.filter(|_| P == 1)
     }
 }
