@@ -29,19 +29,21 @@ impl Backward<'_> {
         let of_tile = state.tiles.of(rows.tile);
         let of_v = (of_tile.d_out_across, &state.d_out_rows[..rows.rows.len() * v_dim], &rows.odd.d_out);
         let of_k = (of_tile.q_across, &state.q_rows[..rows.rows.len() * dim], &rows.odd.q);
-        for (scores, (left, odd_rows, odd), acc, dim) in
-            [(p, of_v, &mut *state.d_v, v_dim), (d_s, of_k, &mut *state.d_k, dim)]
-        {
+        let to_v = (&mut *state.right, &mut *state.d_v, v_dim);
+        let to_k = (&mut *state.right_d_s, &mut *state.d_k, dim);
+        for (scores, (left, odd_rows, odd), (right, acc, dim)) in [(p, of_v, to_v), (d_s, of_k, to_k)] {
             let columns = rows.columns();
             let (n, depth) = (columns.len(), rows.rows.len());
             let view = MatRef::with_strides(&scores[columns.start..], depth, n, KEY_BLOCK, 1);
             let view = view.expect("scores of these rows");
-            on_tiles::pack_scores::<S, P>((simd, &state.unit), view, state.right);
+            if !rows.packed {
+                on_tiles::pack_scores::<S, P>((simd, &state.unit), view, right);
+            }
             let deep = on_tiles::steps(depth);
             for first in (0..dim).step_by(BLOCK) {
                 for panel in 0..rows.steps.len() {
                     let left = &left[first / SIDE * left_words(SIDE, depth, P)..];
-                    let right = &state.right[panel * right_words(depth, BLOCK, P)..];
+                    let right = &right[panel * right_words(depth, BLOCK, P)..];
                     let operands = Operands { left, right, steps: deep, rows: BLOCK.min(dim - first) };
                     let to = &mut state.sums[first * KEY_BLOCK + columns.start + panel * BLOCK..];
                     product::<P>(&state.unit, operands, 0..deep, to, KEY_BLOCK);
@@ -77,12 +79,14 @@ impl Backward<'_> {
         let dim = self.shape.dim;
         let (n, width) = (rows.rows.len(), dim.next_multiple_of(BLOCK));
         let columns = rows.columns();
-        on_tiles::pack_score_rows::<S, P>(
-            (simd, &state.unit),
-            state.scores.d_s,
-            (n, &rows.steps),
-            state.left,
-        );
+        if !rows.packed {
+            on_tiles::pack_score_rows::<S, P>(
+                (simd, &state.unit),
+                state.scores.d_s,
+                (n, &rows.steps),
+                state.left,
+            );
+        }
         let panel = right_words(block.keys.len(), BLOCK, P);
         let step = panel / on_tiles::steps(block.keys.len());
         let add_to = self.spec.mask.blocks.is_some()

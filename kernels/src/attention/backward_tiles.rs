@@ -14,6 +14,9 @@
 //! - 128 rows, not the 32 of the forward pass: P and dS are as deep for dV and dK as they are for dQ, and sums in memory are touched once for four steps of the unit.
 //!   P and dS in f32 are then 128 KiB of the second-level cache.
 //! - The tiles of rows begin at row 0, or where a list's blocks do, so dK and dV have the same bits for any cut. An element of dQ is a sum over the blocks of keys.
+//! - Where all rows of a tile see all of the keys and nothing is added, dropped or odd, P and dS go straight into their tiles, dS into both of its orders
+//!   ([`conversion::Gradients`]), with the same bits; the products before them pass through 32 KiB of the first-level cache, not 128 KiB of the second.
+//! - dK, dV and the next block's keys and values are asked for, a share a tile, where their rows lie far apart.
 //! - Odd numbers (see [`super::on_tiles`]) are zero where they are summed over, and their products are added in f32 for the scores that are visible. dS that
 //!   rounds to a bf16 infinity becomes one.
 //!
@@ -34,16 +37,18 @@ use pulp::Simd;
 
 use super::backward_operands::{OddRows, Room, Tiles};
 use super::backward_tile::Head;
-use super::backward_weights::{Scores, Weights};
+use super::backward_weights::{HeadWeights, Scores, Weights};
 use super::chunk::groups;
+use super::conversion;
 use super::flash_backward::Backward;
-use super::mask::Sight;
+use super::mask::{Coverage, Sight};
 use super::on_tiles::{self, OnTiles, Operands, Unit, left_words, product, right_words};
 use super::problem::{KEY_BLOCK, Shape, cut};
 use super::regions::{Cut, Region, row_tiles};
 use super::stage;
 use crate::gemm::microkernel::amx::{BLOCK, SIDE, STEP};
 use crate::gemm::microkernel::prefetch;
+use crate::isa::Bf16Dots;
 use crate::scratch::ScratchBuf;
 use crate::view::MatRef;
 
@@ -62,6 +67,8 @@ pub(super) struct State<'a> {
     /// P or dS of a tile, as the right operand or the left one; room on the way of others.
     pub(super) right: &'a mut [u32],
     pub(super) left: &'a mut [u32],
+    /// dS as the right operand where P and dS are packed as they are made.
+    pub(super) right_d_s: &'a mut [u32],
     /// P and dS [128, 128].
     pub(super) scores: Scores<'a>,
     /// scale·Q and dO of a tile, K of a block.
@@ -99,6 +106,8 @@ pub(super) struct Rows {
     /// Their place among [`State::tiles`].
     pub(super) tile: usize,
     pub(super) odd: OddRows,
+    /// Whether P and dS are packed as they are made.
+    pub(super) packed: bool,
 }
 
 impl Rows {
@@ -137,9 +146,10 @@ impl Backward<'_> {
         let room = square.max(of_dim).max(of_v).max(across_dim).max(across_v);
         let tiles = self.tiles_that_come_again(cut_into);
         let of_tiles = Tiles::room(&self.shape, P, tiles);
-        let lens = [across_dim, across_v, of_dim, of_tiles.0.iter().sum::<usize>() * of_tiles.1, room, room];
+        let lens =
+            [across_dim, across_v, of_dim, of_tiles.0.iter().sum::<usize>() * of_tiles.1, room, room, square];
         let mut words = ScratchBuf::take(lens.iter().sum());
-        let [keys, values, k, tiles, right, left] = cut(words.words_mut(), lens);
+        let [keys, values, k, tiles, right, left, right_d_s] = cut(words.words_mut(), lens);
         let tiles = Tiles::new(tiles, of_tiles);
         let [of_k, of_v] = [dim, v_dim].map(|dim| dim.next_multiple_of(BLOCK) * KEY_BLOCK);
         let scores = ROWS * KEY_BLOCK;
@@ -158,6 +168,7 @@ impl Backward<'_> {
             tiles,
             right,
             left,
+            right_d_s,
             scores,
             q_rows,
             d_out_rows,
@@ -254,7 +265,10 @@ impl Backward<'_> {
         let room = Room { q: state.q_rows, d_out: state.d_out_rows, right: state.right };
         let (means, of) = ((simd, &state.unit), (block.region, &*head));
         let (tile, odd) = self.operands::<S, P>(means, &mut state.tiles, of, &rows, room);
-        let rows = Rows { rows, seen, steps, tile, odd };
+        let mut rows = Rows { rows, seen, steps, tile, odd, packed: false };
+        let proof = state.unit.conversion::<P>().filter(|_| self.is_plain(block, &rows));
+        rows.packed = proof.is_some();
+        self.ask_for_keys(block, head, &rows);
         if let Some(d_q) = &head.d_q {
             // These sums are wanted when the five products are done.
             let first = rows.rows.start - head.fixed.first_row;
@@ -262,13 +276,91 @@ impl Backward<'_> {
         }
         for first in rows.rows.clone().step_by(BLOCK) {
             let some = first..(first + BLOCK).min(rows.rows.end);
-            self.weights::<S, P>(simd, state, (block, head), &rows, some);
+            match proof {
+                Some(proof) => self.packed_weights::<P>(proof, state, (block, head), &rows, &some),
+                None => self.weights::<S, P>(simd, state, (block, head), &rows, some),
+            }
         }
         if block.region.parts.kv {
             self.keys_and_values::<S, P>(simd, state, block, &rows);
         }
         if block.region.parts.q {
             self.queries::<S, P>(simd, state, (block, head), &rows);
+        }
+    }
+
+    /// Whether all rows of a tile, whole steps of them, see all keys of its steps, and nothing is odd, added or dropped.
+    #[inline(always)]
+    fn is_plain(&self, block: &Block<'_>, rows: &Rows) -> bool {
+        let (mask, keys, columns) = (&self.spec.mask, &block.keys, rows.columns());
+        let odd = |odd: &[bool]| odd.contains(&true);
+        mask.bias.is_none()
+            && mask.alibi.is_none()
+            && mask.dropout.is_none()
+            && !block.region.parts.bias
+            && rows.rows.len().is_multiple_of(STEP)
+            && columns.end <= keys.len()
+            && block.sight.classify(&rows.rows, &(keys.start + columns.start..keys.start + columns.end))
+                == Coverage::Full
+            && block.odd_scaled.is_none()
+            && ![&rows.odd.q, &rows.odd.d_out, &block.odd_keys, &block.odd_values]
+                .map(|of| odd(of))
+                .contains(&true)
+    }
+
+    /// P and dS of 32 rows of a plain tile, packed. Their products pass through the first 32 rows of the scores, so that they stay in the first-level cache.
+    #[inline(always)]
+    fn packed_weights<const P: usize>(
+        &self,
+        proof: Bf16Dots,
+        state: &mut State<'_>,
+        (block, head): (&Block<'_>, &Head<'_>),
+        rows: &Rows,
+        some: &Range<usize>,
+    ) {
+        self.products::<P>(state, block, rows, (some, &rows.steps, 0));
+        let HeadWeights { lse, delta, first_row, .. } = head.fixed;
+        let made = conversion::Gradients {
+            scores: state.scores.p,
+            d_p: state.scores.d_s,
+            lse: &lse[some.clone()],
+            delta: &delta[some.start - first_row..some.end - first_row],
+            steps: &rows.steps,
+            place: some.start - rows.rows.start,
+            depth: rows.rows.len(),
+            p: state.right,
+            d_s: state.right_d_s,
+            d_s_left: state.left,
+        };
+        made.make(proof);
+    }
+
+    /// Asks for a tile's share of the gradients that are written after a block, and of the next block, where their rows lie far apart.
+    #[inline(always)]
+    fn ask_for_keys(&self, block: &Block<'_>, head: &Head<'_>, rows: &Rows) {
+        let Region { batch, kv, ref heads, rows: ref all, ref keys, parts } = *block.region;
+        if head.fixed.index + 1 != heads.end || rows.rows.start < all.start {
+            return;
+        }
+        let (at, of) = ((rows.rows.start - all.start) / ROWS, all.len().div_ceil(ROWS));
+        let share = |from: &Range<usize>| {
+            let n = from.len();
+            from.start + (at * n / of).min(n)..from.start + ((at + 1) * n / of).min(n)
+        };
+        if parts.kv {
+            for grad in [self.d_k, self.d_v] {
+                // SAFETY: a unit that owns dK and dV owns these keys of this key head alone; the view lives no longer than this loop.
+                let grad = unsafe { grad.rows_unsync(batch, kv, share(&block.keys)) };
+                if stage::spreads(grad.as_ref()) {
+                    (0..grad.rows()).for_each(|i| prefetch::row_for_later(grad.as_ref().row(i)));
+                }
+            }
+        }
+        let next = block.keys.end..(block.keys.end + KEY_BLOCK).min(keys.end).max(block.keys.end);
+        for view in [self.saved.k.head(batch, kv), self.saved.v.head(batch, kv)] {
+            if stage::spreads(view) {
+                share(&next).for_each(|j| prefetch::row_for_later(view.row(j)));
+            }
         }
     }
 
@@ -287,7 +379,7 @@ impl Backward<'_> {
         let seen = block.sight.rows(&some, keys);
         if !seen.is_empty() {
             let steps = (seen.start - keys.start) / STEP..(seen.end - keys.start).div_ceil(STEP);
-            self.products::<P>(state, block, rows, (&some, &steps));
+            self.products::<P>(state, block, rows, (&some, &steps, local));
         }
         let weights = Weights {
             problem: self,
@@ -318,18 +410,18 @@ impl Backward<'_> {
         }
     }
 
-    /// S and dP of at most 32 rows of a tile, over the steps of keys that they see.
+    /// S and dP of at most 32 rows of a tile, over some steps of keys, to the scores from row `to` on.
     #[inline(always)]
     fn products<const P: usize>(
         &self,
         state: &mut State<'_>,
         block: &Block<'_>,
         rows: &Rows,
-        (some, steps): (&Range<usize>, &Range<usize>),
+        (some, steps, to): (&Range<usize>, &Range<usize>, usize),
     ) {
         let Shape { dim, v_dim, .. } = self.shape;
         let local = some.start - rows.rows.start;
-        let to = local * KEY_BLOCK;
+        let to = to * KEY_BLOCK;
         let of_tile = state.tiles.of(rows.tile);
         for panel in steps.clone() {
             let left = &of_tile.q[local / SIDE * left_words(SIDE, dim, P)..];

@@ -245,6 +245,76 @@ impl Bf16Visitor for Weigh<'_> {
     }
 }
 
+/// `scale·Q·Kᵀ` and `dO·Vᵀ` of some rows, [`KEY_BLOCK`] apart, whole pairs of them, which become P and dS in tiles. What [`super::backward_weights`],
+/// [`pack_scores`] and [`pack_score_rows`] give, bit for bit, where nothing is hidden, added or dropped.
+pub(super) struct Gradients<'a> {
+    pub(super) scores: &'a [f32],
+    pub(super) d_p: &'a [f32],
+    pub(super) lse: &'a [f32],
+    pub(super) delta: &'a [f32],
+    /// The steps of keys.
+    pub(super) steps: &'a Range<usize>,
+    /// Where the rows stand among the `depth` rows of the tile.
+    pub(super) place: usize,
+    pub(super) depth: usize,
+    /// P and dS as the right operand, dS as the left one.
+    pub(super) p: &'a mut [u32],
+    pub(super) d_s: &'a mut [u32],
+    pub(super) d_s_left: &'a mut [u32],
+}
+
+impl Gradients<'_> {
+    /// Makes them.
+    pub(super) fn make(self, proof: Bf16Dots) {
+        with_bf16_kernel(proof, self);
+    }
+
+    /// P and dS of one row and one step.
+    #[inline(always)]
+    fn row<S: Simd>(&self, simd: S, i: usize, column: usize) -> [[f32; STEP]; 2] {
+        let [mut p, mut d_s] = [[0.0f32; STEP]; 2];
+        let at = i * KEY_BLOCK + column;
+        let lse = simd.splat_f32s(online::shift(self.lse[i]));
+        let delta = simd.splat_f32s(self.delta[i]);
+        let from = S::as_simd_f32s(&self.scores[at..][..STEP]).0.iter();
+        let from = from.zip(S::as_simd_f32s(&self.d_p[at..][..STEP]).0);
+        let to = S::as_mut_simd_f32s(&mut p).0.iter_mut().zip(S::as_mut_simd_f32s(&mut d_s).0);
+        for ((p, d_s), (score, d_p)) in to.zip(from) {
+            *p = exp_flushed(simd, simd.sub_f32s(*score, lse));
+            *d_s = simd.mul_f32s(*p, simd.sub_f32s(*d_p, delta));
+        }
+        [p, d_s]
+    }
+}
+
+impl Bf16Visitor for Gradients<'_> {
+    #[inline(always)]
+    fn visit<D: Bf16Products, const VECS: usize>(self, kernel: Bf16Kernel<D, VECS>) {
+        let (dots, simd) = (kernel.products(), kernel.products().simd());
+        let (deep, panel) = (self.steps.len(), self.depth.div_ceil(STEP) * 2 * TILE_WORDS);
+        for i in (0..self.lse.len()).step_by(2) {
+            let row = self.place + i;
+            let left = row / SIDE * deep * TILE_WORDS + row % SIDE * SIDE;
+            let right = row / STEP * 2 * TILE_WORDS + row % STEP / 2 * SIDE;
+            for step in 0..deep {
+                let column = (self.steps.start + step) * STEP;
+                let [low_p, low] = self.row(simd, i, column);
+                let [high_p, high] = self.row(simd, i + 1, column);
+                let left = &mut self.d_s_left[left + step * TILE_WORDS..][..2 * SIDE];
+                left[..SIDE].copy_from_slice(&dots.along::<false>(&low));
+                left[SIDE..].copy_from_slice(&dots.along::<false>(&high));
+                for (low, high, to) in [(low_p, high_p, &mut *self.p), (low, high, &mut *self.d_s)] {
+                    let to = &mut to[right + step * panel..][..TILE_WORDS + SIDE];
+                    let sides = low.as_chunks::<SIDE>().0.iter().zip(high.as_chunks::<SIDE>().0);
+                    for (side, (low, high)) in sides.enumerate() {
+                        to[side * TILE_WORDS..][..SIDE].copy_from_slice(&dots.across::<false>(low, high));
+                    }
+                }
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::on_tiles::{left_words, right_words};
