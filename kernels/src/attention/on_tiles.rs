@@ -43,9 +43,9 @@ use crate::isa::{Bf16Dots, Tiles};
 use crate::scratch::ScratchBuf;
 use crate::view::MatRef;
 
-/// Elements of Q and O together that the rows of a forward pass hold while keys stream past: 1,536 rows of 64 + 64 are 576 KiB in `Medium` and 768 KiB in `High`,
-/// less than half of a second-level cache of 2 MiB. Not measured.
-pub(super) const HELD: usize = 192 * 1024;
+/// Elements of Q and O together that the rows of a forward pass hold while keys stream past: 4,096 rows of 64 + 64 are 1.5 MiB in `Medium` and 2 MiB in `High`,
+/// about a second-level cache. Rows come back in order, which the hardware foresees, and each part packs all keys once (docs/decisions/003-attention.md).
+pub(super) const HELD: usize = 512 * 1024;
 
 /// What multiplies tiles of words.
 #[derive(Clone, Copy)]
