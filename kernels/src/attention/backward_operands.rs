@@ -19,7 +19,6 @@ use super::problem::{Shape, cut};
 use super::regions::Region;
 use super::stage;
 use crate::gemm::microkernel::amx::{SIDE, TILE_WORDS};
-use crate::gemm::split::Magnitudes;
 use crate::view::MatRef;
 
 /// Words of tiles that are held: 4 MiB, 8,192 rows of 64 + 64 elements in `Medium`.
@@ -131,17 +130,17 @@ impl Backward<'_> {
         let of_tile = tiles.len();
         let words = &mut tiles.words[tile * of_tile..][..of_tile];
         let [q_left, d_out_left, q_across, d_out_across] = cut(words, tiles.lens);
-        let [mut of_q, mut of_d_out] = [[Magnitudes::NONE; ROWS]; 2];
-        on_tiles::pack_left::<S, P>(means, q, q_left, &mut of_q);
-        on_tiles::pack_left::<S, P>(means, d_out, d_out_left, &mut of_d_out);
+        let [mut of_q, mut of_d_out] = [[false; ROWS]; 2];
+        on_tiles::pack_left::<P>(means.1, q, q_left, &mut of_q);
+        on_tiles::pack_left::<P>(means.1, d_out, d_out_left, &mut of_d_out);
         if region.parts.kv {
             let deep = left_words(SIDE, rows.len(), P) / TILE_WORDS;
             for (rows, across, dim) in [(q, q_across, dim), (d_out, d_out_across, v_dim)] {
-                on_tiles::pack_right::<S, P>(means, rows, room.right, &mut [false; ROWS]);
+                on_tiles::pack_right::<P>(means.1, rows, room.right, &mut [false; ROWS]);
                 on_tiles::turn_left(room.right, across, (dim, deep));
             }
         }
-        let odd = OddRows { q: of_q.map(on_tiles::is_odd), d_out: of_d_out.map(on_tiles::is_odd) };
+        let odd = OddRows { q: of_q, d_out: of_d_out };
         if let Some(packed) = tiles.packed.get_mut(tile) {
             *packed = Some(odd);
         }

@@ -37,7 +37,7 @@ impl Backward<'_> {
             let view = MatRef::with_strides(&scores[columns.start..], depth, n, KEY_BLOCK, 1);
             let view = view.expect("scores of these rows");
             if !rows.packed {
-                on_tiles::pack_scores::<S, P>((simd, &state.unit), view, right);
+                on_tiles::pack_scores::<P>(&state.unit, view, right);
             }
             let deep = on_tiles::steps(depth);
             for first in (0..dim).step_by(BLOCK) {
@@ -80,12 +80,7 @@ impl Backward<'_> {
         let (n, width) = (rows.rows.len(), dim.next_multiple_of(BLOCK));
         let columns = rows.columns();
         if !rows.packed {
-            on_tiles::pack_score_rows::<S, P>(
-                (simd, &state.unit),
-                state.scores.d_s,
-                (n, &rows.steps),
-                state.left,
-            );
+            on_tiles::pack_score_rows::<P>(&state.unit, state.scores.d_s, (n, &rows.steps), state.left);
         }
         let panel = right_words(block.keys.len(), BLOCK, P);
         let step = panel / on_tiles::steps(block.keys.len());

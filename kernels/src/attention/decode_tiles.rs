@@ -19,12 +19,11 @@ use pulp::Simd;
 use super::cache::{PANEL, Rows};
 use super::decode::{Block, Places};
 use super::decode_tasks::{Products, Tasks};
-use super::on_tiles::{self, Operands, Unit, is_odd, left_words, product, right_words};
+use super::on_tiles::{self, Operands, Unit, left_words, product, right_words};
 use super::online;
 use super::problem::KEY_BLOCK;
 use super::stored;
 use crate::gemm::microkernel::amx::{BLOCK, SIDE};
-use crate::gemm::split::Magnitudes;
 use crate::scratch::ScratchBuf;
 use crate::view::MatRef;
 
@@ -35,7 +34,7 @@ pub(super) struct InParts<const P: usize>(pub(super) Unit);
 struct Queries {
     scaled: ScratchBuf,
     tiles: ScratchBuf,
-    magnitudes: Vec<Magnitudes>,
+    odd_rows: Vec<bool>,
 }
 
 impl<const P: usize> Products for InParts<P> {
@@ -49,10 +48,10 @@ impl<const P: usize> Products for InParts<P> {
         let mut queries = Queries {
             scaled: tasks.scaled_queries(simd, unit),
             tiles: ScratchBuf::take(left_words(rows, dim, P)),
-            magnitudes: vec![Magnitudes::NONE; rows],
+            odd_rows: vec![false; rows],
         };
         let q = MatRef::new(&queries.scaled, rows, dim).expect("[rows, dim]");
-        on_tiles::pack_left::<S, P>((simd, &self.0), q, queries.tiles.words_mut(), &mut queries.magnitudes);
+        on_tiles::pack_left::<P>(&self.0, q, queries.tiles.words_mut(), &mut queries.odd_rows);
         let mut widened = ScratchBuf::take(dim * BLOCK);
         for run in tasks.runs_in(unit, columns) {
             for (part, position, keys) in tasks.held(b, &run.keys) {
@@ -74,7 +73,7 @@ impl<const P: usize> Products for InParts<P> {
                     };
                     let k = k.expect("half of a panel is [dim, 32]");
                     let place = unit * tasks.places.len + run.place() + at - run.keys.start;
-                    self.panel(simd, tasks, (&mut queries, k), cols.clone(), place);
+                    self.panel(tasks, (&mut queries, k), cols.clone(), place);
                     at += cols.len();
                 }
             }
@@ -99,7 +98,7 @@ impl<const P: usize> Products for InParts<P> {
         for block in tasks.problem.blocks(unit) {
             let v = tasks.values(unit, &block.keys, &cols, &mut copied);
             let mut odd = [false; KEY_BLOCK];
-            on_tiles::pack_right::<S, P>((simd, &self.0), v, right.words_mut(), &mut odd);
+            on_tiles::pack_right::<P>(&self.0, v, right.words_mut(), &mut odd);
             let odd = odd.contains(&true).then_some(&odd);
             for top in (0..rows).step_by(BLOCK) {
                 let rows = top..(top + BLOCK).min(rows);
@@ -125,9 +124,8 @@ struct OutputBlock<'a> {
 impl<const P: usize> InParts<P> {
     /// The scores of `cols` of a panel of 32 keys, [dim, 32], for all rows of a unit, whose first is at `place`.
     #[inline(always)]
-    fn panel<S: Simd>(
+    fn panel(
         &self,
-        simd: S,
         tasks: &Tasks<'_>,
         (queries, k): (&mut Queries, MatRef<'_>),
         cols: Range<usize>,
@@ -136,7 +134,7 @@ impl<const P: usize> InParts<P> {
         let (rows, dim) = (tasks.problem.rows(), k.rows());
         let mut right = ScratchBuf::take(right_words(dim, BLOCK, P));
         let mut odd = [false; BLOCK];
-        on_tiles::pack_panel::<S, P>((simd, &self.0), k, right.words_mut(), &mut odd);
+        on_tiles::pack_panel::<P>(&self.0, k, right.words_mut(), &mut odd);
         let mut sums = ScratchBuf::take(BLOCK * BLOCK);
         for first in (0..rows).step_by(BLOCK) {
             let height = BLOCK.min(rows - first);
@@ -145,7 +143,7 @@ impl<const P: usize> InParts<P> {
             let operands = Operands { left, right: right.words_mut(), steps, rows: height };
             product::<P>(&self.0, operands, 0..steps, &mut sums, BLOCK);
             for (r, sums) in (first..first + height).zip(sums.chunks_exact_mut(BLOCK)) {
-                let odd_row = is_odd(queries.magnitudes[r]);
+                let odd_row = queries.odd_rows[r];
                 for j in cols.clone().filter(|j| odd_row || odd[*j]) {
                     let q = queries.scaled[r * dim..][..dim].iter().copied();
                     sums[j] = on_tiles::chain(q, (0..dim).map(|d| k.at(d, j)));
@@ -174,7 +172,7 @@ impl<const P: usize> InParts<P> {
         let memory = unsafe { tasks.memory.part(unit * len, len) };
         let p = &memory[rows.start * stride + index * KEY_BLOCK..];
         let p = MatRef::with_strides(p, rows.len(), keys.len(), stride, 1).expect("P holds these keys");
-        on_tiles::pack_left::<S, P>((simd, &self.0), p, left, &mut [Magnitudes::NONE; BLOCK]);
+        on_tiles::pack_left::<P>(&self.0, p, left, &mut [false; BLOCK]);
         let steps = on_tiles::steps(keys.len());
         for first in (0..v.cols()).step_by(BLOCK) {
             let right = &right[first / BLOCK * right_words(keys.len(), BLOCK, P)..];

@@ -31,7 +31,6 @@ use super::online::{self, Carried};
 use super::problem::{KEY_BLOCK, Shape, cut, take_first};
 use super::stage::{self, Coming};
 use crate::gemm::microkernel::amx::{BLOCK, SIDE, STEP};
-use crate::gemm::split::Magnitudes;
 use crate::scratch::ScratchBuf;
 use crate::view::MatRef;
 
@@ -45,7 +44,7 @@ struct State<'a> {
     values: &'a mut [u32],
     /// scale·Q of a head's rows, and what says which of them are odd; with o, l and m in `rows`, what [`Held`] is exchanged with.
     q: &'a mut [u32],
-    magnitudes: &'a mut [Magnitudes],
+    odd_rows: &'a mut [bool],
     /// P of 32 rows.
     p: &'a mut [u32],
     /// scale·Q of 32 rows in f32.
@@ -58,7 +57,7 @@ struct State<'a> {
 /// What the rows of one head keep while another's are at work.
 struct Held<'a> {
     q: &'a mut [u32],
-    magnitudes: &'a mut [Magnitudes],
+    odd_rows: &'a mut [bool],
     acc: &'a mut [f32],
     l: &'a mut [f32],
     m: &'a mut [f32],
@@ -68,7 +67,7 @@ impl<'a> State<'a> {
     /// Puts what one head keeps to work, or back.
     fn exchange(&mut self, held: &mut Held<'a>) {
         std::mem::swap(&mut self.q, &mut held.q);
-        std::mem::swap(&mut self.magnitudes, &mut held.magnitudes);
+        std::mem::swap(&mut self.odd_rows, &mut held.odd_rows);
         std::mem::swap(&mut self.rows.acc, &mut held.acc);
         std::mem::swap(&mut self.rows.l, &mut held.l);
         std::mem::swap(&mut self.rows.m, &mut held.m);
@@ -127,13 +126,13 @@ impl Forward<'_> {
         let lens = [scores, sums, BLOCK * dim, BLOCK, heads * l_len, heads * acc_len, heads * rows];
         let mut scratch = ScratchBuf::take(lens.iter().sum());
         let [scores, sums, scaled, alpha, mut l, mut acc, mut m] = cut(&mut scratch, lens);
-        let mut all_magnitudes = vec![Magnitudes::NONE; heads * rows];
-        let (mut q, mut magnitudes) = (q, &mut all_magnitudes[..]);
+        let mut all_odd = vec![false; heads * rows];
+        let (mut q, mut odd_rows) = (q, &mut all_odd[..]);
         let mut held = Vec::with_capacity(heads);
         for _ in 0..heads {
             held.push(Held {
                 q: take_first(&mut q, q_words),
-                magnitudes: take_first(&mut magnitudes, rows),
+                odd_rows: take_first(&mut odd_rows, rows),
                 acc: take_first(&mut acc, acc_len),
                 l: take_first(&mut l, l_len),
                 m: take_first(&mut m, rows),
@@ -141,7 +140,7 @@ impl Forward<'_> {
         }
         let rows = Rows { first: 0, scores, alpha, acc, l, m };
         let unit = means.unit();
-        let mut state = State { unit, keys, key_rows, values, q, magnitudes, p, scaled, sums, rows };
+        let mut state = State { unit, keys, key_rows, values, q, odd_rows, p, scaled, sums, rows };
         for unit in units.clone() {
             let first = self.first_of(unit, (chunk, heads));
             let next = (unit + 1 < units.end).then(|| self.first_of(unit + 1, (chunk, heads)));
@@ -175,14 +174,8 @@ impl Forward<'_> {
             let mut odd = [false; KEY_BLOCK];
             let k = any.k.sub(block.keys.clone(), 0..any.k.cols());
             let v = any.v.sub(block.keys.clone(), 0..any.v.cols());
-            on_tiles::pack_across::<S, P>(
-                (simd, &state.unit),
-                k,
-                state.key_rows,
-                state.keys,
-                &mut block.odd_keys,
-            );
-            on_tiles::pack_right::<S, P>((simd, &state.unit), v, state.values, &mut odd);
+            on_tiles::pack_across::<P>(&state.unit, k, state.key_rows, state.keys, &mut block.odd_keys);
+            on_tiles::pack_right::<P>(&state.unit, v, state.values, &mut odd);
             block.odd_values = odd.contains(&true).then_some(odd);
             let mut coming = Coming::new(self.coming_after(any, blocks.peek(), next.as_ref()), shares);
             for (chunk, held) in chunks.iter().zip(&mut *held) {
@@ -210,14 +203,9 @@ impl Chunk<'_> {
         for first in self.rows.clone().step_by(BLOCK) {
             let rows = first..(first + BLOCK).min(self.rows.end);
             let local = first - self.rows.start;
-            let magnitudes = &mut state.magnitudes[local..][..rows.len()];
+            let odd_rows = &mut state.odd_rows[local..][..rows.len()];
             let scaled = stage::scaled(simd, self.problem.spec.scale, self.q, rows, state.scaled);
-            on_tiles::pack_left::<S, P>(
-                (simd, &state.unit),
-                scaled,
-                &mut state.q[local / SIDE * words..],
-                magnitudes,
-            );
+            on_tiles::pack_left::<P>(&state.unit, scaled, &mut state.q[local / SIDE * words..], odd_rows);
         }
     }
 
@@ -272,12 +260,7 @@ impl Chunk<'_> {
             }
         }
         // Of the steps that are seen alone: P has no other, and the panels of V are as deep as the block.
-        on_tiles::pack_score_rows::<S, P>(
-            (simd, &state.unit),
-            state.rows.scores,
-            (rows.len(), &seen_steps),
-            state.p,
-        );
+        on_tiles::pack_score_rows::<P>(&state.unit, state.rows.scores, (rows.len(), &seen_steps), state.p);
         coming.ask();
         self.values_on_tiles::<S, P>(simd, state, block, &rows, &seen_steps);
     }
@@ -300,8 +283,8 @@ impl Chunk<'_> {
             let to = &mut state.rows.scores[panel * BLOCK..];
             product::<P>(&state.unit, operands, 0..steps, to, KEY_BLOCK);
         }
-        let magnitudes = &state.magnitudes[local..][..rows.len()];
-        if block.odd_keys.contains(&true) || magnitudes.iter().any(|row| on_tiles::is_odd(*row)) {
+        let odd_rows = &state.odd_rows[local..][..rows.len()];
+        if block.odd_keys.contains(&true) || odd_rows.contains(&true) {
             self.mend(state, block, rows, seen);
         }
     }
@@ -311,7 +294,7 @@ impl Chunk<'_> {
     fn mend(&self, state: &mut State<'_>, block: &Block, rows: &Range<usize>, seen: &Range<usize>) {
         let scale = self.problem.spec.scale;
         for (i, scores) in rows.clone().zip(state.rows.scores.chunks_exact_mut(KEY_BLOCK)) {
-            let odd_row = on_tiles::is_odd(state.magnitudes[i - self.rows.start]);
+            let odd_row = state.odd_rows[i - self.rows.start];
             let columns = seen.start * STEP..(seen.end * STEP).min(block.keys.len());
             for j in columns.filter(|j| odd_row || block.odd_keys[*j]) {
                 let (q, k) = (self.q.row(i), self.k.row(block.keys.start + j));

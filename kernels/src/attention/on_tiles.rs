@@ -31,14 +31,13 @@
 
 use std::ops::Range;
 
-use pulp::{Simd, WithSimd};
-
 use super::problem::KEY_BLOCK;
-use super::{conversion, stage};
+use super::stage;
 use crate::context::{Context, Precision};
 use crate::gemm::microkernel::amx::{BLOCK, SIDE, STEP, TILE_WORDS, TileBlock, TileUnit};
 use crate::gemm::microkernel::{Storage, bf16_block};
 use crate::gemm::split::{self, Magnitudes};
+use crate::gemm::tile_packing;
 use crate::isa::{Bf16Dots, Tiles};
 use crate::scratch::ScratchBuf;
 use crate::view::MatRef;
@@ -58,7 +57,7 @@ enum Means {
 #[derive(Clone, Copy)]
 pub(super) struct OnTiles {
     means: Means,
-    conversion: Option<Bf16Dots>,
+    conversion: Bf16Dots,
     /// One for `Medium`, two for `High`.
     pub(super) parts: usize,
 }
@@ -74,7 +73,7 @@ impl OnTiles {
         };
         let dots = || ctx.isa().bf16_dots().filter(|_| parts == 1).map(Means::Dots);
         let means = ctx.isa().tiles().map(Means::Tiles).or_else(dots).filter(|_| dim > 0);
-        means.map(|means| OnTiles { means, conversion: ctx.isa().bf16_conversion(), parts })
+        Some(OnTiles { means: means?, conversion: ctx.isa().bf16_conversion()?, parts })
     }
 
     /// Multiplications take the time of this fraction of them in f32, the softmax counted in: for dealing work to threads. Of tiles it is not measured.
@@ -106,8 +105,8 @@ impl OnTiles {
 /// What packs and multiplies tiles of words on this thread.
 pub(super) struct Unit {
     products: Products,
-    /// The CPU's own conversion to bf16.
-    conversion: Option<Bf16Dots>,
+    /// The proof of conversions to bf16.
+    conversion: Bf16Dots,
 }
 
 enum Products {
@@ -118,10 +117,10 @@ enum Products {
 }
 
 impl Unit {
-    /// The CPU's own conversion, which makes one part.
+    /// The proof for those who make one part on their way.
     #[inline(always)]
     pub(super) fn conversion<const P: usize>(&self) -> Option<Bf16Dots> {
-        self.conversion.filter(|_| P == 1)
+        (P == 1).then_some(self.conversion)
     }
 }
 
@@ -147,185 +146,91 @@ pub(super) fn right_words(depth: usize, cols: usize, parts: usize) -> usize {
     cols.next_multiple_of(BLOCK) * split::column_words(depth, parts)
 }
 
-/// Whether parts do not stand for a row of those magnitudes.
+/// A row or column is odd when two parts do not stand for it, however many there are.
+const ODD: Storage = Storage::Split2;
+
+/// Rows as the left operand: 16 rows after 16 rows, step after step, part after part; odd rows are marked.
 #[inline(always)]
-pub(super) fn is_odd(magnitudes: Magnitudes) -> bool {
-    !magnitudes.fit(Storage::Split2)
-}
-
-/// [`split::pack_left`], compiled once for all passes.
-struct PackLeft<'a, const P: usize> {
-    a: MatRef<'a>,
-    tiles: &'a mut [u32],
-    magnitudes: &'a mut [Magnitudes],
-}
-
-impl<const P: usize> WithSimd for PackLeft<'_, P> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) {
-        split::pack_left::<P>(self.a, self.tiles, self.magnitudes);
-    }
-}
-
-/// Rows as the left operand: 16 rows after 16 rows, step after step, part after part.
-#[inline(always)]
-pub(super) fn pack_left<S: Simd, const P: usize>(
-    (simd, unit): (S, &Unit),
-    a: MatRef<'_>,
-    tiles: &mut [u32],
-    magnitudes: &mut [Magnitudes],
-) {
-    match unit.conversion::<P>() {
-        Some(proof) => conversion::pack_left(proof, a, tiles, magnitudes),
-        None => simd.vectorize(PackLeft::<P> { a, tiles, magnitudes }),
-    }
-}
-
-/// [`split::pack_right`], panel after panel of 32 columns, compiled once for all passes.
-struct PackRight<'a, const P: usize> {
-    b: MatRef<'a>,
-    tiles: &'a mut [u32],
-    /// Columns to be marked where they are odd; may be fewer than there are.
-    odd: &'a mut [bool],
-}
-
-impl<const P: usize> WithSimd for PackRight<'_, P> {
-    type Output = bool;
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) -> bool {
-        let (depth, cols) = (self.b.rows(), self.b.cols());
-        let panel = right_words(depth, BLOCK, P);
-        let mut odd = false;
-        for (words, first) in self.tiles.chunks_exact_mut(panel).zip((0..cols).step_by(BLOCK)) {
-            let mut magnitudes = [Magnitudes::NONE; BLOCK];
-            let b = self.b.sub(0..depth, first..(first + BLOCK).min(cols));
-            split::pack_right::<f32, P>(b, words, &mut magnitudes);
-            odd |= magnitudes.into_iter().any(is_odd);
-            for (odd, magnitudes) in self.odd.iter_mut().skip(first).zip(magnitudes) {
-                *odd = is_odd(magnitudes);
-            }
-        }
-        odd
-    }
+pub(super) fn pack_left<const P: usize>(unit: &Unit, a: MatRef<'_>, tiles: &mut [u32], odd: &mut [bool]) {
+    odd.fill(false);
+    tile_packing::pack_left::<f32, P>(unit.conversion, a, tiles, ODD, odd);
 }
 
 /// Panels of a right operand; marks odd columns among the first of `odd`; whether there is any.
-#[inline(always)]
-fn pack_panels<S: Simd, const P: usize>(
-    (simd, unit): (S, &Unit),
-    b: MatRef<'_>,
-    tiles: &mut [u32],
-    odd: &mut [bool],
-) -> bool {
-    match unit.conversion::<P>() {
-        Some(proof) => conversion::pack_right(proof, b, tiles, odd),
-        None => simd.vectorize(PackRight::<P> { b, tiles, odd }),
-    }
+fn pack_panels<const P: usize>(unit: &Unit, b: MatRef<'_>, tiles: &mut [u32], odd: &mut [bool]) -> bool {
+    let mut all = vec![false; b.cols()];
+    tile_packing::pack_right::<f32, P>(unit.conversion, b, tiles, ODD, &mut all);
+    odd.iter_mut().zip(&all).for_each(|(odd, of_all)| *odd = *of_all);
+    all.contains(&true)
 }
 
 /// `b` [depth, cols] as the right operand, panel after panel of 32 columns; its odd rows are marked and are zero.
 #[inline(always)]
-pub(super) fn pack_right<S: Simd, const P: usize>(
-    means: (S, &Unit),
+pub(super) fn pack_right<const P: usize>(
+    unit: &Unit,
     b: MatRef<'_>,
     tiles: &mut [u32],
     odd: &mut [bool; KEY_BLOCK],
 ) {
     odd.fill(false);
-    if pack_panels::<S, P>(means, b, tiles, &mut []) {
+    if pack_panels::<P>(unit, b, tiles, &mut []) {
         let mut even = ScratchBuf::zeroed(b.rows() * b.cols());
         for (i, row) in even.chunks_exact_mut(b.cols()).enumerate() {
-            let mut magnitudes = Magnitudes::NONE;
-            b.row(i).iter().for_each(|x| magnitudes.add(*x));
-            odd[i] = is_odd(magnitudes);
+            odd[i] = !Magnitudes::of(b.row(i)).fit(ODD);
             if !odd[i] {
                 row.copy_from_slice(b.row(i));
             }
         }
         let even = MatRef::new(&even, b.rows(), b.cols()).expect("a copy of b");
-        pack_panels::<S, P>(means, even, tiles, &mut []);
+        pack_panels::<P>(unit, even, tiles, &mut []);
     }
 }
 
-/// Some rows of scores, over whole steps of keys, as the left operand.
-struct ScoreRows<'a, const P: usize> {
-    scores: &'a [f32],
-    rows: usize,
-    steps: usize,
-    tiles: &'a mut [u32],
-}
-
-impl<const P: usize> WithSimd for ScoreRows<'_, P> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) {
-        for (i, row) in self.scores.chunks(KEY_BLOCK).enumerate().take(self.rows) {
-            let tiles = &mut self.tiles[i / SIDE * self.steps * P * TILE_WORDS + i % SIDE * SIDE..];
-            for (step, row) in row.as_chunks::<STEP>().0.iter().enumerate().take(self.steps) {
-                split::split_row::<P>(row, &mut tiles[step * P * TILE_WORDS..], TILE_WORDS);
-            }
-        }
-    }
-}
-
-/// Probabilities, or their gradients, of some rows of 128 scores and over some steps of keys, as the left operand, whatever they are. Unlike
-/// [`pack_left`] it looks at no magnitude and copies nothing: a quarter of the time (AVX2). What fills the last 16 rows stays what it was.
+/// Probabilities, or their gradients, of some rows of [`KEY_BLOCK`] scores and over some steps of keys, as the left operand, whatever they are: unlike
+/// [`pack_left`] it looks at no magnitude.
 ///
 /// # Panics
 /// When `scores` or `tiles` is too short.
 #[inline(always)]
-pub(super) fn pack_score_rows<S: Simd, const P: usize>(
-    (simd, unit): (S, &Unit),
+pub(super) fn pack_score_rows<const P: usize>(
+    unit: &Unit,
     scores: &[f32],
     (rows, seen): (usize, &Range<usize>),
     tiles: &mut [u32],
 ) {
-    let scores = &scores[seen.start * STEP..];
-    match unit.conversion::<P>() {
-        Some(proof) => conversion::pack_score_rows(proof, scores, (rows, seen.len()), tiles),
-        None => simd.vectorize(ScoreRows::<P> { scores, rows, steps: seen.len(), tiles }),
-    }
+    let scores = MatRef::with_strides(&scores[seen.start * STEP..], rows, seen.len() * STEP, KEY_BLOCK, 1);
+    let scores = scores.expect("so many rows of scores");
+    tile_packing::pack_left::<f32, P>(unit.conversion, scores, tiles, Storage::Bf16, &mut []);
 }
 
 /// Probabilities, or their gradients, as the right operand, whatever they are.
 #[inline(always)]
-pub(super) fn pack_scores<S: Simd, const P: usize>(means: (S, &Unit), scores: MatRef<'_>, tiles: &mut [u32]) {
-    match means.1.conversion::<P>() {
-        Some(proof) => conversion::pack_scores(proof, scores, tiles),
-        None => _ = pack_panels::<S, P>(means, scores, tiles, &mut []),
-    }
+pub(super) fn pack_scores<const P: usize>(unit: &Unit, scores: MatRef<'_>, tiles: &mut [u32]) {
+    tile_packing::pack_right::<f32, P>(unit.conversion, scores, tiles, Storage::Bf16, &mut []);
 }
 
 /// One panel of columns `b` [depth, 32 or fewer] as the right operand; odd columns are marked.
 #[inline(always)]
-pub(super) fn pack_panel<S: Simd, const P: usize>(
-    means: (S, &Unit),
+pub(super) fn pack_panel<const P: usize>(
+    unit: &Unit,
     b: MatRef<'_>,
     tiles: &mut [u32],
     odd: &mut [bool; BLOCK],
 ) {
-    pack_panels::<S, P>(means, b, tiles, odd);
+    pack_panels::<P>(unit, b, tiles, odd);
 }
 
 /// `b` [cols, depth], read across, as the right operand, panel after panel of 32 columns; its odd rows are marked. `rows` is
 /// room for the left tiles of `b`: a tile of the right operand is a transposed tile of words of the left one.
 #[inline(always)]
-pub(super) fn pack_across<S: Simd, const P: usize>(
-    means: (S, &Unit),
+pub(super) fn pack_across<const P: usize>(
+    unit: &Unit,
     b: MatRef<'_>,
     rows: &mut [u32],
     tiles: &mut [u32],
     odd: &mut [bool; KEY_BLOCK],
 ) {
-    let mut magnitudes = [Magnitudes::NONE; KEY_BLOCK];
-    pack_left::<S, P>(means, b, rows, &mut magnitudes);
-    for (odd, magnitudes) in odd.iter_mut().zip(magnitudes) {
-        *odd = is_odd(magnitudes);
-    }
+    pack_left::<P>(unit, b, rows, odd);
     turn_right(rows, tiles, (b.rows(), left_words(SIDE, b.cols(), P) / TILE_WORDS));
 }
 

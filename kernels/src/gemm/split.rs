@@ -30,9 +30,7 @@
 
 use super::microkernel::Storage;
 use super::microkernel::amx::{SIDE, STEP, TILE_WORDS};
-use super::pack::{Element, Source, pack_panel};
 use super::quantise::bf16_bits;
-use crate::view::MatRef;
 
 /// The smallest magnitude that rounds to infinity as bf16, as bits.
 const ROUNDS_TO_INFINITY: u32 = 0x7f7f_8000;
@@ -55,6 +53,13 @@ pub(crate) struct Magnitudes {
 impl Magnitudes {
     /// Those of no elements.
     pub(crate) const NONE: Magnitudes = Magnitudes { largest: 0, smallest_less_one: u32::MAX };
+
+    /// Those of all `elements`.
+    pub(crate) fn of(elements: &[f32]) -> Magnitudes {
+        let mut magnitudes = Magnitudes::NONE;
+        elements.iter().for_each(|x| magnitudes.add(*x));
+        magnitudes
+    }
 
     #[inline(always)]
     pub(crate) fn add(&mut self, x: f32) {
@@ -104,134 +109,27 @@ impl Together {
     }
 }
 
-/// Writes 32 numbers that follow each other along k as the words of a row of a tile, parts `apart` words from each other.
-///
-/// The halves of a word are written as such, which is the order of a tile on a CPU that has one, and a conversion of vectors: shifting pairs of
-/// words together took three to five times as long (AVX2).
-///
-/// # Panics
-/// When `words` is too short.
-#[inline(always)]
-pub(crate) fn split_row<const P: usize>(row: &[f32; STEP], words: &mut [u32], apart: usize) {
-    let mut rest = *row;
-    for part in 0..P {
-        let halves: &mut [u16] = pulp::bytemuck::cast_slice_mut(&mut words[part * apart..][..STEP / 2]);
-        for (x, half) in rest.iter_mut().zip(halves) {
-            let bits = bf16_bits(*x);
-            *half = bits as u16;
-            *x -= f32::from_bits(bits << 16);
-        }
-    }
-}
-
-/// Packs rows of A: 16 rows after 16 rows, step after step of k, part after part, a tile of [`TILE_WORDS`] with a row of A in each row.
-/// `magnitudes` has one element a row, which holds at least what has no parts.
-///
-/// # Panics
-/// When `tiles` or `magnitudes` is too short.
-#[inline(always)]
-pub(crate) fn pack_left<const P: usize>(a: MatRef<'_>, tiles: &mut [u32], magnitudes: &mut [Magnitudes]) {
-    let (rows, depth) = (a.rows(), a.cols());
-    let mut tiles = tiles.chunks_exact_mut(P * TILE_WORDS);
-    let mut staging = [0.0f32; SIDE * STEP];
-    for first in (0..rows).step_by(SIDE) {
-        let height = SIDE.min(rows - first);
-        let magnitudes = &mut magnitudes[first..first + height];
-        magnitudes.fill(Magnitudes::NONE);
-        staging[height * STEP..].fill(0.0);
-        for p in (0..depth).step_by(STEP) {
-            let part = a.sub(first..first + height, p..(p + STEP).min(depth));
-            // SAFETY: the source is the view `part`, its rows as the depth.
-            unsafe {
-                pack_panel(Source::of(&part), height, part.cols(), &mut staging[..height * STEP], STEP)
-            };
-            let tiles = tiles.next().expect("a tile for each 16 rows and each step");
-            let mut together = Together::NONE;
-            for (i, row) in staging.as_chunks::<STEP>().0.iter().enumerate() {
-                together.add::<P>(row);
-                split_row::<P>(row, &mut tiles[i * SIDE..], TILE_WORDS);
-            }
-            if together.fit() {
-                continue;
-            }
-            for (row, magnitudes) in staging.as_chunks::<STEP>().0.iter().zip(magnitudes.iter_mut()) {
-                row[..part.cols()].iter().for_each(
-                    #[inline(always)]
-                    |x| magnitudes.add(*x),
-                );
-            }
-        }
-    }
-}
-
-/// Packs a panel of B, at most two tiles wide: step after step of k, part after part, two tiles of [`TILE_WORDS`] beside each other,
-/// each with pairs of k in its rows. `magnitudes` has one element a column, which holds at least what has no parts.
-///
-/// # Panics
-/// When `tiles` or `magnitudes` is too short, or the panel too wide.
-#[inline(always)]
-pub(crate) fn pack_right<T: Element, const P: usize>(
-    b: MatRef<'_, T>,
-    tiles: &mut [u32],
-    magnitudes: &mut [Magnitudes],
-) {
-    let (depth, cols) = (b.rows(), b.cols());
-    assert!(cols <= 2 * SIDE);
-    let mut steps = tiles.chunks_exact_mut(P * 2 * TILE_WORDS);
-    magnitudes[..cols].fill(Magnitudes::NONE);
-    for p in (0..depth).step_by(STEP) {
-        let tiles = steps.next().expect("two tiles for each step");
-        let rows = p..(p + STEP).min(depth);
-        for side in 0..2 {
-            let lanes = (side * SIDE).min(cols)..((side + 1) * SIDE).min(cols);
-            let mut staging = [0.0f32; STEP * SIDE];
-            if !lanes.is_empty() {
-                let part = b.sub(rows.clone(), lanes.clone());
-                let staged = &mut staging[..rows.len() * SIDE];
-                // SAFETY: the source is the view `part`.
-                unsafe { pack_panel(Source::of(&part), rows.len(), lanes.len(), staged, SIDE) };
-            }
-            let mut together = Together::NONE;
-            for (q, two) in staging.as_chunks::<{ 2 * SIDE }>().0.iter().enumerate() {
-                together.add::<P>(two);
-                let mut rest = *two;
-                for part in 0..P {
-                    let mut bits = [0u32; 2 * SIDE];
-                    for (x, bits) in rest.iter_mut().zip(&mut bits) {
-                        *bits = bf16_bits(*x);
-                        *x -= f32::from_bits(*bits << 16);
-                    }
-                    let words = &mut tiles[(2 * part + side) * TILE_WORDS + q * SIDE..][..SIDE];
-                    let (first, second) = bits.split_at(SIDE);
-                    for ((word, first), second) in words.iter_mut().zip(first).zip(second) {
-                        *word = first | second << 16;
-                    }
-                }
-            }
-            if together.fit() {
-                continue;
-            }
-            let magnitudes = &mut magnitudes[lanes];
-            for row in staging.as_chunks::<SIDE>().0.iter().take(rows.len()) {
-                for (magnitudes, x) in magnitudes.iter_mut().zip(row) {
-                    magnitudes.add(*x);
-                }
-            }
-        }
-    }
+/// The parts of `x` as f32; what is below the least normal number is zero, as the conversion has it.
+fn parts_of<const P: usize>(x: f32) -> [f32; P] {
+    let mut rest = x;
+    std::array::from_fn(|_| {
+        let flushed = if rest.abs() < f32::MIN_POSITIVE { 0.0 * rest } else { rest };
+        let part = f32::from_bits(bf16_bits(flushed) << 16);
+        rest -= part;
+        part
+    })
 }
 
 /// `x` as tiles see it: the sum of its first `parts` parts, without a rounding.
 pub(super) fn sum_of_parts(x: f32, parts: usize) -> f32 {
-    let (mut rest, mut sum) = (x, 0.0);
-    for _ in 0..parts {
-        let part = if rest.abs() < f32::MIN_POSITIVE { 0.0 } else { f32::from_bits(bf16_bits(rest) << 16) };
-        (rest, sum) = (rest - part, sum + part);
+    match parts {
+        1 => parts_of::<1>(x).into_iter().sum(),
+        2 => parts_of::<2>(x).into_iter().sum(),
+        _ => parts_of::<3>(x).into_iter().sum(),
     }
-    sum
 }
 
-/// Element (p, j) of a panel that [`pack_right`] made with `parts` parts: the sum of its parts, without a rounding.
+/// Element (p, j) of a panel that [`super::tile_packing::pack_right`] made with `parts` parts: the sum of its parts, without a rounding.
 #[inline(always)]
 pub(super) fn right_element(tiles: &[u32], parts: usize, p: usize, j: usize) -> f32 {
     let tile = p / STEP * parts * 2 + j / SIDE;
@@ -252,30 +150,22 @@ mod tests {
     use super::*;
     use crate::testing::uniform;
 
-    /// The parts of `x`, each the bits of an f32 whose lower half is zero.
-    fn parts_of<const P: usize>(x: f32) -> [u32; P] {
-        let mut words = [0; 3 * SIDE];
-        split_row::<P>(&[x; STEP], &mut words, SIDE);
-        std::array::from_fn(|part| words[part * SIDE] << 16)
-    }
-
-    fn within(x: f32, parts: &[u32], bound: f64) {
-        let sum: f64 = parts.iter().map(|bits| f64::from(f32::from_bits(*bits))).sum();
-        assert!((f64::from(x) - sum).abs() <= bound * f64::from(x).abs(), "{x:e}: {parts:x?}");
+    fn within(x: f32, parts: &[f32], bound: f64) {
+        let sum: f64 = parts.iter().map(|part| f64::from(*part)).sum();
+        assert!((f64::from(x) - sum).abs() <= bound * f64::from(x).abs(), "{x:e}: {parts:?}");
     }
 
     #[test]
     fn parts_stand_for_a_number_within_their_bounds() {
-        let edges =
-            [1.0, 1.0 - f32::EPSILON / 2.0, 1.0 + f32::EPSILON, 1.003_906_2, 3.389e38, 7.8e-34, 0.0, -0.0];
+        let edges = [1.0, 1.0 - f32::EPSILON / 2.0, 1.0 + f32::EPSILON, 1.003_906_2, 3.389e38, 9.9e-32, -0.0];
         for x in uniform(20_000, 3).into_iter().chain(edges) {
             within(x, &parts_of::<1>(x), f64::powi(2.0, -8));
             within(x, &parts_of::<2>(x), f64::powi(2.0, -17));
             within(x, &parts_of::<3>(x), 0.0);
-            assert!(parts_of::<3>(x).iter().all(|bits| bits & 0xffff == 0));
+            assert!(parts_of::<3>(x).iter().all(|part| part.to_bits() & 0xffff == 0));
         }
-        assert_eq!(parts_of::<1>(f32::INFINITY), [f32::INFINITY.to_bits()]);
-        assert!(f32::from_bits(parts_of::<1>(f32::NAN)[0]).is_nan());
+        assert_eq!(parts_of::<1>(f32::INFINITY), [f32::INFINITY]);
+        assert!(parts_of::<1>(f32::NAN)[0].is_nan());
     }
 
     #[test]
@@ -298,30 +188,6 @@ mod tests {
         ] {
             assert_eq!((fit(x, Storage::Split2), fit(x, Storage::Split3)), (in_two, in_three), "{x:e}");
             assert!(fit(x, Storage::Bf16));
-        }
-    }
-
-    #[test]
-    fn a_panel_holds_its_elements() {
-        for (depth, cols) in [(1, 1), (32, 16), (33, 17), (70, 32)] {
-            let b = uniform(depth * cols, 5);
-            for transposed in [false, true] {
-                let view = if transposed {
-                    MatRef::new(&b, cols, depth).unwrap().t()
-                } else {
-                    MatRef::new(&b, depth, cols).unwrap()
-                };
-                let mut tiles = vec![u32::MAX; 2 * SIDE * column_words(depth, 3)];
-                let mut magnitudes = [Magnitudes::NONE; 2 * SIDE];
-                pack_right::<f32, 3>(view, &mut tiles, &mut magnitudes);
-                for p in 0..depth {
-                    for j in 0..cols {
-                        assert_eq!(right_element(&tiles, 3, p, j), view.at(p, j));
-                    }
-                }
-                // What fills the last step and the last tile is zero.
-                assert_eq!(tiles.iter().filter(|word| **word == u32::MAX).count(), 0);
-            }
         }
     }
 }

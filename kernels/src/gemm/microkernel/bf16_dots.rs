@@ -26,7 +26,7 @@ use pulp::Simd;
 use super::bf16_products::Bf16Products;
 #[cfg(target_arch = "x86_64")]
 use super::bf16_products::Wide;
-#[cfg(all(test, target_arch = "x86_64"))]
+#[cfg(all(target_arch = "x86_64", any(test, feature = "testing")))]
 use super::bf16_products::plain;
 use super::finish::Tile;
 use super::prefetch::{self, ALL, Ahead, HALF, NOTHING, Share};
