@@ -98,6 +98,13 @@ impl<'a> Epilogue<'a> {
         Ok(())
     }
 
+    /// Whether it does nothing.
+    pub(super) fn is_plain(&self) -> bool {
+        let Epilogue { scale, bias, activation, gate, residual } = *self;
+        let of_c = bias.is_some() || gate.is_some() || residual.is_some();
+        scale == 1.0 && activation == Activation::Identity && !of_c
+    }
+
     /// The same for these rows of C alone.
     pub(super) fn rows(self, rows: Range<usize>) -> Self {
         let part = |matrix: Option<MatRef<'a>>| matrix.map(|m| m.sub(rows.clone(), 0..m.cols()));

@@ -76,6 +76,12 @@ impl<'a, A> Problem<'a, A> {
         self.epilogue.finish(rows, cols, (add, depth.end == self.a.cols()))
     }
 
+    /// Whether C is the sums and nothing else.
+    #[inline(always)]
+    pub(super) fn is_plain(&self) -> bool {
+        self.accum == Accum::Overwrite && self.epilogue.is_plain()
+    }
+
     /// The same where the sums are over all of K.
     #[inline(always)]
     pub(super) fn finish_all(&self, rows: Range<usize>, cols: Range<usize>) -> Finish<'a> {

@@ -33,9 +33,9 @@ use super::microkernel::amx::{SIDE, STEP, TILE_WORDS};
 use super::quantise::bf16_bits;
 
 /// The smallest magnitude that rounds to infinity as bf16, as bits.
-const ROUNDS_TO_INFINITY: u32 = 0x7f7f_8000;
+pub(super) const ROUNDS_TO_INFINITY: u32 = 0x7f7f_8000;
 /// 2⁻¹⁰³ as bits: a smaller number may have bits below 2⁻¹²⁶, which tiles take for zero.
-const TINY: u32 = (127 - 103) << 23;
+pub(super) const TINY: u32 = (127 - 103) << 23;
 
 /// Words of one column, `depth` deep, in `parts` parts.
 pub(crate) fn column_words(depth: usize, parts: usize) -> usize {
@@ -75,37 +75,6 @@ impl Magnitudes {
             Storage::Split2 => self.largest < ROUNDS_TO_INFINITY,
             _ => true,
         }
-    }
-}
-
-/// The magnitudes of many numbers together, lane by lane: what tells in few instructions that none of them needs a look.
-pub(crate) struct Together {
-    largest: [u32; STEP],
-    smallest_less_one: [u32; STEP],
-}
-
-impl Together {
-    pub(crate) const NONE: Together = Together { largest: [0; STEP], smallest_less_one: [u32::MAX; STEP] };
-
-    /// Adds a row; only three parts ask for the smallest.
-    #[inline(always)]
-    pub(crate) fn add<const P: usize>(&mut self, row: &[f32; STEP]) {
-        for (largest, x) in self.largest.iter_mut().zip(row) {
-            *largest = (*largest).max(x.to_bits() & 0x7fff_ffff);
-        }
-        if const { P == 3 } {
-            for (smallest, x) in self.smallest_less_one.iter_mut().zip(row) {
-                *smallest = (*smallest).min((x.to_bits() & 0x7fff_ffff).wrapping_sub(1));
-            }
-        }
-    }
-
-    /// Whether parts stand for all of them.
-    #[inline(always)]
-    pub(crate) fn fit(&self) -> bool {
-        let largest = self.largest.iter().fold(0, |most: u32, x| most.max(*x));
-        let smallest_less_one = self.smallest_less_one.iter().fold(u32::MAX, |least: u32, x| least.min(*x));
-        Magnitudes { largest, smallest_less_one }.fit(Storage::Split3)
     }
 }
 

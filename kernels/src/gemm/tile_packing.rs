@@ -12,12 +12,13 @@
 //! - What parts do not stand for is looked for in all of a square together, and lane by lane only where there is something.
 //! - Elements that are contiguous in neither direction are gathered first.
 
-use pulp::bytemuck::cast;
+use pulp::Simd;
+use pulp::bytemuck::{cast, cast_slice};
 
 use super::microkernel::amx::{SIDE, STEP, TILE_WORDS};
 use super::microkernel::{Bf16Kernel, Bf16Products, Bf16Visitor, Halves, Storage, with_bf16_kernel};
-use super::pair_packing::{Paired, filled, from, transposed_square};
-use super::split::{Magnitudes, Together};
+use super::pair_packing::{Paired, filled, from};
+use super::split::{Magnitudes, ROUNDS_TO_INFINITY, TINY};
 use crate::isa::Bf16Dots;
 use crate::view::MatRef;
 
@@ -95,16 +96,22 @@ impl<T: Paired, const P: usize, const LOOK: usize> Bf16Visitor for Left<'_, T, P
         if of_side == 0 {
             return;
         }
+        if lanes.matrix.row_stride() == 1 && lanes.matrix.col_stride() != 1 {
+            let together = left_across::<D, T, P, LOOK>(dots, lanes.matrix, lanes.tiles, of_side);
+            if LOOK != NOTHING && !together.fit(dots.simd()) {
+                mark(lanes.matrix, lanes.storage, lanes.odd);
+            }
+            return;
+        }
         let sides = lanes.tiles[..rows.div_ceil(SIDE) * of_side].chunks_exact_mut(of_side);
         for (first, tiles) in (0..rows).step_by(SIDE).zip(sides) {
             let last = (first + SIDE).min(rows);
             let a = lanes.matrix.sub(first..last, 0..depth);
-            let together = match (a.row_stride(), a.col_stride()) {
-                (_, 1) => left_along::<D, T, P, LOOK>(dots, a, tiles),
-                (1, _) => left_across::<D, T, P, LOOK>(dots, a, tiles),
+            let together = match a.col_stride() {
+                1 => left_along::<D, T, P, LOOK>(dots, a, tiles),
                 _ => left_gathered::<D, T, P, LOOK>(dots, a, tiles),
             };
-            if LOOK != NOTHING && !together.fit() {
+            if LOOK != NOTHING && !together.fit(dots.simd()) {
                 mark(a, lanes.storage, &mut lanes.odd[first..last]);
             }
         }
@@ -129,7 +136,7 @@ impl<T: Paired, const P: usize, const LOOK: usize> Bf16Visitor for Right<'_, T, 
                 (_, 1) => right_along::<D, T, P, LOOK>(dots, b, tiles, panel),
                 _ => right_gathered::<D, T, P, LOOK>(dots, b, tiles, panel),
             };
-            if LOOK != NOTHING && !together.fit() {
+            if LOOK != NOTHING && !together.fit(dots.simd()) {
                 mark(b, lanes.storage, &mut lanes.odd[first..last]);
             }
         }
@@ -146,22 +153,52 @@ fn mark<T: Paired>(lanes: MatRef<'_, T>, storage: Storage, odd: &mut [bool]) {
     }
 }
 
+/// Whether parts do not stand for some of many numbers, lane by lane: what tells in few instructions that none of them needs a look.
+#[derive(Clone, Copy)]
+struct Looked<S: Simd> {
+    odd: S::m32s,
+}
+
+impl<S: Simd> Looked<S> {
+    #[inline(always)]
+    fn nothing(simd: S) -> Self {
+        Looked { odd: simd.less_than_u32s(simd.splat_u32s(0), simd.splat_u32s(0)) }
+    }
+
+    #[inline(always)]
+    fn add<const LOOK: usize>(&mut self, simd: S, numbers: &[f32; STEP]) {
+        for bits in S::as_simd_u32s(cast_slice(numbers)).0 {
+            let magnitude = simd.and_u32s(*bits, simd.splat_u32s(0x7fff_ffff));
+            let large = simd.less_than_u32s(simd.splat_u32s(ROUNDS_TO_INFINITY - 1), magnitude);
+            self.odd = simd.or_m32s(self.odd, large);
+            if const { LOOK == LARGE_AND_SMALL } {
+                // Less 1, modulo 2³²: zero is no small number.
+                let less_one = simd.add_u32s(magnitude, simd.splat_u32s(u32::MAX));
+                self.odd = simd.or_m32s(self.odd, simd.less_than_u32s(less_one, simd.splat_u32s(TINY - 1)));
+            }
+        }
+    }
+
+    /// Whether parts stand for all of them.
+    #[inline(always)]
+    fn fit(&self, simd: S) -> bool {
+        simd.first_true_m32s(self.odd) == S::F32_LANES
+    }
+}
+
 /// The parts of 32 elements, which are looked at as `LOOK` says.
 #[inline(always)]
 fn parts<D: Bf16Products, T: Paired, const P: usize, const LOOK: usize>(
     dots: D,
     (first, second): (&[T; SIDE], &[T; SIDE]),
-    together: &mut Together,
+    together: &mut Looked<D::Simd>,
 ) -> [Halves; P] {
     if const { P == 1 && LOOK == NOTHING } {
         return [T::halves(dots, first, second); P];
     }
     let mut rest = [T::widen_all(*first), T::widen_all(*second)];
-    if const { LOOK == LARGE } {
-        together.add::<2>(&cast(rest));
-    }
-    if const { LOOK == LARGE_AND_SMALL } {
-        together.add::<3>(&cast(rest));
+    if const { LOOK != NOTHING } {
+        together.add::<LOOK>(dots.simd(), &cast(rest));
     }
     let mut parts = [[0; 2 * SIDE]; P];
     for (part, halves) in parts.iter_mut().enumerate() {
@@ -196,8 +233,8 @@ fn left_along<D: Bf16Products, T: Paired, const P: usize, const LOOK: usize>(
     dots: D,
     a: MatRef<'_, T>,
     tiles: &mut [u32],
-) -> Together {
-    let mut together = Together::NONE;
+) -> Looked<D::Simd> {
+    let mut together = Looked::nothing(dots.simd());
     for i in 0..SIDE {
         let rows = tiles[i * SIDE..].chunks_mut(P * TILE_WORDS);
         if i >= a.rows() {
@@ -231,7 +268,7 @@ fn put_along<D: Bf16Products, T: Paired, const P: usize, const LOOK: usize>(
     dots: D,
     two: (&[T; SIDE], &[T; SIDE]),
     words: &mut [u32],
-    together: &mut Together,
+    together: &mut Looked<D::Simd>,
 ) {
     let parts: [Halves; P] = parts::<D, T, P, LOOK>(dots, two, together);
     for (part, halves) in parts.into_iter().enumerate() {
@@ -239,27 +276,33 @@ fn put_along<D: Bf16Products, T: Paired, const P: usize, const LOOK: usize>(
     }
 }
 
-/// A tile at a time, from 32 pieces of 16 neighbours.
+/// A tile at a time, from 32 pieces of 16 neighbours: the tiles of all rows for one step along k after each other, because what is read then follows each other.
 #[inline(always)]
 fn left_across<D: Bf16Products, T: Paired, const P: usize, const LOOK: usize>(
     dots: D,
     a: MatRef<'_, T>,
     tiles: &mut [u32],
-) -> Together {
-    let (mut together, columns) = (Together::NONE, a.t());
-    for (tiles, p) in tiles.chunks_exact_mut(P * TILE_WORDS).zip((0..).step_by(STEP)) {
-        let mut squares = [[[0; SIDE]; SIDE]; P];
-        for q in 0..SIDE {
-            let [low, high] = [p + 2 * q, p + 2 * q + 1].map(
-                #[inline(always)]
-                |p| if p < columns.rows() { lanes_of(columns.row(p), 0) } else { [T::default(); SIDE] },
-            );
-            let parts: [Halves; P] = parts::<D, T, P, LOOK>(dots, (&low, &high), &mut together);
-            for (square, halves) in squares.iter_mut().zip(parts) {
-                square[q] = dots.interleaved(halves);
+    of_side: usize,
+) -> Looked<D::Simd> {
+    let (mut together, columns) = (Looked::nothing(dots.simd()), a.t());
+    for step in 0..of_side / (P * TILE_WORDS) {
+        for side in 0..a.rows().div_ceil(SIDE) {
+            let mut squares = [[[0; SIDE]; SIDE]; P];
+            for q in 0..SIDE {
+                let [low, high] = [2 * q, 2 * q + 1].map(
+                    #[inline(always)]
+                    |p| match step * STEP + p {
+                        p if p < columns.rows() => lanes_of(columns.row(p), side * SIDE),
+                        _ => [T::default(); SIDE],
+                    },
+                );
+                let parts: [Halves; P] = parts::<D, T, P, LOOK>(dots, (&low, &high), &mut together);
+                for (square, halves) in squares.iter_mut().zip(parts) {
+                    square[q] = dots.interleaved(halves);
+                }
             }
+            put_transposed(dots, &squares, &mut tiles[side * of_side + step * P * TILE_WORDS..], TILE_WORDS);
         }
-        put_transposed(&squares, tiles, TILE_WORDS);
     }
     together
 }
@@ -270,8 +313,8 @@ fn left_gathered<D: Bf16Products, T: Paired, const P: usize, const LOOK: usize>(
     dots: D,
     a: MatRef<'_, T>,
     tiles: &mut [u32],
-) -> Together {
-    let mut together = Together::NONE;
+) -> Looked<D::Simd> {
+    let mut together = Looked::nothing(dots.simd());
     for (tiles, p) in tiles.chunks_exact_mut(P * TILE_WORDS).zip((0..).step_by(STEP)) {
         for i in 0..SIDE {
             let [first, second] = gathered(a, i, p);
@@ -291,8 +334,8 @@ fn right_across<D: Bf16Products, T: Paired, const P: usize, const LOOK: usize>(
     b: MatRef<'_, T>,
     tiles: &mut [u32],
     panel: usize,
-) -> Together {
-    let mut together = Together::NONE;
+) -> Looked<D::Simd> {
+    let mut together = Looked::nothing(dots.simd());
     let sides = tiles.len() / panel * 2;
     for q in 0..panel / (2 * P * SIDE) {
         let place = q / SIDE * P * 2 * TILE_WORDS + q % SIDE * SIDE;
@@ -317,7 +360,7 @@ fn put_across<D: Bf16Products, T: Paired, const P: usize, const LOOK: usize>(
     dots: D,
     two: (&[T; SIDE], &[T; SIDE]),
     words: &mut [u32],
-    together: &mut Together,
+    together: &mut Looked<D::Simd>,
 ) {
     let parts: [Halves; P] = parts::<D, T, P, LOOK>(dots, two, together);
     for (part, halves) in parts.into_iter().enumerate() {
@@ -332,8 +375,8 @@ fn right_along<D: Bf16Products, T: Paired, const P: usize, const LOOK: usize>(
     b: MatRef<'_, T>,
     tiles: &mut [u32],
     panel: usize,
-) -> Together {
-    let mut together = Together::NONE;
+) -> Looked<D::Simd> {
+    let mut together = Looked::nothing(dots.simd());
     for side in 0..tiles.len() / panel * 2 {
         for step in 0..panel / (P * 2 * TILE_WORDS) {
             let mut squares = [[[0; SIDE]; SIDE]; P];
@@ -345,7 +388,7 @@ fn right_along<D: Bf16Products, T: Paired, const P: usize, const LOOK: usize>(
                 }
             }
             let at = side / 2 * panel + (step * P * 2 + side % 2) * TILE_WORDS;
-            put_transposed(&squares, &mut tiles[at..], 2 * TILE_WORDS);
+            put_transposed(dots, &squares, &mut tiles[at..], 2 * TILE_WORDS);
         }
     }
     together
@@ -358,8 +401,8 @@ fn right_gathered<D: Bf16Products, T: Paired, const P: usize, const LOOK: usize>
     b: MatRef<'_, T>,
     tiles: &mut [u32],
     panel: usize,
-) -> Together {
-    let mut together = Together::NONE;
+) -> Looked<D::Simd> {
+    let mut together = Looked::nothing(dots.simd());
     for side in 0..tiles.len() / panel * 2 {
         for step in 0..panel / (P * 2 * TILE_WORDS) {
             let mut squares = [[[0; SIDE]; SIDE]; P];
@@ -371,7 +414,7 @@ fn right_gathered<D: Bf16Products, T: Paired, const P: usize, const LOOK: usize>
                 }
             }
             let at = side / 2 * panel + (step * P * 2 + side % 2) * TILE_WORDS;
-            put_transposed(&squares, &mut tiles[at..], 2 * TILE_WORDS);
+            put_transposed(dots, &squares, &mut tiles[at..], 2 * TILE_WORDS);
         }
     }
     together
@@ -407,10 +450,15 @@ fn put(tiles: &mut [u32], at: usize, row: Row) {
 
 /// The transposed squares of all parts, `apart` words from each other.
 #[inline(always)]
-fn put_transposed<const P: usize>(squares: &[[Row; SIDE]; P], tiles: &mut [u32], apart: usize) {
+fn put_transposed<D: Bf16Products, const P: usize>(
+    dots: D,
+    squares: &[[Row; SIDE]; P],
+    tiles: &mut [u32],
+    apart: usize,
+) {
     for (part, square) in squares.iter().enumerate() {
-        let square = transposed_square(square);
-        tiles[part * apart..][..TILE_WORDS].copy_from_slice(square.as_flattened());
+        let tile = tiles[part * apart..].first_chunk_mut::<TILE_WORDS>().expect("a whole tile");
+        dots.transpose(square, tile);
     }
 }
 

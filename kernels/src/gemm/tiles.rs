@@ -43,6 +43,8 @@ use crate::view::MatRef;
 
 /// Rows that are finished at a time.
 const GROUP: usize = 8;
+/// Rows that are stored at a time where there is nothing to finish.
+const AT_ONCE: usize = 4;
 /// Words of B that are packed for all blocks of rows: 32 MiB.
 const KEPT: usize = 8 * 1024 * 1024;
 
@@ -270,10 +272,31 @@ impl<A: Paired> Block<'_, A> {
                 self.mend((&rows, odd_rows), &cols, sums);
             }
         }
+        if self.problem.is_plain() && self.store_rows(&rows, sums) {
+            return;
+        }
         for (group, rows) in blocks(rows, GROUP).enumerate() {
             for (cols, sums) in blocks(self.cols.clone(), BLOCK).zip(&*sums) {
                 let sums = sums[group * GROUP * BLOCK..].first_chunk().expect("a block is whole groups");
                 self.finish(simd, sums, rows.clone(), cols);
+            }
+        }
+    }
+
+    /// Stores the sums of a strip where rows of C are contiguous; whether they are.
+    #[inline(always)]
+    fn store_rows(&self, rows: &Range<usize>, sums: &[[f32; BLOCK * BLOCK]]) -> bool {
+        let cols = self.cols.len();
+        match self.rounded {
+            None => {
+                let c = self.problem.out(rows.start, self.cols.start);
+                // SAFETY: this task alone writes these rows and columns of C.
+                c.col_stride == 1 && unsafe { put_rows(c, (rows.len(), cols), sums, |x| x) }
+            }
+            Some(c) => {
+                let c = c.from(rows.start, self.cols.start);
+                // SAFETY: the contract of `rounded_to`.
+                c.col_stride == 1 && unsafe { put_rows(c, (rows.len(), cols), sums, rounded) }
             }
         }
     }
@@ -290,7 +313,7 @@ impl<A: Paired> Block<'_, A> {
             return;
         };
         let mut wide = [0.0; GROUP * BLOCK];
-        let (c, rounded) = (c.from(row, col), |x: f32| bf16::from_bits(bf16_bits(x) as u16));
+        let c = c.from(row, col);
         let element = |i: usize, j: usize| c.ptr.wrapping_add(i * c.row_stride + j * c.col_stride);
         if self.problem.accum == Accum::Add {
             for (i, row) in wide.as_chunks_mut::<BLOCK>().0.iter_mut().enumerate().take(shape.0) {
@@ -371,6 +394,44 @@ impl<A: Paired> Block<'_, A> {
             }
         }
     }
+}
+
+/// The bf16 next to `x`.
+#[inline(always)]
+fn rounded(x: f32) -> bf16 {
+    bf16::from_bits(bf16_bits(x) as u16)
+}
+
+/// Writes rows of a strip from its blocks, a few rows at a time through all blocks; true.
+///
+/// # Safety
+/// These rows and columns of `c` are writable, and the elements of a row follow each other.
+#[inline(always)]
+unsafe fn put_rows<T: Copy>(
+    c: Out<T>,
+    (rows, cols): (usize, usize),
+    blocks_of_sums: &[[f32; BLOCK * BLOCK]],
+    element: impl Fn(f32) -> T,
+) -> bool {
+    for group in blocks(0..rows, AT_ONCE) {
+        for (panel, sums) in blocks_of_sums.iter().enumerate() {
+            let width = BLOCK.min(cols - panel * BLOCK);
+            for i in group.clone() {
+                let from = sums[i * BLOCK..].first_chunk::<BLOCK>().expect("a block has 32 rows");
+                let to = c.from(i, panel * BLOCK).ptr;
+                if width == BLOCK {
+                    // SAFETY: the contract; a length that is known becomes vectors.
+                    let to = unsafe { &mut *to.cast::<[T; BLOCK]>() };
+                    to.iter_mut().zip(from).for_each(|(to, x)| *to = element(*x));
+                } else {
+                    // SAFETY: the contract.
+                    let to = unsafe { std::slice::from_raw_parts_mut(to, width) };
+                    to.iter_mut().zip(from).for_each(|(to, x)| *to = element(*x));
+                }
+            }
+        }
+    }
+    true
 }
 
 /// The right operand as f32.

@@ -51,6 +51,9 @@ pub(crate) trait Bf16Products: Copy {
 
     /// Words across the first 16 halves and the last 16.
     fn interleaved(self, halves: Halves) -> [u32; WORDS];
+
+    /// A square of words with rows and columns exchanged.
+    fn transpose(self, square: &[[u32; WORDS]; WORDS], to: &mut [u32; WORDS * WORDS]);
 }
 
 /// 32 bf16.
@@ -130,10 +133,53 @@ impl Bf16Products for Wide {
             _mm512_permutexvar_epi16(pulp::bytemuck::cast(HALVES), pulp::bytemuck::cast(halves))
         })
     }
+
+    #[inline(always)]
+    fn transpose(self, square: &[[u32; WORDS]; WORDS], to: &mut [u32; WORDS * WORDS]) {
+        *to = pulp::bytemuck::cast(self.transposed(pulp::bytemuck::cast(*square)));
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
 impl Wide {
+    /// 64 instructions that interleave: words of neighbouring rows, then pairs of them, then quarters of vectors twice.
+    #[inline(always)]
+    fn transposed(self, rows: [std::arch::x86_64::__m512i; WORDS]) -> [std::arch::x86_64::__m512i; WORDS] {
+        use std::arch::x86_64::{
+            _mm512_shuffle_i32x4, _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32,
+            _mm512_unpacklo_epi64,
+        };
+        // SAFETY: a value of this type is made after its set was found only.
+        unsafe {
+            let mut pairs = rows;
+            for i in (0..WORDS).step_by(2) {
+                pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+                pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+            }
+            // Quarter q of vector 4i + j: column 4q + j of rows 4i to 4i + 3.
+            let mut fours = pairs;
+            for i in (0..WORDS).step_by(4) {
+                fours[i] = _mm512_unpacklo_epi64(pairs[i], pairs[i + 2]);
+                fours[i + 1] = _mm512_unpackhi_epi64(pairs[i], pairs[i + 2]);
+                fours[i + 2] = _mm512_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
+                fours[i + 3] = _mm512_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
+            }
+            let mut columns = fours;
+            for j in 0..4 {
+                let [a, b, c, d] = [fours[j], fours[4 + j], fours[8 + j], fours[12 + j]];
+                let (even_ab, odd_ab) =
+                    (_mm512_shuffle_i32x4::<0x88>(a, b), _mm512_shuffle_i32x4::<0xdd>(a, b));
+                let (even_cd, odd_cd) =
+                    (_mm512_shuffle_i32x4::<0x88>(c, d), _mm512_shuffle_i32x4::<0xdd>(c, d));
+                columns[j] = _mm512_shuffle_i32x4::<0x88>(even_ab, even_cd);
+                columns[8 + j] = _mm512_shuffle_i32x4::<0xdd>(even_ab, even_cd);
+                columns[4 + j] = _mm512_shuffle_i32x4::<0x88>(odd_ab, odd_cd);
+                columns[12 + j] = _mm512_shuffle_i32x4::<0xdd>(odd_ab, odd_cd);
+            }
+            columns
+        }
+    }
+
     /// Whether a lane rounds to infinity.
     #[inline(always)]
     fn any_beyond(self, x: pulp::f32x16) -> bool {
@@ -217,6 +263,12 @@ pub(super) mod plain {
         #[inline(always)]
         fn interleaved(self, halves: Halves) -> [u32; WORDS] {
             std::array::from_fn(|j| u32::from(halves[j]) | u32::from(halves[WORDS + j]) << 16)
+        }
+
+        fn transpose(self, square: &[[u32; WORDS]; WORDS], to: &mut [u32; WORDS * WORDS]) {
+            for (at, word) in to.iter_mut().enumerate() {
+                *word = square[at % WORDS][at / WORDS];
+            }
         }
     }
 
