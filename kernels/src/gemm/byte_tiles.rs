@@ -18,7 +18,7 @@ use super::int8::Part;
 use super::int8_rows::quantise_row;
 use super::microkernel::amx::{BLOCK, ByteBlock, SIDE, TILE_WORDS, TileUnit};
 use super::microkernel::{Order, RowScale, Sink};
-use super::tiles::{Sums, store};
+use super::tile_store::{Sums, store};
 use crate::isa::Tiles;
 use crate::scratch::ScratchBuf;
 

@@ -31,6 +31,7 @@ mod int8_rows;
 mod macrokernel;
 pub(crate) mod microkernel;
 mod mixed;
+mod odd_elements;
 mod operand;
 mod pack;
 mod packed;
@@ -41,6 +42,7 @@ pub(crate) mod split;
 #[cfg(test)]
 mod tests;
 pub(crate) mod tile_packing;
+mod tile_store;
 mod tiles;
 
 pub use crate::rowwise::Activation;

@@ -20,6 +20,8 @@
 //! s steps this is `(16 + 6·s)·u·(1 + 2⁻⁵)`, the products that were left out add `1.001·u`, and for k ≥ 32 both together stay below `k·u ≤ γ_k`:
 //! the bound of f32 multiply-adds. Below 32 it would not, so `Highest` takes tiles from there on only.
 //!
+//! Tiles also take what they make for zero below 2⁻¹²⁶, in each of up to six products a step: `6·s·2⁻¹²⁶` more, where f32 multiply-adds lose `k·2⁻¹⁴⁹`.
+//!
 //! # Where parts do not do
 //! Infinity and NaN have no rest, a number that rounds up to infinity has none either, and a number below 2⁻¹⁰³ may have
 //! bits below 2⁻¹²⁶, the least normal number, which tiles take for zero. Rows of A and columns of B with such an element are found while they are converted, and what they make is

@@ -29,22 +29,20 @@ use pulp::{Simd, WithSimd};
 
 use super::epilogue::Accum;
 use super::macrokernel::{Part, Problem, RightOperand};
+use super::microkernel::Out;
 use super::microkernel::amx::{BLOCK, SIDE, STEP, TileBlock, TileUnit};
-use super::microkernel::{F32, Finish, Out, Storage, Tile};
+use super::odd_elements::RightElements;
 use super::pack::Element;
 use super::pair_packing::Paired;
-use super::quantise::bf16_bits;
-use super::split::{Magnitudes, column_words, sum_of_parts};
+use super::split::column_words;
 use super::tile_packing::{pack_left, pack_right};
+use super::tile_store::{put_rows, rounded, store};
 use crate::context::Blocking;
 use crate::isa::{Bf16Dots, Isa, Tiles};
 use crate::scratch::ScratchBuf;
-use crate::view::MatRef;
 
 /// Rows that are finished at a time.
 const GROUP: usize = 8;
-/// Rows that are stored at a time where there is nothing to finish.
-const AT_ONCE: usize = 4;
 /// Words of B that are packed for all blocks of rows: 32 MiB.
 const KEPT: usize = 8 * 1024 * 1024;
 
@@ -199,7 +197,7 @@ impl<A: Paired> TilePart<'_, A> {
 }
 
 /// A range in pieces of `step`.
-fn blocks(all: Range<usize>, step: usize) -> impl Iterator<Item = Range<usize>> {
+pub(super) fn blocks(all: Range<usize>, step: usize) -> impl Iterator<Item = Range<usize>> {
     all.clone().step_by(step).map(move |first| first..(first + step).min(all.end))
 }
 
@@ -377,8 +375,11 @@ impl<A: Paired> Block<'_, A> {
         sums: &mut [f32; BLOCK * BLOCK],
     ) {
         let k = self.problem.a.cols();
-        let b =
-            Right { of: self.problem.b, storage: self.problem.kernel.storage, kc: self.problem.blocking.kc };
+        let b = RightElements {
+            of: self.problem.b,
+            storage: self.problem.kernel.storage,
+            kc: self.problem.blocking.kc,
+        };
         let elements: Vec<Vec<f32>> = cols
             .clone()
             .zip(odd_cols)
@@ -393,167 +394,5 @@ impl<A: Paired> Block<'_, A> {
                 }
             }
         }
-    }
-}
-
-/// The bf16 next to `x`.
-#[inline(always)]
-fn rounded(x: f32) -> bf16 {
-    bf16::from_bits(bf16_bits(x) as u16)
-}
-
-/// Writes rows of a strip from its blocks, a few rows at a time through all blocks; true.
-///
-/// # Safety
-/// These rows and columns of `c` are writable, and the elements of a row follow each other.
-#[inline(always)]
-unsafe fn put_rows<T: Copy>(
-    c: Out<T>,
-    (rows, cols): (usize, usize),
-    blocks_of_sums: &[[f32; BLOCK * BLOCK]],
-    element: impl Fn(f32) -> T,
-) -> bool {
-    for group in blocks(0..rows, AT_ONCE) {
-        for (panel, sums) in blocks_of_sums.iter().enumerate() {
-            let width = BLOCK.min(cols - panel * BLOCK);
-            for i in group.clone() {
-                let from = sums[i * BLOCK..].first_chunk::<BLOCK>().expect("a block has 32 rows");
-                let to = c.from(i, panel * BLOCK).ptr;
-                if width == BLOCK {
-                    // SAFETY: the contract; a length that is known becomes vectors.
-                    let to = unsafe { &mut *to.cast::<[T; BLOCK]>() };
-                    to.iter_mut().zip(from).for_each(|(to, x)| *to = element(*x));
-                } else {
-                    // SAFETY: the contract.
-                    let to = unsafe { std::slice::from_raw_parts_mut(to, width) };
-                    to.iter_mut().zip(from).for_each(|(to, x)| *to = element(*x));
-                }
-            }
-        }
-    }
-    true
-}
-
-/// The right operand as f32.
-struct Right<'a> {
-    of: RightOperand<'a>,
-    storage: Storage,
-    kc: usize,
-}
-
-impl Right<'_> {
-    /// Column `j`: in blocks of K in which it is odd as it was given, in the others as the sum of its parts.
-    fn column(&self, j: usize, k: usize) -> Vec<f32> {
-        let b = match self.of {
-            RightOperand::Packed(packed) => return (0..k).map(|p| packed.tile_element(p, j)).collect(),
-            RightOperand::Plain(b) => b,
-        };
-        let mut elements: Vec<f32> = (0..k).map(|p| b.at(p, j)).collect();
-        for block in elements.chunks_mut(self.kc) {
-            let mut magnitudes = Magnitudes::NONE;
-            block.iter().for_each(|x| magnitudes.add(*x));
-            if magnitudes.fit(self.storage) {
-                block.iter_mut().for_each(|x| *x = sum_of_parts(*x, self.storage.parts()));
-            }
-        }
-        elements
-    }
-}
-
-/// The sums of a block: 32 rows of 32, where the tile unit stores them.
-#[repr(align(64))]
-pub(super) struct Sums(pub(super) [f32; BLOCK * BLOCK]);
-
-/// Applies the epilogue and stores the first rows and columns of a block of sums.
-///
-/// # Safety
-/// `out` has so many rows and columns, and so have bias and residual.
-#[inline(always)]
-pub(super) unsafe fn store<S: Simd>(
-    simd: S,
-    sums: &[f32],
-    (rows, cols): (usize, usize),
-    finish: &Finish<'_>,
-    out: Out<f32>,
-) {
-    // SAFETY: the contract.
-    unsafe {
-        match S::F32_LANES {
-            8 => store_rows::<S, 2, 4>(simd, sums, (rows, cols), finish, out),
-            _ => store_rows::<S, 4, 2>(simd, sums, (rows, cols), finish, out),
-        }
-    }
-}
-
-/// As [`store`], H rows of W vectors at a time.
-///
-/// # Safety
-/// As [`store`]; W vectors are a row.
-#[inline(always)]
-unsafe fn store_rows<S: Simd, const H: usize, const W: usize>(
-    simd: S,
-    sums: &[f32],
-    (rows, cols): (usize, usize),
-    finish: &Finish<'_>,
-    out: Out<f32>,
-) {
-    debug_assert_eq!(W * S::F32_LANES, BLOCK);
-    debug_assert!(rows * BLOCK <= sums.len());
-    let row = |i: usize| sums[i * BLOCK..(i + 1) * BLOCK].as_ptr().cast::<S::f32s>();
-    let whole = rows / H * H;
-    for first in (0..whole).step_by(H) {
-        let mut acc = [[simd.splat_f32s(0.0); W]; H];
-        for (i, acc) in acc.iter_mut().enumerate() {
-            for (w, x) in acc.iter_mut().enumerate() {
-                // SAFETY: a row is W vectors.
-                *x = unsafe { row(first + i).add(w).read_unaligned() };
-            }
-        }
-        // SAFETY: the contract, for these rows.
-        unsafe { Tile { simd, acc }.finish::<F32>(first, cols, finish, out) };
-    }
-    for first in whole..rows {
-        let mut acc = [[simd.splat_f32s(0.0); W]; 1];
-        for (w, x) in acc[0].iter_mut().enumerate() {
-            // SAFETY: a row is W vectors.
-            *x = unsafe { row(first).add(w).read_unaligned() };
-        }
-        // SAFETY: the contract, for this row.
-        unsafe { Tile { simd, acc }.finish::<F32>(first, cols, finish, out) };
-    }
-}
-
-/// The columns of a packed operand for which parts do not stand, block of K by block.
-#[derive(Debug, Clone, Default)]
-pub(super) struct OddColumns(Vec<OddColumn>);
-
-#[derive(Debug, Clone)]
-struct OddColumn {
-    col: usize,
-    first: usize,
-    elements: Vec<f32>,
-}
-
-impl OddColumns {
-    /// Keeps the columns of `b`, whose first element is (`first`, 0) of the operand, that are marked.
-    pub(super) fn keep<T: Element>(&mut self, b: MatRef<'_, T>, first: usize, odd: &[bool]) {
-        for (col, _) in odd.iter().enumerate().filter(|(_, odd)| **odd) {
-            let elements = (0..b.rows()).map(|p| b.at(p, col).widen()).collect();
-            self.0.push(OddColumn { col, first, elements });
-        }
-    }
-
-    /// Marks those of a panel, whatever the block of K.
-    #[inline]
-    pub(super) fn mark(&self, cols: &Range<usize>, odd: &mut [bool; BLOCK]) {
-        for column in self.0.iter().filter(|c| cols.contains(&c.col)) {
-            odd[column.col - cols.start] = true;
-        }
-    }
-
-    /// Element (p, j), if it is in one of them.
-    pub(super) fn element(&self, p: usize, j: usize) -> Option<f32> {
-        let of_column = |c: &&OddColumn| c.col == j && (c.first..c.first + c.elements.len()).contains(&p);
-        self.0.iter().find(of_column).map(|column| column.elements[p - column.first])
     }
 }
