@@ -229,8 +229,8 @@ impl Backward<'_> {
         let v = self.saved.v.head(region.batch, region.kv).sub(keys.clone(), 0..self.shape.v_dim);
         let odd = [false; KEY_BLOCK];
         let mut block = Block { region, keys, sight, k, v, odd_keys: odd, odd_values: odd, odd_scaled: None };
-        on_tiles::pack_across::<P>(&state.unit, k, state.left, state.keys, &mut block.odd_keys);
-        on_tiles::pack_across::<P>(&state.unit, v, state.left, state.values, &mut block.odd_values);
+        on_tiles::pack_across::<P>(&state.unit, k, state.keys, &mut block.odd_keys);
+        on_tiles::pack_across::<P>(&state.unit, v, state.values, &mut block.odd_values);
         if region.parts.q {
             let k = stage::scaled(simd, self.spec.scale, k, 0..k.rows(), state.k_rows);
             let mut odd = [false; KEY_BLOCK];

@@ -39,7 +39,6 @@ struct State<'a> {
     unit: Unit,
     /// Kᵀ of a block as the right operand, and room for K as the left one on its way there.
     keys: &'a mut [u32],
-    key_rows: &'a mut [u32],
     /// V of a block.
     values: &'a mut [u32],
     /// scale·Q of a head's rows, and what says which of them are odd; with o, l and m in `rows`, what [`Held`] is exchanged with.
@@ -114,13 +113,12 @@ impl Forward<'_> {
         let q_words = left_words(rows, dim, P);
         let lens = [
             right_words(dim, KEY_BLOCK, P),
-            left_words(KEY_BLOCK, dim, P),
             right_words(KEY_BLOCK, v_dim, P),
             heads * q_words,
             left_words(BLOCK, KEY_BLOCK, P),
         ];
         let mut words = ScratchBuf::take(lens.iter().sum());
-        let [keys, key_rows, values, q, p] = cut(words.words_mut(), lens);
+        let [keys, values, q, p] = cut(words.words_mut(), lens);
         let (scores, sums) = (BLOCK * KEY_BLOCK, BLOCK * v_dim.next_multiple_of(BLOCK));
         let (l_len, acc_len) = (rows * S::F32_LANES, rows * v_dim);
         let lens = [scores, sums, BLOCK * dim, BLOCK, heads * l_len, heads * acc_len, heads * rows];
@@ -140,7 +138,7 @@ impl Forward<'_> {
         }
         let rows = Rows { first: 0, scores, alpha, acc, l, m };
         let unit = means.unit();
-        let mut state = State { unit, keys, key_rows, values, q, odd_rows, p, scaled, sums, rows };
+        let mut state = State { unit, keys, values, q, odd_rows, p, scaled, sums, rows };
         for unit in units.clone() {
             let first = self.first_of(unit, (chunk, heads));
             let next = (unit + 1 < units.end).then(|| self.first_of(unit + 1, (chunk, heads)));
@@ -174,7 +172,7 @@ impl Forward<'_> {
             let mut odd = [false; KEY_BLOCK];
             let k = any.k.sub(block.keys.clone(), 0..any.k.cols());
             let v = any.v.sub(block.keys.clone(), 0..any.v.cols());
-            on_tiles::pack_across::<P>(&state.unit, k, state.key_rows, state.keys, &mut block.odd_keys);
+            on_tiles::pack_across::<P>(&state.unit, k, state.keys, &mut block.odd_keys);
             on_tiles::pack_right::<P>(&state.unit, v, state.values, &mut odd);
             block.odd_values = odd.contains(&true).then_some(odd);
             let mut coming = Coming::new(self.coming_after(any, blocks.peek(), next.as_ref()), shares);

@@ -220,18 +220,16 @@ pub(super) fn pack_panel<const P: usize>(
     pack_panels::<P>(unit, b, tiles, odd);
 }
 
-/// `b` [cols, depth], read across, as the right operand, panel after panel of 32 columns; its odd rows are marked. `rows` is
-/// room for the left tiles of `b`: a tile of the right operand is a transposed tile of words of the left one.
+/// `b` [cols, depth], read across, as the right operand, panel after panel of 32 columns; its odd rows are marked.
 #[inline(always)]
 pub(super) fn pack_across<const P: usize>(
     unit: &Unit,
     b: MatRef<'_>,
-    rows: &mut [u32],
     tiles: &mut [u32],
     odd: &mut [bool; KEY_BLOCK],
 ) {
-    pack_left::<P>(unit, b, rows, odd);
-    turn_right(rows, tiles, (b.rows(), left_words(SIDE, b.cols(), P) / TILE_WORDS));
+    odd.fill(false);
+    tile_packing::pack_right::<f32, P>(unit.conversion, b.t(), tiles, ODD, odd);
 }
 
 /// A tile of words with rows and columns exchanged.
@@ -239,19 +237,6 @@ pub(super) fn pack_across<const P: usize>(
 fn turn(from: &[u32; TILE_WORDS], to: &mut [u32; TILE_WORDS]) {
     let from = MatRef::new(pulp::bytemuck::cast_slice(from), SIDE, SIDE).expect("16 rows of 16 words");
     stage::transpose(from, pulp::bytemuck::cast_slice_mut(to), SIDE);
-}
-
-/// Left tiles of `rows` rows, `deep` tiles for each 16, as panels of the right operand that has these rows as columns.
-#[inline(always)]
-fn turn_right(left: &[u32], right: &mut [u32], (rows, deep): (usize, usize)) {
-    let (left, right) = (left.as_chunks::<TILE_WORDS>().0, right.as_chunks_mut::<TILE_WORDS>().0);
-    let sides = rows.div_ceil(SIDE);
-    for side in 0..sides.next_multiple_of(2) {
-        for at in 0..deep {
-            let to = &mut right[(side / 2 * deep + at) * 2 + side % 2];
-            if side < sides { turn(&left[side * deep + at], to) } else { to.fill(0) }
-        }
-    }
 }
 
 /// Panels of a right operand with `cols` columns, `deep` tiles for each 16, as tiles of the left operand that has these columns as rows.

@@ -15,6 +15,8 @@ use crate::isa::IsaName;
 /// | `f32_6x16_avx2` | AMD Zen 3, 32 KiB L1d, 512 KiB L2, 32 MiB L3, busy virtual machine | kc = 512 against 256 at n = 1024: 1.02–1.08 in three runs with mc = 96, against 0.92 and 0.93 with mc = 144 |
 /// | `f32_8x48_avx512` | AMD Zen 5, 48 KiB L1d, 1 MiB L2, 32 MiB L3, quiet virtual machine | kc = 768 against 384, old and new alternating, medians: m = 4096 1.05–1.10 with k = 512 and 1.05–1.07 with k = 768–4096, 2048³ 1.03, 512³ 1.02, 1024 × 1024 × 4096 1.00; kc = 512 in between; mc = 96, nc = 1008 no better |
 /// | `bf16_8x48_avx512bf16` | the same | kc = 768 against 512, 384 and 256: 1.05, 1.09 and 1.18 at 128 × 768 × 3072, 1.00, 1.12 and 1.12 at 512³ (one run each, before its epilogue stayed in registers) |
+/// | `bf16_32x32_amx` | Intel Xeon with AMX, 48 KiB L1d, 2 MiB L2, 480 MiB L3 | a loop over packed operands, 1024³, GFLOP/s: kc = 256 1,002, 512 921, 1024 699 with mc = 256; then mc = nc = 512 1,113, 256 × 512 1,051, 384² 1,087 |
+/// | `bf16x2_32x32_amx`, `bf16x3_32x32_amx` | the same | three parts: kc = 128 268, 64 254 with mc = nc = 512; 256 × 256 257 |
 /// | the others | not measured | the same proportions of the usual cache sizes |
 ///
 /// A panel of B is larger than L1 then, and streams from L2 at the third of its rate that the tile needs; what is gained is fewer passes over C.
