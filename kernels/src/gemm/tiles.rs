@@ -2,9 +2,9 @@
 //!
 //! ```text
 //! for JC in 0..n step NC                    what is packed of B for all rows fits the third-level cache
-//!   for ic in 0..m step mc                  mc rows of A are converted for all of K
+//!   for ic in 0..m step mc
 //!     for jc in JC..JC+NC step nc           mc · nc sums fit the second-level cache
-//!       for pc in 0..k step kc              K is summed block by block, in order; a block of B is converted unless it was before
+//!       for pc in 0..k step kc              K is summed block by block, in order; a block of A and one of B are converted unless they were before
 //!         for ir in ic..ic+mc step 32       a strip of A, kc deep, lies in L1
 //!           for jr in jc..jc+nc step 32     the sums of 32 × 32 go on
 //!           in the last block: the epilogue of the strip, row by row
@@ -107,6 +107,8 @@ struct Plan {
     wide: usize,
     /// Whether that stands for all blocks of rows, over all of K; or for one block of K.
     kept: bool,
+    /// Whether what is packed of A stands for several blocks of columns, over all of K; or for one block of K.
+    kept_left: bool,
 }
 
 impl Plan {
@@ -121,7 +123,7 @@ impl Plan {
         } else {
             cols
         };
-        Plan { mc: mc.min(rows), nc, kc: kc.min(k), wide: wide.min(cols), kept }
+        Plan { mc: mc.min(rows), nc, kc: kc.min(k), wide: wide.min(cols), kept, kept_left: cols > nc }
     }
 }
 
@@ -138,10 +140,10 @@ impl<A: Paired> TilePart<'_, A> {
             TileUnit::configure(proofs.tiles)
         };
         let plan = Plan::of(problem, (rows.len(), cols.len()));
-        let Plan { mc, nc, kc, wide, kept } = plan;
+        let Plan { mc, nc, kc, wide, kept, kept_left } = plan;
         let (k, storage) = (problem.a.cols(), problem.kernel.storage);
         let tall = mc.next_multiple_of(SIDE);
-        let mut left = ScratchBuf::take(tall * column_words(k, P));
+        let mut left = ScratchBuf::take(tall * column_words(if kept_left { k } else { kc }, P));
         let of_b = match problem.b {
             RightOperand::Plain(_) if kept => wide.next_multiple_of(BLOCK) * column_words(k, P),
             RightOperand::Plain(_) => nc.next_multiple_of(BLOCK) * column_words(kc, P),
@@ -156,14 +158,16 @@ impl<A: Paired> TilePart<'_, A> {
             odd_cols.fill(false);
             for block_rows in blocks(rows.clone(), mc) {
                 odd_rows.fill(false);
-                for depth in blocks(0..k, kc) {
-                    let a = problem.a.sub(block_rows.clone(), depth.clone());
-                    let to = &mut left.words_mut()[tall * column_words(depth.start, P)..];
-                    pack_left::<A, P>(proofs.conversion, a, to, storage, &mut odd_rows);
-                }
+                let of_left =
+                    |depth: &Range<usize>| if kept_left { tall * column_words(depth.start, P) } else { 0 };
                 for block_cols in blocks(all_cols.clone(), nc) {
                     let first = block_cols.start - all_cols.start;
                     for depth in blocks(0..k, kc) {
+                        if first == 0 {
+                            let a = problem.a.sub(block_rows.clone(), depth.clone());
+                            let to = &mut left.words_mut()[of_left(&depth)..];
+                            pack_left::<A, P>(proofs.conversion, a, to, storage, &mut odd_rows);
+                        }
                         let at = if kept {
                             wide.next_multiple_of(BLOCK) * column_words(depth.start, P)
                                 + first * column_words(depth.len(), P)
@@ -183,7 +187,7 @@ impl<A: Paired> TilePart<'_, A> {
                             rounded,
                             rows: block_rows.clone(),
                             cols: block_cols.clone(),
-                            left: &left.words()[tall * column_words(depth.start, P)..],
+                            left: &left.words()[of_left(&depth)..],
                             right: &right.words()[at.min(of_b)..],
                             depth,
                             odd: (&odd_rows, &odd_cols[first..]),
