@@ -15,7 +15,7 @@ use crate::lanes;
 use crate::math::exp_flushed;
 
 /// Turns the scores of `carried`'s rows, [`KEY_BLOCK`] apart, over some steps of keys into P, straight into left tiles; new m, l and α. What
-/// [`online::absorb`] and [`pack_score_rows`] give, bit for bit, where nothing is hidden or added; the scores stay what they were.
+/// [`online::absorb`] and [`super::on_tiles::pack_score_rows`] give, bit for bit, where nothing is hidden or added; the scores stay what they were.
 pub(super) fn weigh(
     proof: Bf16Dots,
     scores: &[f32],
@@ -77,7 +77,7 @@ impl Bf16Visitor for Weigh<'_> {
 }
 
 /// `scale·Q·Kᵀ` and `dO·Vᵀ` of some rows, [`KEY_BLOCK`] apart, whole pairs of them, which become P and dS in tiles. What [`super::backward_weights`],
-/// [`pack_scores`] and [`pack_score_rows`] give, bit for bit, where nothing is hidden, added or dropped.
+/// [`super::on_tiles::pack_scores`] and [`super::on_tiles::pack_score_rows`] give, bit for bit, where nothing is hidden, added or dropped.
 pub(super) struct Gradients<'a> {
     pub(super) scores: &'a [f32],
     pub(super) d_p: &'a [f32],

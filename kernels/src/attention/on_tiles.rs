@@ -4,7 +4,7 @@
 //! for i in 0..32 { for j in 0..32 { C[i][j] = Σ_k A[i][k]·B[k][j]      A and B in bf16, or in two parts of bf16 } }
 //! ```
 //! The tile unit multiplies them or, on AVX512-BF16 in `Medium`, dot products of pairs on vectors, for which a row of a tile is a vector ([`bf16_block`]). Where the CPU converts to
-//! bf16 itself, that makes the tiles of one part ([`conversion`]).
+//! bf16 itself, that makes the tiles ([`tile_packing`]).
 //!
 //! `Medium` multiplies one part of each side, `High` keeps three products of two parts, as the matrix product does ([`crate::gemm::split`]). Sums are f32.
 //! `Highest` stays with vectors: probabilities in three parts are as many conversions as the six products save time, and the softmax between the products, which
