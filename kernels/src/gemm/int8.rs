@@ -299,6 +299,7 @@ mod tests {
     use super::super::microkernel::with_plain_dots;
     use super::*;
     use crate::context::Blocking;
+    use crate::isa::Isa;
     use crate::testing::{assert_same_bits, for_each_isa, uniform};
     use crate::view::MatRef;
 
@@ -319,6 +320,9 @@ mod tests {
                 let a = Int8Rows::Given { values, scales: &scales };
                 for_each_isa(|ctx| {
                     let ctx = &ctx.blocking(Blocking { mc: 8, kc: 13, nc: 16 });
+                    // Beside a tile unit the products of bytes that are meant stand on its vectors.
+                    let vectors = Isa::new(ctx.isa().vectors()).unwrap();
+                    let isa = if ctx.isa().tiles().is_some() { vectors } else { ctx.isa() };
                     let b = MatRef::new(&b, k, n).unwrap();
                     let b = &PackedWeights::from_int8(ctx, b, &of_cols).unwrap();
                     let [mut expected, mut found] = [0, 1].map(|x| vec![x as f32; m * n]);
@@ -326,12 +330,8 @@ mod tests {
                     gemm_int8(ctx, a, b, c, Accum::Overwrite, &Epilogue::new()).unwrap();
                     let out = Out { ptr: found.as_mut_ptr(), row_stride: n, col_stride: 1 };
                     let target = Target::Scaled { out, accum: Accum::Overwrite, epilogue: Epilogue::new() };
-                    let product = &Product {
-                        a,
-                        b,
-                        target,
-                        kernel: int8_kernel_of(ctx.isa(), Storage::Int8, Storage::Int8),
-                    };
+                    let product =
+                        &Product { a, b, target, kernel: int8_kernel_of(isa, Storage::Int8, Storage::Int8) };
                     with_plain_dots(ctx.isa(), Part { product, rows: 0..m, cols: 0..n });
                     assert_same_bits(&found, &expected);
 
@@ -340,12 +340,8 @@ mod tests {
                     gemm_int8_sums(ctx, values, b, c, Accum::Overwrite).unwrap();
                     let out = Out { ptr: found.as_mut_ptr(), row_stride: n, col_stride: 1 };
                     let target = Target::Integers { out, accum: Accum::Overwrite };
-                    let product = &Product {
-                        a,
-                        b,
-                        target,
-                        kernel: int8_kernel_of(ctx.isa(), Storage::Int8, Storage::Int8),
-                    };
+                    let product =
+                        &Product { a, b, target, kernel: int8_kernel_of(isa, Storage::Int8, Storage::Int8) };
                     with_plain_dots(ctx.isa(), Part { product, rows: 0..m, cols: 0..n });
                     assert_eq!(found, expected);
                 });
