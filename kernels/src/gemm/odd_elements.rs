@@ -30,9 +30,7 @@ impl RightElements<'_> {
         };
         let mut elements: Vec<f32> = (0..k).map(|p| b.at(p, j)).collect();
         for block in elements.chunks_mut(self.kc) {
-            let mut magnitudes = Magnitudes::NONE;
-            block.iter().for_each(|x| magnitudes.add(*x));
-            if magnitudes.fit(self.storage) {
+            if Magnitudes::of(block).fit(self.storage) {
                 block.iter_mut().for_each(|x| *x = sum_of_parts(*x, self.storage.parts()));
             }
         }

@@ -7,13 +7,10 @@
 //! along the depth 32 elements become 16 words of one column, and 16 columns are transposed in registers. Elements that lie apart in both
 //! are gathered first.
 
-use half::bf16;
-use pulp::bytemuck::cast;
-
 use super::microkernel::{Bf16Products, Halves, PairRows, WORDS, prefetch};
 use super::pack::Element;
-use crate::transpose::transpose_4x4;
 use crate::view::MatRef;
+use half::bf16;
 
 /// Rows that are asked for before they are wanted, of which each gives one line.
 const AHEAD: usize = 16;
@@ -178,8 +175,9 @@ fn transposed<D: Bf16Products, T: Paired, const W: usize>(
                 None => T::along(dots, &filled(column)),
             };
         }
-        let square = transposed_square(&square);
-        for (row, words) in rows.iter_mut().zip(&square) {
+        let mut turned = [0; WORDS * WORDS];
+        dots.transpose(&square, &mut turned);
+        for (row, words) in rows.iter_mut().zip(turned.as_chunks::<WORDS>().0) {
             row[first..first + WORDS].copy_from_slice(words);
         }
     }
@@ -203,25 +201,6 @@ fn gathered<D: Bf16Products, T: Paired, const W: usize>(
         let [low, high] = halves;
         row[first..first + WORDS].copy_from_slice(&T::across(dots, &low, &high));
     }
-}
-
-/// The transpose of 16 rows of 16 words, by squares of 4.
-#[inline(always)]
-pub(super) fn transposed_square(rows: &[[u32; WORDS]; WORDS]) -> [[u32; WORDS]; WORDS] {
-    let mut columns = [[0; WORDS]; WORDS];
-    for i in (0..WORDS).step_by(4) {
-        for j in (0..WORDS).step_by(4) {
-            let mut square = [[0u32; 4]; 4];
-            for (r, square) in square.iter_mut().enumerate() {
-                square.copy_from_slice(&rows[i + r][j..j + 4]);
-            }
-            let turned: [[u32; 4]; 4] = cast(transpose_4x4(cast(square)));
-            for (r, turned) in turned.iter().enumerate() {
-                columns[j + r][i..i + 4].copy_from_slice(turned);
-            }
-        }
-    }
-    columns
 }
 
 /// What there is of `row` from element `first` on.

@@ -128,7 +128,8 @@ mod tests {
 
     #[test]
     fn parts_stand_for_a_number_within_their_bounds() {
-        let edges = [1.0, 1.0 - f32::EPSILON / 2.0, 1.0 + f32::EPSILON, 1.003_906_2, 3.389e38, 9.9e-32, -0.0];
+        let edges =
+            [1.0, 1.0 - f32::EPSILON / 2.0, 1.0 + f32::EPSILON, 1.003_906_2, 3.389e38, 9.9e-32, 0.0, -0.0];
         for x in uniform(20_000, 3).into_iter().chain(edges) {
             within(x, &parts_of::<1>(x), f64::powi(2.0, -8));
             within(x, &parts_of::<2>(x), f64::powi(2.0, -17));

@@ -23,7 +23,7 @@ use crate::isa::Bf16Dots;
 use crate::view::MatRef;
 
 /// Columns of a right operand that are packed side by side.
-pub(crate) const TOGETHER: usize = 128;
+const TOGETHER: usize = 128;
 
 /// What is looked for while packing.
 const NOTHING: usize = 0;
@@ -107,10 +107,7 @@ impl<T: Paired, const P: usize, const LOOK: usize> Bf16Visitor for Left<'_, T, P
         for (first, tiles) in (0..rows).step_by(SIDE).zip(sides) {
             let last = (first + SIDE).min(rows);
             let a = lanes.matrix.sub(first..last, 0..depth);
-            let together = match a.col_stride() {
-                1 => left_along::<D, T, P, LOOK>(dots, a, tiles),
-                _ => left_gathered::<D, T, P, LOOK>(dots, a, tiles),
-            };
+            let together = left_along::<D, T, P, LOOK>(dots, a, tiles);
             if LOOK != NOTHING && !together.fit(dots.simd()) {
                 mark(a, lanes.storage, &mut lanes.odd[first..last]);
             }
@@ -131,10 +128,9 @@ impl<T: Paired, const P: usize, const LOOK: usize> Bf16Visitor for Right<'_, T, 
         for (first, tiles) in (0..cols).step_by(TOGETHER).zip(groups) {
             let last = (first + TOGETHER).min(cols);
             let b = lanes.matrix.sub(first..last, 0..depth);
-            let together = match (b.row_stride(), b.col_stride()) {
-                (1, _) => right_across::<D, T, P, LOOK>(dots, b.t(), tiles, panel),
-                (_, 1) => right_along::<D, T, P, LOOK>(dots, b, tiles, panel),
-                _ => right_gathered::<D, T, P, LOOK>(dots, b, tiles, panel),
+            let together = match b.row_stride() {
+                1 => right_across::<D, T, P, LOOK>(dots, b.t(), tiles, panel),
+                _ => right_along::<D, T, P, LOOK>(dots, b, tiles, panel),
             };
             if LOOK != NOTHING && !together.fit(dots.simd()) {
                 mark(b, lanes.storage, &mut lanes.odd[first..last]);
@@ -210,14 +206,28 @@ fn parts<D: Bf16Products, T: Paired, const P: usize, const LOOK: usize>(
     parts
 }
 
-/// 32 elements of a lane from `p` on; zeros beyond its end.
+/// 32 elements of lane `i` from `p` on; zeros beyond its end.
 #[inline(always)]
-fn two<T: Paired>(lane: &[T], p: usize) -> [[T; SIDE]; 2] {
-    let lane = &lane[p..];
+fn two<T: Paired>(lanes: MatRef<'_, T>, i: usize, p: usize) -> [[T; SIDE]; 2] {
+    if lanes.col_stride() != 1 {
+        return gathered(lanes, i, p);
+    }
+    let lane = &lanes.row(i)[p..];
     match (lane.first_chunk(), lane.get(SIDE..).and_then(<[T]>::first_chunk)) {
         (Some(first), Some(second)) => [*first, *second],
         _ => [ragged(lane), ragged(from(lane, SIDE))],
     }
+}
+
+/// The same where the elements lie apart.
+#[cold]
+#[inline(never)]
+fn gathered<T: Paired>(lanes: MatRef<'_, T>, i: usize, p: usize) -> [[T; SIDE]; 2] {
+    let mut two = [[T::default(); SIDE]; 2];
+    for (x, p) in two.as_flattened_mut().iter_mut().zip(p..lanes.cols()) {
+        *x = lanes.at(i, p);
+    }
+    two
 }
 
 /// Up to 16 elements, and zeros behind them. Not inlined: else all would be copied by a length that is known only here.
@@ -227,7 +237,7 @@ fn ragged<T: Paired>(elements: &[T]) -> [T; SIDE] {
     filled(elements)
 }
 
-/// Row after row along k: hardware foresees what comes.
+/// Row after row along k: where elements follow each other, hardware foresees what comes.
 #[inline(always)]
 fn left_along<D: Bf16Products, T: Paired, const P: usize, const LOOK: usize>(
     dots: D,
@@ -239,6 +249,13 @@ fn left_along<D: Bf16Products, T: Paired, const P: usize, const LOOK: usize>(
         let rows = tiles[i * SIDE..].chunks_mut(P * TILE_WORDS);
         if i >= a.rows() {
             rows.for_each(|words| (0..P).for_each(|part| words[part * TILE_WORDS..][..SIDE].fill(0)));
+            continue;
+        }
+        if a.col_stride() != 1 {
+            for (words, p) in rows.zip((0..).step_by(STEP)) {
+                let [first, second] = two(a, i, p);
+                put_along::<D, T, P, LOOK>(dots, (&first, &second), words, &mut together);
+            }
             continue;
         }
         let (whole, rest) = a.row(i).as_chunks::<STEP>();
@@ -307,26 +324,6 @@ fn left_across<D: Bf16Products, T: Paired, const P: usize, const LOOK: usize>(
     together
 }
 
-/// A tile at a time, element by element.
-#[inline(always)]
-fn left_gathered<D: Bf16Products, T: Paired, const P: usize, const LOOK: usize>(
-    dots: D,
-    a: MatRef<'_, T>,
-    tiles: &mut [u32],
-) -> Looked<D::Simd> {
-    let mut together = Looked::nothing(dots.simd());
-    for (tiles, p) in tiles.chunks_exact_mut(P * TILE_WORDS).zip((0..).step_by(STEP)) {
-        for i in 0..SIDE {
-            let [first, second] = gathered(a, i, p);
-            let parts: [Halves; P] = parts::<D, T, P, LOOK>(dots, (&first, &second), &mut together);
-            for (part, halves) in parts.into_iter().enumerate() {
-                put(tiles, part * TILE_WORDS + i * SIDE, cast(halves));
-            }
-        }
-    }
-    together
-}
-
 /// Two rows of `b` at a time, through all panels.
 #[inline(always)]
 fn right_across<D: Bf16Products, T: Paired, const P: usize, const LOOK: usize>(
@@ -368,7 +365,7 @@ fn put_across<D: Bf16Products, T: Paired, const P: usize, const LOOK: usize>(
     }
 }
 
-/// A tile at a time, from 16 pieces of 32 neighbours. `b` has a column in each row.
+/// A tile at a time, from 16 pieces of 32 elements along k. `b` has a column in each row.
 #[inline(always)]
 fn right_along<D: Bf16Products, T: Paired, const P: usize, const LOOK: usize>(
     dots: D,
@@ -381,33 +378,7 @@ fn right_along<D: Bf16Products, T: Paired, const P: usize, const LOOK: usize>(
         for step in 0..panel / (P * 2 * TILE_WORDS) {
             let mut squares = [[[0; SIDE]; SIDE]; P];
             for j in 0..SIDE.min(b.rows().saturating_sub(side * SIDE)) {
-                let [first, second] = two(b.row(side * SIDE + j), step * STEP);
-                let parts: [Halves; P] = parts::<D, T, P, LOOK>(dots, (&first, &second), &mut together);
-                for (square, halves) in squares.iter_mut().zip(parts) {
-                    square[j] = cast(halves);
-                }
-            }
-            let at = side / 2 * panel + (step * P * 2 + side % 2) * TILE_WORDS;
-            put_transposed(dots, &squares, &mut tiles[at..], 2 * TILE_WORDS);
-        }
-    }
-    together
-}
-
-/// As [`right_along`], element by element.
-#[inline(always)]
-fn right_gathered<D: Bf16Products, T: Paired, const P: usize, const LOOK: usize>(
-    dots: D,
-    b: MatRef<'_, T>,
-    tiles: &mut [u32],
-    panel: usize,
-) -> Looked<D::Simd> {
-    let mut together = Looked::nothing(dots.simd());
-    for side in 0..tiles.len() / panel * 2 {
-        for step in 0..panel / (P * 2 * TILE_WORDS) {
-            let mut squares = [[[0; SIDE]; SIDE]; P];
-            for j in 0..SIDE {
-                let [first, second] = gathered(b, side * SIDE + j, step * STEP);
+                let [first, second] = two(b, side * SIDE + j, step * STEP);
                 let parts: [Halves; P] = parts::<D, T, P, LOOK>(dots, (&first, &second), &mut together);
                 for (square, halves) in squares.iter_mut().zip(parts) {
                     square[j] = cast(halves);
@@ -430,18 +401,6 @@ fn lanes_of<T: Paired>(row: &[T], first: usize) -> [T; SIDE] {
     }
 }
 
-/// 32 elements of lane `i` from `p` on, of any strides; zeros beyond the matrix.
-#[inline(always)]
-fn gathered<T: Paired>(lanes: MatRef<'_, T>, i: usize, p: usize) -> [[T; SIDE]; 2] {
-    let mut two = [[T::default(); SIDE]; 2];
-    if i < lanes.rows() {
-        for (x, p) in two.as_flattened_mut().iter_mut().zip(p..lanes.cols()) {
-            *x = lanes.at(i, p);
-        }
-    }
-    two
-}
-
 /// A row of a tile.
 #[inline(always)]
 fn put(tiles: &mut [u32], at: usize, row: Row) {
@@ -459,121 +418,5 @@ fn put_transposed<D: Bf16Products, const P: usize>(
     for (part, square) in squares.iter().enumerate() {
         let tile = tiles[part * apart..].first_chunk_mut::<TILE_WORDS>().expect("a whole tile");
         dots.transpose(square, tile);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use half::bf16;
-
-    use super::*;
-    use crate::gemm::split::{column_words, right_element};
-    use crate::isa::Isa;
-    use crate::testing::uniform;
-
-    /// Of the CPU, or in plain arithmetic.
-    fn proof() -> Option<Bf16Dots> {
-        Isa::avx512_bf16_or_emulated().and_then(Isa::bf16_dots)
-    }
-
-    /// Ragged and whole, along the depth, across it, and in neither direction.
-    fn matrices(each: impl Fn(MatRef<'_>, &str)) {
-        for (rows, cols) in [(1, 1), (2, 16), (15, 31), (16, 32), (17, 33), (33, 48), (64, 70), (140, 5)] {
-            let data = uniform(2 * rows * cols, 3);
-            each(MatRef::new(&data[..rows * cols], rows, cols).unwrap(), "along");
-            each(MatRef::new(&data[..rows * cols], cols, rows).unwrap().t(), "across");
-            each(MatRef::with_strides(&data, rows, cols, 2 * cols, 2).unwrap(), "apart");
-        }
-    }
-
-    /// Element (i, p) of left tiles: the sum of its parts.
-    fn left_element<const P: usize>(tiles: &[u32], depth: usize, i: usize, p: usize) -> f32 {
-        let tile = (i / SIDE * depth.div_ceil(STEP) + p / STEP) * P;
-        let word = |part| tiles[(tile + part) * TILE_WORDS + i % SIDE * SIDE + p % STEP / 2];
-        (0..P)
-            .map(|part| {
-                f32::from_bits(if p.is_multiple_of(2) { word(part) << 16 } else { word(part) >> 16 << 16 })
-            })
-            .sum()
-    }
-
-    fn check<const P: usize>(proof: Bf16Dots, matrix: MatRef<'_>, order: &str) {
-        let (rows, cols) = (matrix.rows(), matrix.cols());
-        let expected = |x: f32| crate::gemm::split::sum_of_parts(x, P);
-        let context = format!("{P} parts of {rows} x {cols}, {order}");
-        let mut tiles = vec![u32::MAX; rows.next_multiple_of(SIDE) * column_words(cols, P)];
-        pack_left::<f32, P>(proof, matrix, &mut tiles, Storage::Bf16, &mut []);
-        for i in 0..rows.next_multiple_of(SIDE) {
-            for p in 0..cols.next_multiple_of(STEP) {
-                let there = i < rows && p < cols;
-                let x = if there { expected(matrix.at(i, p)) } else { 0.0 };
-                assert_eq!(left_element::<P>(&tiles, cols, i, p), x, "left, {context}: {i}, {p}");
-            }
-        }
-        let column = column_words(rows, P);
-        let mut tiles = vec![u32::MAX; cols.next_multiple_of(2 * SIDE) * column];
-        pack_right::<f32, P>(proof, matrix, &mut tiles, Storage::Bf16, &mut []);
-        for j in 0..cols.next_multiple_of(2 * SIDE) {
-            let panel = &tiles[j / (2 * SIDE) * 2 * SIDE * column..];
-            for p in 0..rows.next_multiple_of(STEP) {
-                let there = p < rows && j < cols;
-                let x = if there { expected(matrix.at(p, j)) } else { 0.0 };
-                assert_eq!(right_element(panel, P, p, j % (2 * SIDE)), x, "right, {context}: {p}, {j}");
-            }
-        }
-    }
-
-    #[test]
-    fn tiles_hold_the_parts_of_their_elements() {
-        let Some(proof) = proof() else { return };
-        matrices(|matrix, order| {
-            check::<1>(proof, matrix, order);
-            check::<2>(proof, matrix, order);
-            check::<3>(proof, matrix, order);
-        });
-    }
-
-    #[test]
-    fn bf16_is_packed_as_it_is() {
-        let Some(proof) = proof() else { return };
-        matrices(|matrix, order| {
-            let halves: Vec<bf16> = (0..matrix.rows() * matrix.cols())
-                .map(|i| bf16::from_f32(matrix.at(i / matrix.cols(), i % matrix.cols())))
-                .collect();
-            let halves = MatRef::new(&halves, matrix.rows(), matrix.cols()).unwrap();
-            let [mut ours, mut theirs] = [(); 2].map(|()| {
-                vec![u32::MAX; matrix.cols().next_multiple_of(32) * column_words(matrix.rows(), 1)]
-            });
-            pack_right::<bf16, 1>(proof, halves, &mut ours, Storage::Bf16, &mut []);
-            pack_right::<f32, 1>(proof, matrix, &mut theirs, Storage::Bf16, &mut []);
-            assert_eq!(ours, theirs, "{order}");
-        });
-    }
-
-    #[test]
-    fn lanes_without_parts_are_marked() {
-        let Some(proof) = proof() else { return };
-        for (x, storage, is_odd) in [
-            (f32::MAX, Storage::Split2, true),
-            (f32::NAN, Storage::Split2, true),
-            (f32::NEG_INFINITY, Storage::Split3, true),
-            (1e-32, Storage::Split3, true),
-            (1e-32, Storage::Split2, false),
-            (0.0, Storage::Split3, false),
-        ] {
-            let mut data = uniform(20 * 40, 7);
-            data[17 * 40 + 35] = x;
-            let matrix = MatRef::new(&data, 20, 40).unwrap();
-            let mut tiles = vec![0; 64 * column_words(40, 3)];
-            let (mut rows, mut cols) = ([false; 20], [false; 40]);
-            pack_left::<f32, 3>(proof, matrix, &mut tiles, storage, &mut rows);
-            pack_right::<f32, 3>(proof, matrix, &mut tiles, storage, &mut cols);
-            for (i, odd) in rows.iter().enumerate() {
-                assert_eq!(*odd, is_odd && i == 17, "row {i} with {x:e}");
-            }
-            for (j, odd) in cols.iter().enumerate() {
-                assert_eq!(*odd, is_odd && j == 35, "column {j} with {x:e}");
-            }
-        }
     }
 }

@@ -20,7 +20,7 @@ pub(super) fn rounded(x: f32) -> bf16 {
     bf16::from_bits(bf16_bits(x) as u16)
 }
 
-/// Writes rows of a strip from its blocks, a few rows at a time through all blocks; true.
+/// Writes rows of a strip from its blocks, a few rows at a time through all blocks.
 ///
 /// # Safety
 /// These rows and columns of `c` are writable, and the elements of a row follow each other.
@@ -30,7 +30,7 @@ pub(super) unsafe fn put_rows<T: Copy>(
     (rows, cols): (usize, usize),
     blocks_of_sums: &[[f32; BLOCK * BLOCK]],
     element: impl Fn(f32) -> T,
-) -> bool {
+) {
     for group in blocks(0..rows, AT_ONCE) {
         for (panel, sums) in blocks_of_sums.iter().enumerate() {
             let width = BLOCK.min(cols - panel * BLOCK);
@@ -49,7 +49,6 @@ pub(super) unsafe fn put_rows<T: Copy>(
             }
         }
     }
-    true
 }
 
 /// The sums of a block: 32 rows of 32, where the tile unit stores them.

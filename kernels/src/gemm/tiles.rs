@@ -139,8 +139,7 @@ impl<A: Paired> TilePart<'_, A> {
         } else {
             TileUnit::configure(proofs.tiles)
         };
-        let plan = Plan::of(problem, (rows.len(), cols.len()));
-        let Plan { mc, nc, kc, wide, kept, kept_left } = plan;
+        let Plan { mc, nc, kc, wide, kept, kept_left } = Plan::of(problem, (rows.len(), cols.len()));
         let (k, storage) = (problem.a.cols(), problem.kernel.storage);
         let tall = mc.next_multiple_of(SIDE);
         let mut left = ScratchBuf::take(tall * column_words(if kept_left { k } else { kc }, P));
@@ -288,17 +287,22 @@ impl<A: Paired> Block<'_, A> {
     /// Stores the sums of a strip where rows of C are contiguous; whether they are.
     #[inline(always)]
     fn store_rows(&self, rows: &Range<usize>, sums: &[[f32; BLOCK * BLOCK]]) -> bool {
-        let cols = self.cols.len();
-        match self.rounded {
+        let shape = (rows.len(), self.cols.len());
+        match self.rounded.map(|c| c.from(rows.start, self.cols.start)) {
             None => {
                 let c = self.problem.out(rows.start, self.cols.start);
-                // SAFETY: this task alone writes these rows and columns of C.
-                c.col_stride == 1 && unsafe { put_rows(c, (rows.len(), cols), sums, |x| x) }
+                if c.col_stride == 1 {
+                    // SAFETY: this task alone writes these rows and columns of C.
+                    unsafe { put_rows(c, shape, sums, |x| x) };
+                }
+                c.col_stride == 1
             }
             Some(c) => {
-                let c = c.from(rows.start, self.cols.start);
-                // SAFETY: the contract of `rounded_to`.
-                c.col_stride == 1 && unsafe { put_rows(c, (rows.len(), cols), sums, rounded) }
+                if c.col_stride == 1 {
+                    // SAFETY: the contract of `rounded_to`.
+                    unsafe { put_rows(c, shape, sums, rounded) };
+                }
+                c.col_stride == 1
             }
         }
     }

@@ -432,6 +432,25 @@ byte_sums!(
 );
 byte_sums!(bytes_one_by_one, concat!(bytes_right!(0), left!(0, 0), multiply!("tdpbsud", 0, 0)));
 
+/// A loop over k for one block of sums.
+type SumsLoop = unsafe fn(&TileBlock, *mut u32, usize);
+
+/// The loops from zero and from sums that are there.
+#[inline(always)]
+fn loops(storage: Storage, two_rows: bool) -> [SumsLoop; 2] {
+    match (storage, two_rows) {
+        (Storage::Bf16, true) => [bf16_four, more_bf16_four],
+        (Storage::Bf16, false) => [bf16_two, more_bf16_two],
+        (Storage::Split2, true) => [split2_four, more_split2_four],
+        (Storage::Split2, false) => [split2_two, more_split2_two],
+        (Storage::Split3, true) => [split3_four, more_split3_four],
+        (Storage::Split3, false) => [split3_two, more_split3_two],
+        (Storage::F32 | Storage::Int8 | Storage::Int4 | Storage::Int7, _) => {
+            unreachable!("tiles hold no {storage:?}")
+        }
+    }
+}
+
 impl TileUnit {
     /// Writes the sums of one block, 32 rows of 32 columns that are `stride` elements apart; only the upper 16 where `block` has one tile of rows.
     ///
@@ -439,21 +458,9 @@ impl TileUnit {
     /// `block` reaches readable tiles, the second tile of rows only if `two_rows`, and has at least one step; as many rows of 32 elements as are
     /// written are writable from `sums` on.
     pub(crate) unsafe fn sums_to(&self, storage: Storage, block: &TileBlock, sums: *mut f32, stride: usize) {
-        let sums = sums.cast::<u32>();
+        let [from_zero, _] = loops(storage, block.two_rows);
         // SAFETY: the unit is configured, because `self` exists; the rest is the contract.
-        unsafe {
-            match (storage, block.two_rows) {
-                (Storage::Bf16, true) => bf16_four(block, sums, stride),
-                (Storage::Bf16, false) => bf16_two(block, sums, stride),
-                (Storage::Split2, true) => split2_four(block, sums, stride),
-                (Storage::Split2, false) => split2_two(block, sums, stride),
-                (Storage::Split3, true) => split3_four(block, sums, stride),
-                (Storage::Split3, false) => split3_two(block, sums, stride),
-                (Storage::F32 | Storage::Int8 | Storage::Int4 | Storage::Int7, _) => {
-                    unreachable!("tiles hold no {storage:?}")
-                }
-            }
-        }
+        unsafe { from_zero(block, sums.cast::<u32>(), stride) };
     }
 
     /// As [`TileUnit::sums_to`], but goes on from the sums that lie there.
@@ -461,21 +468,9 @@ impl TileUnit {
     /// # Safety
     /// As [`TileUnit::sums_to`], and the sums are readable.
     pub(crate) unsafe fn go_on(&self, storage: Storage, block: &TileBlock, sums: *mut f32, stride: usize) {
-        let sums = sums.cast::<u32>();
+        let [_, from_sums] = loops(storage, block.two_rows);
         // SAFETY: as above.
-        unsafe {
-            match (storage, block.two_rows) {
-                (Storage::Bf16, true) => more_bf16_four(block, sums, stride),
-                (Storage::Bf16, false) => more_bf16_two(block, sums, stride),
-                (Storage::Split2, true) => more_split2_four(block, sums, stride),
-                (Storage::Split2, false) => more_split2_two(block, sums, stride),
-                (Storage::Split3, true) => more_split3_four(block, sums, stride),
-                (Storage::Split3, false) => more_split3_two(block, sums, stride),
-                (Storage::F32 | Storage::Int8 | Storage::Int4 | Storage::Int7, _) => {
-                    unreachable!("tiles hold no {storage:?}")
-                }
-            }
-        }
+        unsafe { from_sums(block, sums.cast::<u32>(), stride) };
     }
 
     /// Adds the products of one block of bytes to its sums, 32 rows of 32 columns, modulo 2³².

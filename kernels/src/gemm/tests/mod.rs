@@ -6,6 +6,7 @@ mod int8;
 mod int8_int4;
 mod mixed;
 mod stored;
+mod tile_packing;
 mod tiles;
 
 use std::num::NonZeroUsize;
