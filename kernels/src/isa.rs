@@ -123,6 +123,13 @@ enum EmulatedBeside {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Tiles(());
 
+/// Whether tile instructions, or dot products of bf16, may run beside vectors of S: real ones beside 512 bits alone, those in software that tests use
+/// beside 256 too. What asks for the proof of them need not be compiled for others.
+#[inline(always)]
+pub(crate) const fn may_have_tiles<S: Simd>() -> bool {
+    S::F32_LANES == 16 || (S::F32_LANES == 8 && cfg!(any(test, feature = "testing")))
+}
+
 /// The proof that dot products of pairs of bf16 and conversions to bf16 run, and the vectors on which they do.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Bf16Dots {

@@ -48,7 +48,7 @@ use super::regions::{Cut, Region, row_tiles};
 use super::stage;
 use crate::gemm::microkernel::amx::{BLOCK, SIDE, STEP};
 use crate::gemm::microkernel::prefetch;
-use crate::isa::Bf16Dots;
+use crate::isa::{Bf16Dots, may_have_tiles};
 use crate::scratch::ScratchBuf;
 use crate::view::MatRef;
 
@@ -121,8 +121,8 @@ impl Backward<'_> {
     /// Some units of one cut.
     #[inline(always)]
     pub(super) fn run_on_tiles<S: Simd>(&self, simd: S, means: OnTiles, cut: Cut, units: Range<usize>) {
-        if const { S::F32_LANES < 8 } {
-            unreachable!("tiles stand beside vectors of eight lanes and more");
+        if const { !may_have_tiles::<S>() } {
+            unreachable!("no tile unit stands beside these vectors");
         }
         match means.parts {
             1 => self.run_in_parts::<S, 1>(simd, means, cut, units),

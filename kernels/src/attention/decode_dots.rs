@@ -6,7 +6,7 @@
 //! Rows are the elements of K in a panel, or the keys of V in a block. A step reads its cache once, so nothing is packed: two rows become words in registers, by the CPU's conversion
 //! or, of a cache in bf16, by putting halves together, and meet the queries there. An element is the chain over words that [`crate::gemm::microkernel::bf16_block`]
 //! has, so the bits are those of the full pass.
-//! Where a number is odd (see [`super::on_tiles`]), the form of tiles, which looks after such numbers, does the task again.
+//! Where a number is odd (see [`super::on_tiles`]), the form of tiles, which looks after such numbers, does the task again ([`super::decode_tasks`]).
 
 use std::ops::Range;
 
@@ -14,8 +14,7 @@ use pulp::Simd;
 
 use super::cache::{CacheFormat, PANEL, Rows};
 use super::decode::Places;
-use super::decode_tasks::{Products, Tasks};
-use super::decode_tiles::InParts;
+use super::decode_tasks::Tasks;
 use super::online;
 use super::problem::KEY_BLOCK;
 use crate::gemm::microkernel::{Bf16Kernel, Bf16Products, Bf16Visitor, with_bf16_kernel};
@@ -32,20 +31,24 @@ const WORDS: usize = GROUP / 2;
 /// Queries that meet the words together.
 const QUERIES: usize = 4;
 
-/// Dot products, and the form of tiles beside them.
-pub(super) struct Dots {
-    pub(super) proof: Bf16Dots,
-    pub(super) tiles: InParts<1>,
-}
+/// What multiplies in a task: the proof of dot products.
+pub(super) struct Dots(pub(super) Bf16Dots);
 
 /// Words of a left operand's row of that many elements.
 const fn left_words(depth: usize) -> usize {
     depth.div_ceil(GROUP) * WORDS
 }
 
-impl Products for Dots {
+impl Dots {
+    /// The scores of a unit's rows, see [`Tasks`]; `false` when a number is odd, and they are another's to make.
     #[inline(always)]
-    fn scores<S: Simd>(&self, simd: S, tasks: &Tasks<'_>, unit: usize, columns: &Range<usize>) {
+    pub(super) fn scores<S: Simd>(
+        &self,
+        simd: S,
+        tasks: &Tasks<'_>,
+        unit: usize,
+        columns: &Range<usize>,
+    ) -> bool {
         let (b, kv) = tasks.problem.place(unit);
         let (rows, dim) = (tasks.problem.rows(), tasks.problem.dim);
         let scaled = tasks.scaled_queries(simd, unit);
@@ -86,15 +89,20 @@ impl Products for Dots {
                 }
             }
         }
-        if odd {
-            self.tiles.scores(simd, tasks, unit, columns);
-        }
+        !odd
     }
 
+    /// Columns of a unit's output; `false` when a value is odd, and nothing is written.
     #[inline(always)]
-    fn output<S: Simd>(&self, simd: S, tasks: &Tasks<'_>, unit: usize, cols: Range<usize>) {
+    pub(super) fn output<S: Simd>(
+        &self,
+        simd: S,
+        tasks: &Tasks<'_>,
+        unit: usize,
+        cols: Range<usize>,
+    ) -> bool {
         if cols.is_empty() {
-            return;
+            return true;
         }
         let (rows, v_dim) = (tasks.problem.rows(), tasks.problem.v_dim);
         let (b, kv) = tasks.problem.place(unit);
@@ -130,19 +138,16 @@ impl Products for Dots {
                 online::carry(simd, *alpha, sums, acc);
             }
         }
-        if odd {
-            self.tiles.output(simd, tasks, unit, cols);
-        } else {
+        if !odd {
             tasks.store(simd, unit, (&acc, width), cols);
         }
+        !odd
     }
-}
 
-impl Dots {
     /// Words along each row, [`left_words`] apart; whether an element is odd.
     fn pack(&self, rows: MatRef<'_>, words: &mut [u32]) -> bool {
         let mut odd = false;
-        with_bf16_kernel(self.proof, Pack { rows, words, odd: &mut odd });
+        with_bf16_kernel(self.0, Pack { rows, words, odd: &mut odd });
         odd
     }
 
@@ -158,8 +163,8 @@ impl Dots {
         let stride = left_words(depth);
         assert!(left.len() >= rows.next_multiple_of(QUERIES) * stride);
         match pairs {
-            Pairs::F32(right) => with_bf16_kernel(self.proof, Sums { left, stride, rows, right, sums, odd }),
-            Pairs::Bf16(right) => with_bf16_kernel(self.proof, Sums { left, stride, rows, right, sums, odd }),
+            Pairs::F32(right) => with_bf16_kernel(self.0, Sums { left, stride, rows, right, sums, odd }),
+            Pairs::Bf16(right) => with_bf16_kernel(self.0, Sums { left, stride, rows, right, sums, odd }),
         }
     }
 }

@@ -13,6 +13,7 @@ use super::mask::Line;
 use super::on_tiles::OnTiles;
 use super::online::{self, Row};
 use super::problem::{KEY_BLOCK, Shared, piece};
+use crate::isa::may_have_tiles;
 use crate::lanes;
 use crate::scratch::ScratchBuf;
 
@@ -30,12 +31,29 @@ pub(super) enum Step {
 }
 
 /// By what means the two products are made.
-pub(super) trait Products {
-    /// `scale·q·k_j` of all rows of a unit, for the blocks of keys whose scores stand in `columns`.
-    fn scores<S: Simd>(&self, simd: S, tasks: &Tasks<'_>, unit: usize, columns: &Range<usize>);
+enum Means {
+    Vectors,
+    /// Dot products, and the form of tiles for tasks in which a number is odd.
+    Dots(Dots, InParts<1>),
+    Medium(InParts<1>),
+    High(InParts<2>),
+}
 
-    /// Columns `cols` of the output of a unit, whose weights are complete.
-    fn output<S: Simd>(&self, simd: S, tasks: &Tasks<'_>, unit: usize, cols: Range<usize>);
+impl Means {
+    #[inline(always)]
+    fn of<S: Simd>(tiles: Option<OnTiles>) -> Means {
+        match tiles {
+            None => Means::Vectors,
+            Some(_) if const { !may_have_tiles::<S>() } => {
+                unreachable!("no tile unit stands beside these vectors")
+            }
+            Some(on @ OnTiles { parts: 1, .. }) => match on.dots() {
+                Some(proof) => Means::Dots(Dots(proof), InParts(on.unit())),
+                None => Means::Medium(InParts(on.unit())),
+            },
+            Some(on) => Means::High(InParts(on.unit())),
+        }
+    }
 }
 
 pub(super) struct Tasks<'a> {
@@ -54,42 +72,51 @@ impl WithSimd for Tasks<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        match self.tiles {
-            None => self.run(simd, &Vectors),
-            Some(on @ OnTiles { parts: 1, .. }) => {
-                let tiles = InParts::<1>(on.unit());
-                match on.dots() {
-                    Some(proof) => self.run(simd, &Dots { proof, tiles }),
-                    None => self.run(simd, &tiles),
-                }
+        let means = Means::of::<S>(self.tiles);
+        let (columns, v_dim) = (self.places.stride, self.problem.v_dim);
+        let (columns_per_task, cols_per_task) = match self.step {
+            Step::All => (columns, v_dim),
+            _ => (KEYS_PER_TASK, self.problem.cols_per_task()),
+        };
+        // Each step stands here once: all of it is compiled into this function.
+        for task in self.tasks.clone() {
+            let (unit, index) = (task / self.pieces, task % self.pieces);
+            if matches!(self.step, Step::Scores | Step::All) {
+                self.scores(simd, &means, unit, &piece(index, columns_per_task, columns));
             }
-            Some(on) => self.run(simd, &InParts::<2>(on.unit())),
+            if matches!(self.step, Step::Weights | Step::All) {
+                self.weights(simd, unit);
+            }
+            if matches!(self.step, Step::Output | Step::All) {
+                self.output(simd, &means, unit, piece(index, cols_per_task, v_dim));
+            }
         }
     }
 }
 
 impl Tasks<'_> {
+    /// `scale·q·k_j` of all rows of a unit, for the blocks of keys whose scores stand in `columns`.
     #[inline(always)]
-    fn run<S: Simd>(&self, simd: S, products: &impl Products) {
-        let (columns, v_dim) = (self.places.stride, self.problem.v_dim);
-        for task in self.tasks.clone() {
-            let (unit, index) = (task / self.pieces, task % self.pieces);
-            match self.step {
-                Step::Scores => {
-                    products.scores(simd, self, unit, &piece(index, KEYS_PER_TASK, columns));
-                }
-                Step::Weights => self.weights(simd, unit),
-                Step::Output => {
-                    let cols = piece(index, self.problem.cols_per_task(), v_dim);
-                    products.output(simd, self, unit, cols);
-                }
-                Step::All => {
-                    products.scores(simd, self, unit, &(0..columns));
-                    self.weights(simd, unit);
-                    products.output(simd, self, unit, 0..v_dim);
-                }
-            }
-        }
+    fn scores<S: Simd>(&self, simd: S, means: &Means, unit: usize, columns: &Range<usize>) {
+        let tiles = match means {
+            Means::Vectors => return Vectors.scores(simd, self, unit, columns),
+            Means::High(tiles) => return tiles.scores(simd, self, unit, columns),
+            Means::Dots(dots, _) if dots.scores(simd, self, unit, columns) => return,
+            Means::Dots(_, tiles) | Means::Medium(tiles) => tiles,
+        };
+        tiles.scores(simd, self, unit, columns);
+    }
+
+    /// Columns `cols` of the output of a unit, whose weights are complete.
+    #[inline(always)]
+    fn output<S: Simd>(&self, simd: S, means: &Means, unit: usize, cols: Range<usize>) {
+        let tiles = match means {
+            Means::Vectors => return Vectors.output(simd, self, unit, cols),
+            Means::High(tiles) => return tiles.output(simd, self, unit, cols),
+            Means::Dots(dots, _) if dots.output(simd, self, unit, cols.clone()) => return,
+            Means::Dots(_, tiles) | Means::Medium(tiles) => tiles,
+        };
+        tiles.output(simd, self, unit, cols);
     }
 
     /// The blocks of a unit whose scores stand in `columns`, those that follow one another as one: their scores do too.

@@ -18,12 +18,13 @@ use pulp::Simd;
 
 use super::cache::{PANEL, Rows};
 use super::decode::{Block, Places};
-use super::decode_tasks::{Products, Tasks};
+use super::decode_tasks::Tasks;
 use super::on_tiles::{self, Operands, Unit, left_words, product, right_words};
 use super::online;
 use super::problem::KEY_BLOCK;
 use super::stored;
 use crate::gemm::microkernel::amx::{BLOCK, SIDE};
+use crate::isa::may_have_tiles;
 use crate::scratch::ScratchBuf;
 use crate::view::MatRef;
 
@@ -37,11 +38,12 @@ struct Queries {
     odd_rows: Vec<bool>,
 }
 
-impl<const P: usize> Products for InParts<P> {
+impl<const P: usize> InParts<P> {
+    /// The scores of a unit's rows, see [`Tasks`].
     #[inline(always)]
-    fn scores<S: Simd>(&self, simd: S, tasks: &Tasks<'_>, unit: usize, columns: &Range<usize>) {
-        if const { S::F32_LANES < 8 } {
-            unreachable!("tiles stand beside vectors of eight lanes and more");
+    pub(super) fn scores<S: Simd>(&self, simd: S, tasks: &Tasks<'_>, unit: usize, columns: &Range<usize>) {
+        if const { !may_have_tiles::<S>() } {
+            unreachable!("no tile unit stands beside these vectors");
         }
         let (b, kv) = tasks.problem.place(unit);
         let (rows, dim) = (tasks.problem.rows(), tasks.problem.dim);
@@ -80,10 +82,11 @@ impl<const P: usize> Products for InParts<P> {
         }
     }
 
+    /// Columns of a unit's output.
     #[inline(always)]
-    fn output<S: Simd>(&self, simd: S, tasks: &Tasks<'_>, unit: usize, cols: Range<usize>) {
-        if const { S::F32_LANES < 8 } {
-            unreachable!("tiles stand beside vectors of eight lanes and more");
+    pub(super) fn output<S: Simd>(&self, simd: S, tasks: &Tasks<'_>, unit: usize, cols: Range<usize>) {
+        if const { !may_have_tiles::<S>() } {
+            unreachable!("no tile unit stands beside these vectors");
         }
         if cols.is_empty() {
             return;

@@ -9,7 +9,7 @@ use pulp::Simd;
 
 use super::cache::{CacheFormat, PANEL, Rows};
 use super::decode::Places;
-use super::decode_tasks::{Products, Tasks};
+use super::decode_tasks::Tasks;
 use super::stored::{self, GROUP_WORDS};
 use super::tile::{Dest, Extent, GROUP, Left, Onto, Right, product};
 use crate::scratch::ScratchBuf;
@@ -18,9 +18,10 @@ use crate::view::MatRef;
 /// [`product`] and [`stored::multiply`].
 pub(super) struct Vectors;
 
-impl Products for Vectors {
+impl Vectors {
+    /// The scores of a unit's rows, see [`Tasks`].
     #[inline(always)]
-    fn scores<S: Simd>(&self, simd: S, tasks: &Tasks<'_>, unit: usize, columns: &Range<usize>) {
+    pub(super) fn scores<S: Simd>(&self, simd: S, tasks: &Tasks<'_>, unit: usize, columns: &Range<usize>) {
         let (b, kv) = tasks.problem.place(unit);
         let (rows, dim) = (tasks.problem.rows(), tasks.problem.dim);
         let scaled = tasks.scaled_queries(simd, unit);
@@ -59,8 +60,9 @@ impl Products for Vectors {
         }
     }
 
+    /// Columns of a unit's output.
     #[inline(always)]
-    fn output<S: Simd>(&self, simd: S, tasks: &Tasks<'_>, unit: usize, cols: Range<usize>) {
+    pub(super) fn output<S: Simd>(&self, simd: S, tasks: &Tasks<'_>, unit: usize, cols: Range<usize>) {
         let Places { stride, alpha, len, .. } = tasks.places;
         let (b, kv) = tasks.problem.place(unit);
         let (rows, v_dim) = (tasks.problem.rows(), tasks.problem.v_dim);

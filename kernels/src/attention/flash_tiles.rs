@@ -31,6 +31,7 @@ use super::online::{self, Carried};
 use super::problem::{KEY_BLOCK, Shape, cut, take_first};
 use super::stage::{self, Coming};
 use crate::gemm::microkernel::amx::{BLOCK, SIDE, STEP};
+use crate::isa::may_have_tiles;
 use crate::scratch::ScratchBuf;
 use crate::view::MatRef;
 
@@ -91,8 +92,8 @@ impl Forward<'_> {
         unit: (usize, usize),
         units: Range<usize>,
     ) {
-        if const { S::F32_LANES < 8 } {
-            unreachable!("tiles stand beside vectors of eight lanes and more");
+        if const { !may_have_tiles::<S>() } {
+            unreachable!("no tile unit stands beside these vectors");
         }
         match means.parts {
             1 => self.run_in_parts::<S, 1>(simd, means, unit, units),

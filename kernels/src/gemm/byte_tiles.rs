@@ -19,7 +19,7 @@ use super::int8_rows::quantise_row;
 use super::microkernel::amx::{BLOCK, ByteBlock, SIDE, TILE_WORDS, TileUnit};
 use super::microkernel::{Order, RowScale, Sink};
 use super::tile_store::{Sums, store};
-use crate::isa::Tiles;
+use crate::isa::{Tiles, may_have_tiles};
 use crate::scratch::ScratchBuf;
 
 /// A part of C, and the proof that tiles run.
@@ -38,8 +38,8 @@ impl WithSimd for TilePart<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        if const { S::F32_LANES < 8 } {
-            unreachable!("tiles stand beside vectors of eight lanes and more");
+        if const { !may_have_tiles::<S>() } {
+            unreachable!("no tile unit stands beside these vectors");
         }
         let TilePart { part: Part { product, rows, cols }, tiles } = self;
         let unit = TileUnit::configure(tiles);

@@ -38,7 +38,7 @@ use super::split::column_words;
 use super::tile_packing::{pack_left, pack_right};
 use super::tile_store::{put_rows, rounded, store};
 use crate::context::Blocking;
-use crate::isa::{Bf16Dots, Isa, Tiles};
+use crate::isa::{Bf16Dots, Isa, Tiles, may_have_tiles};
 use crate::scratch::ScratchBuf;
 
 /// Rows that are finished at a time.
@@ -87,8 +87,8 @@ impl<A: Paired> WithSimd for TilePart<'_, A> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        if const { S::F32_LANES < 8 } {
-            unreachable!("tiles stand beside vectors of eight lanes and more");
+        if const { !may_have_tiles::<S>() } {
+            unreachable!("no tile unit stands beside these vectors");
         }
         match self.part.problem.kernel.storage.parts() {
             1 => self.run::<S, 1>(simd),
