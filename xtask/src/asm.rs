@@ -22,7 +22,8 @@ pub(crate) fn run() -> Result<(), String> {
     let target = steps::workspace_root().join("target").join("asm");
     let mut build =
         steps::cargo(&["rustc", "--package", "kavanam-kernels", "--lib", "--release", "--target-dir"]);
-    build.arg(&target).args(["--", "--emit", "asm", "-C", "codegen-units=1", "-C", "debuginfo=0"]);
+    // In as many units as the profile says: this is the code that ships.
+    build.arg(&target).args(["--", "--emit", "asm", "-C", "debuginfo=0"]);
     build.args(["-C", "symbol-mangling-version=v0"]);
     steps::run("assembly", build)?;
 
