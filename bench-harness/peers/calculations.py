@@ -228,7 +228,7 @@ def attention(task, tensors):
 
     def forward():
         scaled = torch.nn.functional.scaled_dot_product_attention
-        return scaled(q, k, v, is_causal=shape["causal"], scale=shape["scale"])
+        return scaled(q, k, v, **sdpa_options(q, k, shape))
 
     name = "sdpa_" + sdpa_choice(q, k, v, shape)
     if not backward:
@@ -241,10 +241,15 @@ def attention(task, tensors):
     return keeping(name + "_backward", gradients, outputs=in_memory_order)
 
 
+def sdpa_options(q, k, shape):
+    """Of scaled_dot_product_attention; heads of the queries share those of the keys where they are more."""
+    return {"is_causal": shape["causal"], "scale": shape["scale"], "enable_gqa": q.shape[1] != k.shape[1]}
+
+
 def sdpa_choice(q, k, v, shape):
     """The implementation that PyTorch takes for these operands."""
     try:
-        choice = torch._fused_sdp_choice(q, k, v, is_causal=shape["causal"], scale=shape["scale"])
+        choice = torch._fused_sdp_choice(q, k, v, **sdpa_options(q, k, shape))
         return torch.nn.attention.SDPBackend(choice).name.lower()
     except (AttributeError, ValueError):
         return "unknown"

@@ -29,13 +29,15 @@ pub(crate) enum Pass {
 /// Positions of one of BigBird's blocks.
 pub(crate) const BIGBIRD_BLOCK: usize = 64;
 
-/// The shape of one attention; queries, keys and values have the same.
+/// The shape of one attention; keys and values have the length and width of the queries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Shape {
     /// Sequences.
     pub(crate) batch: usize,
-    /// Heads.
+    /// Heads of the queries.
     pub(crate) heads: usize,
+    /// Heads of keys and values, each read by as many heads of the queries.
+    pub(crate) kv_heads: usize,
     /// Positions.
     pub(crate) seq: usize,
     /// Elements of a head.
@@ -73,6 +75,12 @@ const CACHES: [([usize; 4], bool); 4] = [
     ([1, 1, 32768, 64], false),
 ];
 
+/// Heads that share keys, as Llama 3 8B and Qwen 2 0.5B have them, causal: batch, heads, key heads, positions, elements of a head.
+const GROUPED: [[usize; 5]; 2] = [[1, 32, 8, 1024, 128], [1, 14, 2, 1024, 64]];
+
+/// The same of decoding.
+const GROUPED_CACHES: [[usize; 5]; 2] = [[1, 32, 8, 4096, 128], [1, 14, 2, 4096, 64]];
+
 /// The same of BigBird's pattern, from the length where it begins to pay to long documents.
 const PATTERNS: [([usize; 4], bool); 6] = [
     ([1, 8, 1024, 64], true),
@@ -96,18 +104,17 @@ impl Shape {
             None if self.causal => 0.5,
             None => 1.0,
         };
-        let (products, tensors) = match self.pass {
-            Pass::Forward | Pass::BigBird => (2.0, 4.0),
-            Pass::Backward => (5.0, 8.0),
+        // Tensors with the heads of the queries, and with those of the keys.
+        let (products, of_queries, of_keys) = match self.pass {
+            Pass::Forward | Pass::BigBird => (2.0, 2.0, 2.0),
+            Pass::Backward => (5.0, 4.0, 4.0),
             // Keys and values; one query and one output are nothing, and so are scales.
-            Pass::Decode => (2.0, 2.0),
-            Pass::DecodeStored(CacheFormat::Bf16) => (2.0, 1.0),
-            Pass::DecodeStored(CacheFormat::Int8) => (2.0, 0.5),
+            Pass::Decode => (2.0, 0.0, 2.0),
+            Pass::DecodeStored(CacheFormat::Bf16) => (2.0, 0.0, 1.0),
+            Pass::DecodeStored(CacheFormat::Int8) => (2.0, 0.0, 0.5),
         };
-        Work {
-            flops: Some(2.0 * products * seen * pairs * self.dim as f64),
-            bytes: 4.0 * tensors * self.elements() as f64,
-        }
+        let elements = of_queries * self.query_elements() as f64 + of_keys * self.key_elements() as f64;
+        Work { flops: Some(2.0 * products * seen * pairs * self.dim as f64), bytes: 4.0 * elements }
     }
 
     /// The blocks that are seen, under a pattern.
@@ -137,9 +144,14 @@ impl Shape {
         self.batch * self.queries() * self.heads * self.dim
     }
 
-    /// Elements of one tensor, [batch, seq, heads, dim].
-    pub(crate) fn elements(&self) -> usize {
-        self.batch * self.seq * self.heads * self.dim
+    /// Elements of the keys and of the values, [batch, seq, kv_heads, dim].
+    pub(crate) fn key_elements(&self) -> usize {
+        self.batch * self.seq * self.kv_heads * self.dim
+    }
+
+    /// Heads of the queries that share a head of the keys.
+    fn group(&self) -> usize {
+        self.heads / self.kv_heads
     }
 
     /// 1/√dim.
@@ -156,10 +168,11 @@ pub(crate) fn cases() -> Vec<Case> {
             let suffix = if causal { "-causal" } else { "" };
             all.push(Case {
                 name: format!("{group}{suffix}/{batch}x{heads}x{seq}x{dim}"),
-                op: Op::Attention(Shape { batch, heads, seq, dim, causal, pass }),
+                op: Op::Attention(Shape { batch, heads, kv_heads: heads, seq, dim, causal, pass }),
                 quick,
             });
         }
+        all.extend(GROUPED.map(|dims| grouped(dims, pass, &format!("{group}-causal"))));
     }
     let with_cache = |pass, group| (pass, group, CACHES.as_slice());
     for (pass, group, shapes) in [
@@ -171,15 +184,28 @@ pub(crate) fn cases() -> Vec<Case> {
         for &([batch, heads, seq, dim], quick) in shapes {
             all.push(Case {
                 name: format!("{group}/{batch}x{heads}x{seq}x{dim}"),
-                op: Op::Attention(Shape { batch, heads, seq, dim, causal: false, pass }),
+                op: Op::Attention(Shape { batch, heads, kv_heads: heads, seq, dim, causal: false, pass }),
                 quick,
             });
+        }
+        if matches!(pass, Pass::Decode | Pass::DecodeStored(_)) {
+            all.extend(GROUPED_CACHES.map(|dims| grouped(dims, pass, group)));
         }
     }
     all
 }
 
-/// The operands of one case, each [batch, seq, heads, dim], the queries of decoding [batch, 1, heads, dim].
+/// A case whose heads share keys; a single query of a cache sees all of it, causal or not.
+fn grouped([batch, heads, kv_heads, seq, dim]: [usize; 5], pass: Pass, group: &str) -> Case {
+    let causal = matches!(pass, Pass::Forward | Pass::Backward);
+    Case {
+        name: format!("{group}-grouped/{batch}x{heads}over{kv_heads}x{seq}x{dim}"),
+        op: Op::Attention(Shape { batch, heads, kv_heads, seq, dim, causal, pass }),
+        quick: false,
+    }
+}
+
+/// The operands of one case: queries and the gradient [batch, seq, heads, dim], in decoding [batch, 1, heads, dim]; keys and values [batch, seq, kv_heads, dim].
 #[derive(Debug)]
 pub(crate) struct Problem {
     /// The shape.
@@ -203,13 +229,13 @@ const TOLERANCE: f64 = 2e-5;
 impl Problem {
     /// Random operands in [−1, 1).
     pub(crate) fn new(shape: Shape) -> Problem {
-        let mut random = SplitMix64(((shape.seq as u64) << 32) ^ shape.elements() as u64);
+        let mut random = SplitMix64(((shape.seq as u64) << 32) ^ shape.key_elements() as u64);
         let mut fill = |len: usize| (0..len).map(|_| random.signed_unit()).collect::<Vec<f32>>();
-        let (queries, keys) = (shape.query_elements(), shape.elements());
+        let (queries, keys) = (shape.query_elements(), shape.key_elements());
         Problem { shape, q: fill(queries), k: fill(keys), v: fill(keys), d_out: fill(queries) }
     }
 
-    /// Compares the last head of the last sequence with attention in f64. The outputs are `out`, or
+    /// Compares the heads that read the last head of keys, in the last sequence, with attention in f64. The outputs are `out`, or
     /// d_q, d_k, d_v.
     ///
     /// # Errors
@@ -218,11 +244,15 @@ impl Problem {
         let stored = matches!(self.shape.pass, Pass::DecodeStored(_));
         let bound = tolerance(TOLERANCE, if stored { Precision::Medium } else { precision });
         let Shape { seq, dim, causal, pass, .. } = self.shape;
+        let group = self.shape.group();
         let step = if seq <= WHOLE_HEAD { 1 } else { seq / FEW_QUERIES };
         let queries: Vec<usize> = (0..self.shape.queries()).step_by(step).collect();
         let every: Vec<usize> = (0..seq).collect();
-        let (q, k, v) =
-            (self.rows(&self.q, &queries), self.rows(&self.k, &every), self.rows(&self.v, &every));
+        let (q, k, v) = (
+            self.rows(&self.q, group, &queries),
+            self.rows(&self.k, 1, &every),
+            self.rows(&self.v, 1, &every),
+        );
         let list = self.shape.list();
         let sees = |_: usize, i: usize, j: usize| {
             let listed =
@@ -231,7 +261,7 @@ impl Problem {
         };
         let problem = reference::Attention {
             batch: 1,
-            heads: 1,
+            heads: group,
             kv_heads: 1,
             seq_q: queries.len(),
             seq_k: seq,
@@ -245,27 +275,29 @@ impl Problem {
             sees: &sees,
             factor: None,
         };
-        let ours = |tensor: &[f32], positions: &[usize]| -> Vec<f32> {
-            self.rows(tensor, positions).into_iter().map(|x| x as f32).collect()
+        let ours = |tensor: &[f32], heads: usize, positions: &[usize]| -> Vec<f32> {
+            self.rows(tensor, heads, positions).into_iter().map(|x| x as f32).collect()
         };
         if pass != Pass::Backward {
             let (out, _) = reference::attention_forward(&problem);
-            return check_close("out", &ours(&outputs[0], &queries), &out, bound);
+            return check_close("out", &ours(&outputs[0], group, &queries), &out, bound);
         }
-        let grads = reference::attention_backward(&problem, &self.rows(&self.d_out, &queries));
-        check_close("d_q", &ours(&outputs[0], &queries), &grads.d_q, bound)?;
+        let grads = reference::attention_backward(&problem, &self.rows(&self.d_out, group, &queries));
+        check_close("d_q", &ours(&outputs[0], group, &queries), &grads.d_q, bound)?;
         if step == 1 {
-            check_close("d_k", &ours(&outputs[1], &every), &grads.d_k, bound)?;
-            check_close("d_v", &ours(&outputs[2], &every), &grads.d_v, bound)?;
+            check_close("d_k", &ours(&outputs[1], 1, &every), &grads.d_k, bound)?;
+            check_close("d_v", &ours(&outputs[2], 1, &every), &grads.d_v, bound)?;
         }
         Ok(())
     }
 
-    /// The given positions of the last head of the last sequence, one after the other.
-    fn rows(&self, tensor: &[f32], positions: &[usize]) -> Vec<f64> {
-        let Shape { batch, heads, dim, .. } = self.shape;
+    /// The given positions of the last `last` heads of the last sequence, one after the other: of a tensor with the heads of the keys, or of the queries, which are
+    /// as many times more as `last` says.
+    fn rows(&self, tensor: &[f32], last: usize, positions: &[usize]) -> Vec<f64> {
+        let Shape { batch, kv_heads, dim, .. } = self.shape;
+        let heads = kv_heads * last;
         let seq = tensor.len() / (batch * heads * dim);
-        let at = |i: usize| (((batch - 1) * seq + i) * heads + heads - 1) * dim;
-        positions.iter().flat_map(|&i| tensor[at(i)..][..dim].iter().map(|&x| f64::from(x))).collect()
+        let at = |i: usize| (((batch - 1) * seq + i) * heads + heads - last) * dim;
+        positions.iter().flat_map(|&i| tensor[at(i)..][..last * dim].iter().map(|&x| f64::from(x))).collect()
     }
 }

@@ -20,16 +20,17 @@ pub(super) fn prepare(problem: &Problem, context: Context) -> Result<Box<dyn Wor
         Pass::DecodeStored(format) => return Ok(Box::new(Decode::new(problem, context, Some(format))?)),
         _ => {}
     }
-    let layout = HeadsLayout::batch_seq_heads(shape.batch, shape.seq, shape.heads, shape.dim);
-    let zeros = || vec![0.0; shape.elements()];
+    let zeros = |elements| vec![0.0; elements];
+    let (queries, keys) = (shape.query_elements(), shape.key_elements());
     let mut attention = Attention {
         context,
-        layout,
+        layout: HeadsLayout::batch_seq_heads(shape.batch, shape.seq, shape.heads, shape.dim),
+        of_keys: HeadsLayout::batch_seq_heads(shape.batch, shape.seq, shape.kv_heads, shape.dim),
         lists: shape.list().map(|list| vec![list]),
         problem,
-        out: vec![f32::NAN; shape.elements()],
+        out: vec![f32::NAN; queries],
         lse: vec![0.0; shape.batch * shape.heads * shape.seq],
-        grads: (shape.pass == Pass::Backward).then(|| [zeros(), zeros(), zeros()]),
+        grads: (shape.pass == Pass::Backward).then(|| [queries, keys, keys].map(zeros)),
     };
     attention.forward()?;
     Ok(Box::new(attention))
@@ -37,7 +38,9 @@ pub(super) fn prepare(problem: &Problem, context: Context) -> Result<Box<dyn Wor
 
 struct Attention<'a> {
     context: Context,
+    /// Of the queries, and of what has their shape.
     layout: HeadsLayout,
+    of_keys: HeadsLayout,
     /// The blocks that are seen, under a pattern.
     lists: Option<Vec<BlockList>>,
     problem: &'a Problem,
@@ -55,9 +58,9 @@ fn spec(shape: Shape, lists: Option<&[BlockList]>) -> AttentionSpec<'_> {
 
 impl Attention<'_> {
     fn forward(&mut self) -> Result<(), ShapeError> {
-        let view = |tensor| HeadsRef::new(tensor, self.layout);
         let Problem { q, k, v, .. } = self.problem;
-        let inputs = Inputs { q: view(q)?, k: view(k)?, v: view(v)? };
+        let [k, v] = [k, v].map(|tensor| HeadsRef::new(tensor, self.of_keys));
+        let inputs = Inputs { q: HeadsRef::new(q, self.layout)?, k: k?, v: v? };
         let out = HeadsMut::new(&mut self.out, self.layout)?;
         let spec = spec(self.problem.shape, self.lists.as_deref());
         attention::forward(&self.context, &inputs, &spec, out, &mut self.lse)
@@ -67,12 +70,12 @@ impl Attention<'_> {
         let Some([d_q, d_k, d_v]) = &mut self.grads else { return self.forward() };
         let view = |tensor| HeadsRef::new(tensor, self.layout);
         let Problem { q, k, v, d_out, .. } = self.problem;
-        let (q, k, v, out) = (view(q)?, view(k)?, view(v)?, view(&self.out)?);
-        let saved = Saved { q, k, v, out, lse: &self.lse };
+        let [k, v] = [k, v].map(|tensor| HeadsRef::new(tensor, self.of_keys));
+        let saved = Saved { q: view(q)?, k: k?, v: v?, out: view(&self.out)?, lse: &self.lse };
         let grads = Grads {
             d_q: HeadsMut::new(d_q, self.layout)?,
-            d_k: HeadsMut::new(d_k, self.layout)?,
-            d_v: HeadsMut::new(d_v, self.layout)?,
+            d_k: HeadsMut::new(d_k, self.of_keys)?,
+            d_v: HeadsMut::new(d_v, self.of_keys)?,
             d_bias: None,
         };
         let spec = spec(self.problem.shape, self.lists.as_deref());
@@ -151,13 +154,13 @@ impl<'a> Decode<'a> {
         let shape = problem.shape;
         let cache = CacheLayout {
             sequences: shape.batch,
-            kv_heads: shape.heads,
+            kv_heads: shape.kv_heads,
             capacity: shape.seq.next_multiple_of(PANEL),
             dim: shape.dim,
             v_dim: shape.dim,
         };
         let mut contents = Contents::new(cache, format)?;
-        let layout = HeadsLayout::batch_seq_heads(shape.batch, shape.seq, shape.heads, shape.dim);
+        let layout = HeadsLayout::batch_seq_heads(shape.batch, shape.seq, shape.kv_heads, shape.dim);
         let (k, v) = (HeadsRef::new(&problem.k, layout)?, HeadsRef::new(&problem.v, layout)?);
         let mut writer = contents.writer(cache)?;
         (0..shape.batch).try_for_each(|sequence| writer.append(sequence, 0, (k, v), sequence))?;

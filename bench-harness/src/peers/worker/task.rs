@@ -69,21 +69,22 @@ fn gemm_task(problem: &gemm::Problem) -> Task<'_> {
 
 fn attention_task(problem: &attention::Problem) -> Task<'_> {
     let shape = problem.shape;
-    let attention::Shape { batch, heads, seq, dim, causal, pass } = shape;
-    let dims = [batch, seq, heads, dim];
+    let attention::Shape { batch, heads, kv_heads, seq, dim, causal, pass } = shape;
+    let dims = [batch, seq, kv_heads, dim];
     let query_dims = [batch, shape.queries(), heads, dim];
     let mut tensors =
         vec![f32s("q", &query_dims, &problem.q), f32s("k", &dims, &problem.k), f32s("v", &dims, &problem.v)];
     if pass == attention::Pass::Backward {
-        tensors.push(f32s("d_out", &dims, &problem.d_out));
+        tensors.push(f32s("d_out", &query_dims, &problem.d_out));
     }
+    let (of_queries, of_keys) = (shape.query_elements(), shape.key_elements());
     let (operation, outputs) = match pass {
-        attention::Pass::Forward => ("forward", vec![shape.elements()]),
-        attention::Pass::Backward => ("backward", vec![shape.elements(); 3]),
-        attention::Pass::Decode => ("decode", vec![shape.query_elements()]),
-        attention::Pass::DecodeStored(CacheFormat::Bf16) => ("decode_bf16", vec![shape.query_elements()]),
-        attention::Pass::DecodeStored(CacheFormat::Int8) => ("decode_int8", vec![shape.query_elements()]),
-        attention::Pass::BigBird => ("bigbird", vec![shape.elements()]),
+        attention::Pass::Forward => ("forward", vec![of_queries]),
+        attention::Pass::Backward => ("backward", vec![of_queries, of_keys, of_keys]),
+        attention::Pass::Decode => ("decode", vec![of_queries]),
+        attention::Pass::DecodeStored(CacheFormat::Bf16) => ("decode_bf16", vec![of_queries]),
+        attention::Pass::DecodeStored(CacheFormat::Int8) => ("decode_int8", vec![of_queries]),
+        attention::Pass::BigBird => ("bigbird", vec![of_queries]),
     };
     task(["attention", operation], json!({"causal": causal, "scale": shape.scale()}), tensors, outputs)
 }
