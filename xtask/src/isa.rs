@@ -10,7 +10,7 @@ use crate::steps;
 /// Which instruction sets must have run.
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
-    /// Instruction sets that must have run, separated by commas [default: all that this CPU has]
+    /// Instruction sets that must have run, separated by commas [default: all that any test ran on]
     #[arg(long, value_delimiter = ',', value_name = "ISA")]
     require: Vec<String>,
 }

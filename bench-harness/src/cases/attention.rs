@@ -163,45 +163,48 @@ impl Shape {
 /// Every case.
 pub(crate) fn cases() -> Vec<Case> {
     let mut all = Vec::new();
-    for (pass, group) in [(Pass::Forward, "forward"), (Pass::Backward, "backward")] {
-        for ([batch, heads, seq, dim], causal, quick) in SHAPES {
-            let suffix = if causal { "-causal" } else { "" };
-            all.push(Case {
-                name: format!("{group}{suffix}/{batch}x{heads}x{seq}x{dim}"),
-                op: Op::Attention(Shape { batch, heads, kv_heads: heads, seq, dim, causal, pass }),
-                quick,
-            });
-        }
-        all.extend(GROUPED.map(|dims| grouped(dims, pass, &format!("{group}-causal"))));
+    for pass in [Pass::Forward, Pass::Backward] {
+        all.extend(SHAPES.map(|([batch, heads, seq, dim], causal, quick)| {
+            case(Shape { batch, heads, kv_heads: heads, seq, dim, causal, pass }, quick)
+        }));
+        all.extend(GROUPED.map(|[batch, heads, kv_heads, seq, dim]| {
+            case(Shape { batch, heads, kv_heads, seq, dim, causal: true, pass }, false)
+        }));
     }
-    let with_cache = |pass, group| (pass, group, CACHES.as_slice());
-    for (pass, group, shapes) in [
-        with_cache(Pass::Decode, "decode"),
-        with_cache(Pass::DecodeStored(CacheFormat::Bf16), "decode-bf16"),
-        with_cache(Pass::DecodeStored(CacheFormat::Int8), "decode-int8"),
-        (Pass::BigBird, "bigbird", PATTERNS.as_slice()),
+    for (pass, shapes, grouped) in [
+        (Pass::Decode, CACHES.as_slice(), GROUPED_CACHES.as_slice()),
+        (Pass::DecodeStored(CacheFormat::Bf16), &CACHES, &GROUPED_CACHES),
+        (Pass::DecodeStored(CacheFormat::Int8), &CACHES, &GROUPED_CACHES),
+        (Pass::BigBird, &PATTERNS, &[]),
     ] {
-        for &([batch, heads, seq, dim], quick) in shapes {
-            all.push(Case {
-                name: format!("{group}/{batch}x{heads}x{seq}x{dim}"),
-                op: Op::Attention(Shape { batch, heads, kv_heads: heads, seq, dim, causal: false, pass }),
-                quick,
-            });
-        }
-        if matches!(pass, Pass::Decode | Pass::DecodeStored(_)) {
-            all.extend(GROUPED_CACHES.map(|dims| grouped(dims, pass, group)));
-        }
+        all.extend(shapes.iter().map(|&([batch, heads, seq, dim], quick)| {
+            case(Shape { batch, heads, kv_heads: heads, seq, dim, causal: false, pass }, quick)
+        }));
+        all.extend(grouped.iter().map(|&[batch, heads, kv_heads, seq, dim]| {
+            case(Shape { batch, heads, kv_heads, seq, dim, causal: false, pass }, false)
+        }));
     }
     all
 }
 
-/// A case whose heads share keys; a single query of a cache sees all of it, causal or not.
-fn grouped([batch, heads, kv_heads, seq, dim]: [usize; 5], pass: Pass, group: &str) -> Case {
-    let causal = matches!(pass, Pass::Forward | Pass::Backward);
+/// The case of a shape, which names it.
+fn case(shape: Shape, quick: bool) -> Case {
+    let Shape { batch, heads, kv_heads, seq, dim, causal, pass } = shape;
+    let pass = match pass {
+        Pass::Forward => "forward",
+        Pass::Backward => "backward",
+        Pass::Decode => "decode",
+        Pass::DecodeStored(CacheFormat::Bf16) => "decode-bf16",
+        Pass::DecodeStored(CacheFormat::Int8) => "decode-int8",
+        Pass::BigBird => "bigbird",
+    };
+    let order = if causal { "-causal" } else { "" };
+    let (shared, over) =
+        if heads == kv_heads { ("", String::new()) } else { ("-grouped", format!("over{kv_heads}")) };
     Case {
-        name: format!("{group}-grouped/{batch}x{heads}over{kv_heads}x{seq}x{dim}"),
-        op: Op::Attention(Shape { batch, heads, kv_heads, seq, dim, causal, pass }),
-        quick: false,
+        name: format!("{pass}{order}{shared}/{batch}x{heads}{over}x{seq}x{dim}"),
+        op: Op::Attention(shape),
+        quick,
     }
 }
 

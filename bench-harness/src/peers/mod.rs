@@ -115,6 +115,7 @@ fn locked_version(package: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cases::attention::{Pass, Problem as AttentionProblem, Shape as AttentionShape};
     use crate::cases::gemm::{Layout, Problem as GemmProblem, RowBits, Shape};
     use crate::cases::{self, Family};
     use crate::measure::threads;
@@ -192,6 +193,34 @@ mod tests {
                 for _ in 0..3 {
                     workload.run().unwrap();
                     problem.check(&workload.outputs().unwrap(), Precision::Strict).unwrap();
+                }
+            }
+        }
+    }
+
+    /// Heads that share keys, so short that every gradient is compared: the result is right, and an element of it cannot change unseen.
+    #[test]
+    fn shared_keys_are_checked() {
+        let context = Context::with_isa(Isa::best());
+        for pass in [Pass::Forward, Pass::Backward, Pass::Decode] {
+            let causal = pass != Pass::Decode;
+            let shape = AttentionShape { batch: 2, heads: 6, kv_heads: 2, seq: 40, dim: 16, causal, pass };
+            let problem = Problem::Attention(AttentionProblem::new(shape));
+            let mut workload = ours::Ours.prepare(&problem, &context).unwrap();
+            workload.run().unwrap();
+            let right = workload.outputs().unwrap();
+            problem.check(&right, Precision::Strict).unwrap_or_else(|error| panic!("{pass:?}: {error}"));
+            // Compared are the last sequence's last heads: their last element, the first at that position, the first of all.
+            for (tensor, output) in right.iter().enumerate() {
+                let row = if tensor == 0 { shape.heads } else { shape.kv_heads } * shape.dim;
+                let compared = if tensor == 0 { shape.heads / shape.kv_heads } else { 1 } * shape.dim;
+                for at in [output.len() - 1, output.len() - compared, output.len() / 2 + row - compared] {
+                    let mut wrong = right.clone();
+                    wrong[tensor].to_mut()[at] += 0.1;
+                    assert!(
+                        problem.check(&wrong, Precision::Strict).is_err(),
+                        "{pass:?}: element {at} of tensor {tensor}"
+                    );
                 }
             }
         }
