@@ -9,7 +9,7 @@ use std::ops::Range;
 use pulp::Simd;
 
 use super::backward_tile::Head;
-use super::flash_backward::{Backward, TILE};
+use super::flash_backward::{Backward, TILE, tile_of};
 use super::mask::Sight;
 use super::problem::{HELD, Shape, even_parts};
 use super::regions::Region;
@@ -48,7 +48,7 @@ impl Backward<'_> {
     /// Of so many rows of a head those that are held together: whole tiles.
     pub(super) fn held_rows(&self, rows: usize) -> usize {
         let Shape { dim, v_dim, .. } = self.shape;
-        even_parts(rows, HELD / (2 * dim + v_dim).max(1), TILE)
+        even_parts(rows, HELD / (2 * dim + v_dim).max(1), tile_of(rows))
     }
 
     /// Brings the rows of the one head of a region to where they are held.
@@ -81,11 +81,11 @@ impl Backward<'_> {
 
     /// Writes what was summed apart.
     #[inline(always)]
-    pub(super) fn release(&self, held: Held<'_>, keys: &Range<usize>) {
+    pub(super) fn release(&self, held: Held<'_>, keys: &Range<usize>, tile: usize) {
         let Held { rows, head, apart, sight, .. } = held;
         let (Some(mut d_q), Some(held)) = (apart, &head.d_q) else { return };
         let dim = self.shape.dim;
-        for tile in rows.clone().step_by(TILE).map(|first| first..(first + TILE).min(rows.end)) {
+        for tile in rows.clone().step_by(tile).map(|first| first..(first + tile).min(rows.end)) {
             if self.spec.mask.blocks.is_some() || !sight.rows(&tile, keys).is_empty() {
                 let tile = tile.start - rows.start..tile.end - rows.start;
                 stage::copy(held.as_ref().sub(tile.clone(), 0..dim), d_q.reborrow().sub(tile, 0..dim));

@@ -9,7 +9,7 @@ use pulp::Simd;
 
 use super::backward_weights::{HeadWeights, Scores, Weights, columns};
 use super::chunk::groups;
-use super::flash_backward::{Backward, TILE, clear};
+use super::flash_backward::{AFTER, Backward, clear};
 use super::mask::Sight;
 use super::problem::Shape;
 use super::stage::Coming;
@@ -81,14 +81,14 @@ pub(super) struct Tile<'t, 'h, 'b> {
 }
 
 impl Tile<'_, '_, '_> {
-    /// How often a whole tile asks for what comes, against so many keys.
-    pub(super) fn shares(keys: usize) -> usize {
-        2 * TILE.div_ceil(GROUP) + keys.div_ceil(GROUP)
+    /// How often a tile of so many rows asks for what comes, against so many keys.
+    pub(super) fn shares(rows: usize, keys: usize) -> usize {
+        2 * rows.div_ceil(GROUP) + keys.div_ceil(GROUP)
     }
 
     /// All gradients that the tile gives; on the way asks for what comes.
     #[inline(always)]
-    pub(super) fn run<S: Simd>(mut self, simd: S, bias: bool, coming: &mut Coming<'_, 2>) {
+    pub(super) fn run<S: Simd>(mut self, simd: S, bias: bool, coming: &mut Coming<AFTER>) {
         for rows in groups(&self.rows) {
             coming.ask();
             let seen = self.block.sight.rows(&rows, &self.block.keys);
@@ -137,7 +137,7 @@ impl Tile<'_, '_, '_> {
 
     /// `dV += Pᵀ·dO` and `dK += dSᵀ·Q`, six keys at a time.
     #[inline(always)]
-    fn keys_and_values<S: Simd>(&mut self, simd: S, coming: &mut Coming<'_, 2>) {
+    fn keys_and_values<S: Simd>(&mut self, simd: S, coming: &mut Coming<AFTER>) {
         let Shape { dim, v_dim, .. } = self.problem.shape;
         let (stride, start) = (self.block.stride, self.block.keys.start);
         let onto = Onto::sum_if(!self.block.fresh);
@@ -167,7 +167,7 @@ impl Tile<'_, '_, '_> {
 
     /// `dQ += dS·K`, six rows at a time.
     #[inline(always)]
-    fn queries<S: Simd>(&mut self, simd: S, coming: &mut Coming<'_, 2>) {
+    fn queries<S: Simd>(&mut self, simd: S, coming: &mut Coming<AFTER>) {
         let (stride, start) = (self.block.stride, self.block.keys.start);
         let add = self.problem.spec.mask.blocks.is_some()
             || self.block.sight.rows(&self.rows, &(0..self.block.keys.end)).start < start;

@@ -40,12 +40,12 @@ use super::backward_tile::Head;
 use super::backward_weights::{HeadWeights, Scores, Weights};
 use super::chunk::groups;
 use super::conversion;
-use super::flash_backward::Backward;
+use super::flash_backward::{AFTER, Backward, Next};
 use super::mask::{Coverage, Sight};
 use super::on_tiles::{self, OnTiles, Operands, Unit, left_words, product, right_words};
 use super::problem::{KEY_BLOCK, Shape, cut};
-use super::regions::{Cut, Region, row_tiles};
-use super::stage;
+use super::regions::{Cut, Parts, Region, row_tiles};
+use super::stage::{self, Coming};
 use crate::gemm::microkernel::amx::{BLOCK, SIDE, STEP};
 use crate::gemm::microkernel::prefetch;
 use crate::isa::{Bf16Dots, may_have_tiles};
@@ -94,6 +94,11 @@ pub(super) struct Block<'a> {
     pub(super) odd_values: [bool; KEY_BLOCK],
     /// Odd rows of scale·K, if there are any.
     pub(super) odd_scaled: Option<[bool; KEY_BLOCK]>,
+}
+
+/// How often a tile of so many rows asks for what comes.
+fn shares(rows: usize) -> usize {
+    rows.div_ceil(BLOCK) + 2
 }
 
 /// Some rows of a head against a block.
@@ -178,13 +183,19 @@ impl Backward<'_> {
             sums,
             delta,
         };
-        for region in self.regions(cut_into, units) {
-            self.region_on_tiles::<S, P>(simd, &region, &mut state);
+        let mut regions = self.regions(cut_into, units).peekable();
+        while let Some(region) = regions.next() {
+            self.region_on_tiles::<S, P>(simd, (&region, regions.peek()), &mut state);
         }
     }
 
     #[inline(always)]
-    fn region_on_tiles<S: Simd, const P: usize>(&self, simd: S, region: &Region, state: &mut State<'_>) {
+    fn region_on_tiles<S: Simd, const P: usize>(
+        &self,
+        simd: S,
+        (region, after): (&Region, Option<&Region>),
+        state: &mut State<'_>,
+    ) {
         let Region { batch, parts, .. } = *region;
         let sight = self.spec.mask.sight(batch, self.shape.seq_k);
         let seen = self.open(region, ROWS);
@@ -197,7 +208,12 @@ impl Backward<'_> {
                 self.deltas(simd, (region.batch, head), (rows, d_out), delta);
             }
         }
-        for keys in self.key_blocks(seen) {
+        let mut blocks = self.key_blocks(seen).peekable();
+        while let Some(keys) = blocks.next() {
+            let written = Parts { q: false, ..parts };
+            let coming = self.coming(region, &keys, (Next::of(blocks.peek(), after), written));
+            let tiles = region.heads.len() * rows.len().div_ceil(ROWS);
+            let mut coming = Coming::new(coming, tiles * shares(rows.len().min(ROWS)));
             let block = self.block::<S, P>(simd, state, (region, sight), keys);
             for head in region.heads.clone() {
                 let mut head = self.head(region, head, delta);
@@ -205,7 +221,7 @@ impl Backward<'_> {
                 for rows in row_tiles(list, block.keys.start, region.rows.clone(), ROWS) {
                     let seen = sight.rows(&rows, &block.keys);
                     if !seen.is_empty() {
-                        self.tile::<S, P>(simd, state, &block, &mut head, (rows, seen));
+                        self.tile::<S, P>(simd, state, (&block, &mut coming), &mut head, (rows, seen));
                     }
                 }
             }
@@ -250,7 +266,7 @@ impl Backward<'_> {
         &self,
         simd: S,
         state: &mut State<'_>,
-        block: &Block<'_>,
+        (block, coming): (&Block<'_>, &mut Coming<AFTER>),
         head: &mut Head<'_>,
         (rows, seen): (Range<usize>, Range<usize>),
     ) {
@@ -262,7 +278,6 @@ impl Backward<'_> {
         let mut rows = Rows { rows, seen, steps, tile, odd, packed: false };
         let proof = state.unit.conversion::<P>().filter(|_| self.is_plain(block, &rows));
         rows.packed = proof.is_some();
-        self.ask_for_keys(block, head, &rows);
         if let Some(d_q) = &head.d_q {
             // These sums are wanted when the five products are done.
             let first = rows.rows.start - head.fixed.first_row;
@@ -270,14 +285,17 @@ impl Backward<'_> {
         }
         for first in rows.rows.clone().step_by(BLOCK) {
             let some = first..(first + BLOCK).min(rows.rows.end);
+            coming.ask();
             match proof {
                 Some(proof) => self.packed_weights::<P>(proof, state, (block, head), &rows, &some),
                 None => self.weights::<S, P>(simd, state, (block, head), &rows, some),
             }
         }
+        coming.ask();
         if block.region.parts.kv {
             self.keys_and_values::<S, P>(simd, state, block, &rows);
         }
+        coming.ask();
         if block.region.parts.q {
             self.queries::<S, P>(simd, state, (block, head), &rows);
         }
@@ -327,35 +345,6 @@ impl Backward<'_> {
             d_s_left: state.left,
         };
         made.make(proof);
-    }
-
-    /// Asks for a tile's share of the gradients that are written after a block, and of the next block, where their rows lie far apart.
-    #[inline(always)]
-    fn ask_for_keys(&self, block: &Block<'_>, head: &Head<'_>, rows: &Rows) {
-        let Region { batch, kv, ref heads, rows: ref all, ref keys, parts } = *block.region;
-        if head.fixed.index + 1 != heads.end || rows.rows.start < all.start {
-            return;
-        }
-        let (at, of) = ((rows.rows.start - all.start) / ROWS, all.len().div_ceil(ROWS));
-        let share = |from: &Range<usize>| {
-            let n = from.len();
-            from.start + (at * n / of).min(n)..from.start + ((at + 1) * n / of).min(n)
-        };
-        if parts.kv {
-            for grad in [self.d_k, self.d_v] {
-                // SAFETY: a unit that owns dK and dV owns these keys of this key head alone; the view lives no longer than this loop.
-                let grad = unsafe { grad.rows_unsync(batch, kv, share(&block.keys)) };
-                if stage::spreads(grad.as_ref()) {
-                    (0..grad.rows()).for_each(|i| prefetch::row_for_later(grad.as_ref().row(i)));
-                }
-            }
-        }
-        let next = block.keys.end..(block.keys.end + KEY_BLOCK).min(keys.end).max(block.keys.end);
-        for view in [self.saved.k.head(batch, kv), self.saved.v.head(batch, kv)] {
-            if stage::spreads(view) {
-                share(&next).for_each(|j| prefetch::row_for_later(view.row(j)));
-            }
-        }
     }
 
     /// P and dS of at most 32 rows of a tile; zero in columns of the tile's steps that they do not see.

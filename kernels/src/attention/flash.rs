@@ -27,6 +27,7 @@ use super::chunk::Chunk;
 use super::mask::Sight;
 use super::on_tiles::{self, OnTiles};
 use super::problem::{HELD, KEY_BLOCK, ROW_TILE, Shape, Shared, deal, piece, pieces_of};
+use super::stage::Place;
 use super::{AttentionSpec, stage};
 use crate::context::Context;
 use crate::gemm::microkernel::amx::BLOCK;
@@ -169,36 +170,35 @@ impl Forward<'_> {
 
     /// What comes after a block of keys, where rows lie far apart: the next block, or, after the last one, the output and what the next unit begins with.
     #[inline(always)]
-    pub(super) fn coming_after<'a>(
-        &'a self,
-        chunk: &'a Chunk<'_>,
+    pub(super) fn coming_after(
+        &self,
+        chunk: &Chunk<'_>,
         keys: Option<&Range<usize>>,
         next: Option<&First>,
-    ) -> [MatRef<'a>; 4] {
-        let nothing = chunk.k.sub(0..0, 0..0);
+    ) -> [Place; 4] {
         match (keys, next) {
-            _ if !stage::spreads(chunk.k) => [nothing; 4],
+            _ if !stage::spreads(chunk.k) => [Place::NOWHERE; 4],
             (Some(keys), _) => self.coming((chunk.k, chunk.v), keys),
             (None, Some(next)) => self.coming_chunk(chunk, next),
-            (None, None) => [chunk.out(), nothing, nothing, nothing],
+            (None, None) => [Place::of(chunk.out()), Place::NOWHERE, Place::NOWHERE, Place::NOWHERE],
         }
     }
 
     /// These keys and their values.
     #[inline(always)]
-    fn coming<'a>(&self, (k, v): (MatRef<'a>, MatRef<'a>), keys: &Range<usize>) -> [MatRef<'a>; 4] {
-        let nothing = k.sub(0..0, 0..0);
-        [k.sub(keys.clone(), 0..k.cols()), v.sub(keys.clone(), 0..v.cols()), nothing, nothing]
+    fn coming(&self, (k, v): (MatRef<'_>, MatRef<'_>), keys: &Range<usize>) -> [Place; 4] {
+        let [k, v] = [k, v].map(|view| Place::of(view.sub(keys.clone(), 0..view.cols())));
+        [k, v, Place::NOWHERE, Place::NOWHERE]
     }
 
     /// What comes after the last block of keys: the output, and the first keys and the rows of the next chunk.
     #[inline(always)]
-    fn coming_chunk<'a>(&'a self, chunk: &'a Chunk<'_>, (batch, head, rows): &First) -> [MatRef<'a>; 4] {
+    fn coming_chunk(&self, chunk: &Chunk<'_>, (batch, head, rows): &First) -> [Place; 4] {
         let sight = self.spec.mask.sight(*batch, self.shape.seq_k);
         let keys = self.blocks(&sight, *head, rows.clone()).next().unwrap_or(0..0);
         let kv = head / self.shape.group();
         let [k, v, ..] = self.coming((self.k.head(*batch, kv), self.v.head(*batch, kv)), &keys);
         let q = self.q.head(*batch, *head).sub(rows.clone(), 0..self.shape.dim);
-        [chunk.out(), q, k, v]
+        [Place::of(chunk.out()), Place::of(q), k, v]
     }
 }

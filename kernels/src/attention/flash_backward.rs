@@ -28,9 +28,10 @@ use super::backward_held::{Held, RowScratch};
 use super::backward_tile::{Block, Head, Tile};
 use super::backward_weights::{HeadWeights, Scores};
 use super::on_tiles::OnTiles;
-use super::problem::{KEY_BLOCK, Shape, Shared, cut, deal, pieces_of, take_first};
-use super::regions::{Cut, Region, row_tiles};
-use super::stage::{self, Coming};
+use super::problem::{KEY_BLOCK, Shape, Shared, cut, deal, even_parts, pieces_of, take_first};
+use super::regions::{Cut, Parts, Region, row_tiles};
+use super::stage::{self, Coming, Place};
+use super::tile::GROUP;
 use super::{AttentionSpec, Saved};
 use crate::context::Context;
 use crate::gemm::microkernel::prefetch;
@@ -41,6 +42,31 @@ use crate::view::{HeadsMut, HeadsRef, MatMut, MatRef};
 /// Query rows of a tile: so many that the sums dK and dV, which pass through memory once a tile, cost little beside their multiply-adds
 /// (24, 48, 72, 96 and 126 rows: docs/decisions/003-attention.md).
 pub(super) const TILE: usize = 96;
+
+/// Places that [`Backward::coming`] names.
+pub(super) const AFTER: usize = 8;
+
+/// Rows that are one tile where a head has no more: dK and dV then do not pass through memory.
+const ALONE: usize = 132;
+
+/// Rows of a tile of a region of `rows` rows: equal parts of whole groups.
+pub(super) fn tile_of(rows: usize) -> usize {
+    even_parts(rows, if rows <= ALONE { ALONE } else { TILE }, GROUP)
+}
+
+/// What comes after a block of keys.
+pub(super) enum Next<'a> {
+    Keys(&'a Range<usize>),
+    Region(&'a Region),
+    Nothing,
+}
+
+impl<'a> Next<'a> {
+    /// The next block of a region, or, after the last one, the next region.
+    pub(super) fn of(keys: Option<&'a Range<usize>>, region: Option<&'a Region>) -> Next<'a> {
+        keys.map(Next::Keys).or(region.map(Next::Region)).unwrap_or(Next::Nothing)
+    }
+}
 
 /// A checked problem.
 #[derive(Clone, Copy)]
@@ -114,7 +140,7 @@ impl Backward<'_> {
         let Shape { seq_q, dim, v_dim, .. } = self.shape;
         let stride = KEY_BLOCK.next_multiple_of(S::F32_LANES);
         let held = self.rows_of_region(cut_into).min(self.most_held());
-        let tile = TILE.min(seq_q);
+        let tile = ALONE.max(TILE).min(seq_q);
         let of_rows = [held * dim, held * v_dim, held * dim, held];
         let of_keys = [dim * stride, v_dim * stride, KEY_BLOCK * dim, KEY_BLOCK * dim, KEY_BLOCK * v_dim];
         let of_tile = [tile * stride, tile * stride];
@@ -125,8 +151,9 @@ impl Backward<'_> {
         let [kt, vt, k, d_k, d_v] = cut(keys, of_keys);
         let [p, d_s] = cut(scores, of_tile);
         let mut state = (RowScratch { q, d_out, d_q, delta }, KeyScratch { kt, vt, k, d_k, d_v, p, d_s });
-        for region in self.regions(cut_into, units) {
-            self.region(simd, &region, &mut state);
+        let mut regions = self.regions(cut_into, units).peekable();
+        while let Some(region) = regions.next() {
+            self.region(simd, (&region, regions.peek()), &mut state);
         }
     }
 }
@@ -166,8 +193,14 @@ impl Backward<'_> {
 
     /// As many rows of heads as are held at a time against all keys. Where there are more, dK and dV begin with zeros.
     #[inline(always)]
-    fn region<S: Simd>(&self, simd: S, region: &Region, state: &mut (RowScratch<'_>, KeyScratch<'_>)) {
-        let keys = self.open(region, TILE);
+    fn region<S: Simd>(
+        &self,
+        simd: S,
+        (region, next): (&Region, Option<&Region>),
+        state: &mut (RowScratch<'_>, KeyScratch<'_>),
+    ) {
+        let tile = tile_of(region.rows.len());
+        let keys = self.open(region, tile);
         if keys.is_empty() {
             return;
         }
@@ -182,7 +215,8 @@ impl Backward<'_> {
             for first in rows.clone().step_by(held) {
                 let rows = first..(first + held).min(rows.end);
                 let heads = head..(head + together).min(heads.end);
-                self.rows(simd, &Region { batch, kv, heads, rows, keys: keys.clone(), parts }, fresh, state);
+                let region = Region { batch, kv, heads, rows, keys: keys.clone(), parts };
+                self.rows(simd, (&region, next), (fresh, tile), state);
             }
         }
     }
@@ -192,8 +226,8 @@ impl Backward<'_> {
     fn rows<S: Simd>(
         &self,
         simd: S,
-        region: &Region,
-        fresh: bool,
+        (region, after): (&Region, Option<&Region>),
+        (fresh, tile): (bool, usize),
         (scratch, key_scratch): &mut (RowScratch<'_>, KeyScratch<'_>),
     ) {
         let Shape { dim, v_dim, seq_k, .. } = self.shape;
@@ -216,13 +250,13 @@ impl Backward<'_> {
         let mut blocks = self.key_blocks(keys.clone()).peekable();
         while let Some(keys) = blocks.next() {
             if !sight.rows(rows, &keys).is_empty() {
-                let next = blocks.peek().cloned().unwrap_or(0..0);
-                self.keys(simd, region, &mut held, (keys, next), key_scratch);
+                let next = Next::of(blocks.peek(), after);
+                self.keys(simd, region, &mut held, (keys, next, tile), key_scratch);
             } else if fresh && parts.kv {
                 self.clear_keys(region, keys);
             }
         }
-        held.into_iter().for_each(|held| self.release(held, keys));
+        held.into_iter().for_each(|held| self.release(held, keys, tile));
     }
 
     /// Rows of some heads that are held against a block of keys; on the way asks for the next ones.
@@ -232,19 +266,19 @@ impl Backward<'_> {
         simd: S,
         region: &Region,
         held: &mut [Held<'_>],
-        (keys, next): (Range<usize>, Range<usize>),
+        (keys, next, tile): (Range<usize>, Next<'_>, usize),
         scratch: &mut KeyScratch<'_>,
     ) {
         let Shape { dim, v_dim, .. } = self.shape;
         let Region { batch, kv, parts, .. } = *region;
-        let Some(&Held { sight, fresh, .. }) = held.first() else { return };
+        let Some(&Held { sight, fresh, ref apart, .. }) = held.first() else { return };
         let stride = keys.len().next_multiple_of(S::F32_LANES);
         let (k_head, v_head) = (self.saved.k.head(batch, kv), self.saved.v.head(batch, kv));
         let (k, v) = (k_head.sub(keys.clone(), 0..dim), v_head.sub(keys.clone(), 0..v_dim));
         stage::transpose(k, scratch.kt, stride);
         stage::transpose(v, scratch.vt, stride);
         let k = if parts.q { stage::scaled(simd, self.spec.scale, k, 0..k.rows(), scratch.k) } else { k };
-        let several = held.len() * region.rows.len() > TILE;
+        let several = held.len() * region.rows.len() > tile;
         let [mut apart_k, mut apart_v] = [None, None];
         // SAFETY (both): a unit that owns dK and dV owns these keys of this key head alone, and blocks are disjoint.
         let grads = [
@@ -266,15 +300,17 @@ impl Backward<'_> {
             Some(held_grad)
         });
         let [d_k, d_v] = grads;
-        let tiles = held.len() * region.rows.len().div_ceil(TILE);
-        let next = if stage::spreads(k_head) { next } else { 0..0 };
-        let coming = [k_head.sub(next.clone(), 0..dim), v_head.sub(next, 0..v_dim)];
-        let mut coming = Coming::new(coming, tiles * Tile::shares(keys.len()));
+        let tiles = held.len() * region.rows.len().div_ceil(tile);
+        // Before that, copies of dK and dV ask for themselves, and so does that of a dQ that is summed apart.
+        let last = !matches!(next, Next::Keys(_));
+        let written = Parts { q: parts.q && last && apart.is_none(), kv: parts.kv && last, bias: false };
+        let coming = self.coming(region, &keys, (next, written));
+        let mut coming = Coming::new(coming, tiles * Tile::shares(tile.min(region.rows.len()), keys.len()));
         let (kt, vt) = (&*scratch.kt, &*scratch.vt);
         let mut block = Block { keys, stride, kt, vt, k, d_k, d_v, sight, fresh };
         for held in held {
             let list = self.spec.mask.list(held.head.fixed.index);
-            for rows in row_tiles(list, block.keys.start, held.rows.clone(), TILE) {
+            for rows in row_tiles(list, block.keys.start, held.rows.clone(), tile) {
                 let seen = sight.rows(&rows, &block.keys);
                 if seen.is_empty() {
                     continue;
@@ -293,6 +329,48 @@ impl Backward<'_> {
                 stage::copy(held.as_ref(), apart);
             }
         }
+    }
+
+    /// What is asked for on the way through a block of keys: the places of the gradients that `written` names, and the next block, or, after the last one, what the
+    /// next region begins with. For heads of 128 positions that was a seventh of the pass.
+    #[inline(always)]
+    pub(super) fn coming(
+        &self,
+        region: &Region,
+        keys: &Range<usize>,
+        (next, written): (Next<'_>, Parts),
+    ) -> [Place; AFTER] {
+        let Saved { q, k, v, out, .. } = self.saved;
+        let Region { batch, kv, ref heads, ref rows, .. } = *region;
+        if !stage::spreads(k.head(batch, kv)) {
+            return [Place::NOWHERE; AFTER];
+        }
+        let place = |grad: &HeadsMut<'_>, head: usize, rows: &Range<usize>, wanted: bool| {
+            // SAFETY: the unit owns these rows; nothing is read or written through the view, which ends here.
+            let view = wanted.then(|| unsafe { grad.rows_unsync(batch, head, rows.clone()) });
+            view.map_or(Place::NOWHERE, |view| Place::of(view.as_ref()))
+        };
+        let read = |of: &HeadsRef<'_>, batch: usize, head: usize, rows: &Range<usize>| {
+            let head = of.head(batch, head);
+            Place::of(head.sub(rows.clone(), 0..head.cols()))
+        };
+        let [d_k, d_v] = [self.d_k, self.d_v].map(|grad| place(grad, kv, keys, written.kv));
+        let d_q = place(self.d_q, heads.start, rows, written.q);
+        let [of_q, of_d_out, of_out, of_k, of_v] = match next {
+            Next::Nothing => [Place::NOWHERE; 5],
+            Next::Keys(keys) => {
+                let [k, v] = [k, v].map(|of| read(of, batch, kv, keys));
+                [Place::NOWHERE, Place::NOWHERE, Place::NOWHERE, k, v]
+            }
+            Next::Region(Region { batch, kv, heads, rows, keys, .. }) => {
+                let rows = rows.start..rows.end.min(rows.start + tile_of(rows.len()));
+                let keys = self.key_blocks(keys.clone()).next().unwrap_or(0..0);
+                let [q, d_out, out] = [q, &self.d_out, out].map(|of| read(of, *batch, heads.start, &rows));
+                let [k, v] = [k, v].map(|of| read(of, *batch, *kv, &keys));
+                [q, d_out, out, k, v]
+            }
+        };
+        [d_k, d_v, d_q, of_q, of_d_out, of_out, of_k, of_v]
     }
 
     /// D of some rows of a head, of which `d_out` holds these rows of dO: once, where every block of keys would have to read O again.

@@ -214,7 +214,7 @@ impl Chunk<'_> {
         &self,
         simd: S,
         state: &mut State<'_>,
-        (block, coming): (&Block, &mut Coming<'_, 4>),
+        (block, coming): (&Block, &mut Coming<4>),
         rows: Range<usize>,
     ) {
         let keys = &block.keys;

@@ -140,7 +140,7 @@ impl Chunk<'_> {
         simd: S,
         q: &[f32],
         rows: &mut Rows<'_>,
-        (block, coming): (&Block<'_>, &mut Coming<'_, 4>),
+        (block, coming): (&Block<'_>, &mut Coming<4>),
     ) {
         let keys = &block.keys;
         for first in self.rows.clone().step_by(ROW_TILE) {

@@ -84,34 +84,55 @@ pub(super) fn spreads(view: MatRef<'_>) -> bool {
 
 /// Rows that will be staged or written next, asked for share by share while products run. Left to the moment when they are staged, rows
 /// that lie kilobytes apart are waited for: each is a page of its own, and the core asks for so many lines at once and no more.
-pub(super) struct Coming<'a, const VIEWS: usize> {
-    views: [MatRef<'a>; VIEWS],
-    /// The next row: that of `views[view]`.
-    view: usize,
+pub(super) struct Coming<const PLACES: usize> {
+    places: [Place; PLACES],
+    /// The next row: that of `places[place]`.
+    place: usize,
     row: usize,
     /// Rows of one share.
     share: usize,
 }
 
-impl<'a, const VIEWS: usize> Coming<'a, VIEWS> {
-    /// All rows of `views`, in this order, in at most `shares` shares.
+/// Where rows lie that are asked for, and neither read nor written.
+#[derive(Clone, Copy)]
+pub(super) struct Place {
+    ptr: *const f32,
+    stride: usize,
+    rows: usize,
+    cols: usize,
+}
+
+impl Place {
+    /// No rows.
+    pub(super) const NOWHERE: Place = Place { ptr: std::ptr::null(), stride: 0, rows: 0, cols: 0 };
+
+    /// The rows of a view, which may end before they are asked for.
     #[inline(always)]
-    pub(super) fn new(views: [MatRef<'a>; VIEWS], shares: usize) -> Self {
-        let rows: usize = views.iter().map(|view| view.rows()).sum();
-        Coming { views, view: 0, row: 0, share: rows.div_ceil(shares.max(1)) }
+    pub(super) fn of(view: MatRef<'_>) -> Place {
+        Place { ptr: view.as_ptr(), stride: view.row_stride(), rows: view.rows(), cols: view.cols() }
+    }
+}
+
+impl<const PLACES: usize> Coming<PLACES> {
+    /// All rows of `places`, in this order, in at most `shares` shares.
+    #[inline(always)]
+    pub(super) fn new(places: [Place; PLACES], shares: usize) -> Self {
+        let rows: usize = places.iter().map(|place| place.rows).sum();
+        Coming { places, place: 0, row: 0, share: rows.div_ceil(shares.max(1)) }
     }
 
     /// Asks for the next share.
     #[inline(always)]
     pub(super) fn ask(&mut self) {
         for _ in 0..self.share {
-            while self.row == self.views[self.view].rows() {
-                if self.view + 1 == VIEWS {
+            while self.row == self.places[self.place].rows {
+                if self.place + 1 == PLACES {
                     return;
                 }
-                (self.view, self.row) = (self.view + 1, 0);
+                (self.place, self.row) = (self.place + 1, 0);
             }
-            prefetch::row_for_later(self.views[self.view].row(self.row));
+            let Place { ptr, stride, cols, .. } = self.places[self.place];
+            prefetch::lines_for_later(ptr.wrapping_add(self.row * stride), cols);
             self.row += 1;
         }
     }

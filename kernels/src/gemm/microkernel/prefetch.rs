@@ -104,8 +104,14 @@ pub(super) fn rows_of(out: Out<f32>, rows: Range<usize>, cols: usize, lines: usi
 /// Asks for all of a row, into the second-level cache: what is wanted later, while the first is full of what runs now.
 #[inline(always)]
 pub(crate) fn row_for_later(row: &[f32]) {
-    Ahead::from(row.as_ptr()).fetch(row.len().div_ceil(LINE));
-    Ahead::from(row.as_ptr().wrapping_add(row.len().saturating_sub(1))).fetch(1);
+    lines_for_later(row.as_ptr(), row.len());
+}
+
+/// The same of `len` elements from `row` on.
+#[inline(always)]
+pub(crate) fn lines_for_later(row: *const f32, len: usize) {
+    Ahead::from(row).fetch(len.div_ceil(LINE));
+    Ahead::from(row.wrapping_add(len.saturating_sub(1))).fetch(1);
 }
 
 /// Elements of a cache line.
