@@ -10,6 +10,7 @@ use pulp::Simd;
 use super::cache::{CacheFormat, PANEL, Rows};
 use super::decode::Places;
 use super::decode_tasks::Tasks;
+use super::problem::KEY_BLOCK;
 use super::stored::{self, GROUP_WORDS};
 use super::tile::{Dest, Extent, GROUP, Left, Onto, Right, product};
 use crate::scratch::ScratchBuf;
@@ -25,6 +26,7 @@ impl Vectors {
         let (b, kv) = tasks.problem.place(unit);
         let (rows, dim) = (tasks.problem.rows(), tasks.problem.dim);
         let scaled = tasks.scaled_queries(simd, unit);
+        let mut sums = ScratchBuf::take(rows * PANEL);
         for run in tasks.runs_in(unit, columns) {
             for (part, position, keys) in tasks.held(b, &run.keys) {
                 let mut at = keys.start;
@@ -41,7 +43,8 @@ impl Vectors {
                         Rows::Stored(format, words, scales) => {
                             let columns = first..PANEL.min(first + rest);
                             at += columns.len();
-                            tasks.stored_scores(simd, &scaled, (format, words, scales), columns, place);
+                            let stored = (format, words, scales);
+                            tasks.stored_scores(simd, (&scaled, &mut sums), stored, columns, place);
                             continue;
                         }
                     };
@@ -69,6 +72,7 @@ impl Vectors {
         // Stored values come in whole groups of columns.
         let width = cols.len().next_multiple_of(4 * GROUP_WORDS);
         let mut acc = ScratchBuf::zeroed(rows * width);
+        let mut scaled = ScratchBuf::take(rows * KEY_BLOCK);
         for block in tasks.problem.blocks(unit) {
             for (part, position, keys) in tasks.held(b, &block.keys) {
                 let (first, depth) = (keys.start == block.keys.start, keys.len());
@@ -88,7 +92,8 @@ impl Vectors {
                         let p = p.expect("P holds these keys");
                         let positions = position..position + depth;
                         let values = (format, words, scales);
-                        stored::add_values(simd, p, values, (positions, v_dim, cols.clone()), &mut acc);
+                        let of_all = (positions, v_dim, cols.clone());
+                        stored::add_values(simd, p, values, of_all, (&mut acc, &mut scaled));
                         continue;
                     }
                 };
@@ -118,21 +123,16 @@ impl Tasks<'_> {
     fn stored_scores<S: Simd>(
         &self,
         simd: S,
-        q: &[f32],
+        (q, sums): (&[f32], &mut [f32]),
         (format, words, scales): (CacheFormat, &[u32], &[f32]),
         columns: Range<usize>,
         place: usize,
     ) {
-        let dim = self.problem.dim;
-        for r in 0..self.problem.rows() {
-            let mut acc = [0.0; PANEL];
-            stored::multiply(
-                simd,
-                format,
-                &q[r * dim..][..dim],
-                (words, PANEL / format.per_word()),
-                &mut acc,
-            );
+        let (rows, dim) = (self.problem.rows(), self.problem.dim);
+        sums.fill(0.0);
+        let q = MatRef::new(q, rows, dim).expect("scaled queries");
+        stored::multiply(simd, format, q, (words, PANEL / format.per_word()), (&mut *sums, PANEL, PANEL));
+        for (r, acc) in sums.chunks_exact_mut(PANEL).enumerate() {
             acc.iter_mut().zip(scales).for_each(|(score, scale)| *score *= scale);
             // SAFETY: these columns of the unit's row of scores belong to this task alone.
             let scores = unsafe { self.memory.part(place + r * self.places.stride, columns.len()) };

@@ -10,8 +10,9 @@
 //! - Each element is the same chain of multiply-adds as in [`super::tile::product`]: a bf16 cache has the bits of an f32
 //!   cache with the rounded numbers.
 //! - Integers stay integers here; the scale of a key multiplies its finished score, that of a value its probability.
-//! - One row of the left factor at a time: a single query is what decoding is about, and heads that share a cache find the
-//!   words of a panel in the first-level cache.
+//! - A single query is what decoding is about, and is bound by reading: its sums are as many vectors as hide the multiply-add ([`Product`]).
+//! - Rows that share a cache (heads that share their keys, several queries) share what is widened, up to six at a time ([`Rows`]): on AVX-512 widening
+//!   takes as long as multiplying one row.
 
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -19,8 +20,10 @@ use std::ops::Range;
 use pulp::{Simd, WithSimd};
 
 use super::cache::CacheFormat;
-use super::problem::KEY_BLOCK;
+use super::problem::{KEY_BLOCK, even_parts};
+use super::tile::GROUP;
 use crate::gemm::microkernel::{Bf16, Int8, Stored};
+use crate::lanes;
 use crate::view::MatRef;
 
 /// Words of one group of columns.
@@ -95,47 +98,177 @@ impl<T: Stored> Product<'_, T> {
     }
 }
 
-/// `acc += a·rows` of words `stride` apart.
+/// `acc[r] += a[r]·rows` for `MR` rows of the left factor, over all columns of some words of the rows.
+struct Rows<'a, T, const MR: usize> {
+    /// [MR, depth].
+    a: MatRef<'a>,
+    words: &'a [u32],
+    stride: usize,
+    /// The sums, `width` from one row to the next.
+    acc: &'a mut [f32],
+    width: usize,
+    /// Columns: whole groups.
+    columns: usize,
+    stored: PhantomData<T>,
+}
+
+impl<T: Stored, const MR: usize> WithSimd for Rows<'_, T, MR> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(mut self, simd: S) {
+        let words = self.columns / T::PER_WORD;
+        let depth = self.a.cols();
+        assert!(self.columns.is_multiple_of(GROUP_WORDS * T::PER_WORD), "whole groups");
+        assert!(
+            self.a.rows() == MR && (MR - 1) * self.width + self.columns <= self.acc.len(),
+            "rows of sums"
+        );
+        assert!(
+            depth == 0 || (depth - 1) * self.stride + words <= self.words.len(),
+            "the rows hold the words"
+        );
+        let mut first = 0;
+        while first < words {
+            // Four vectors of columns fill 32 registers with six rows of sums, two vectors 16 registers.
+            first += match (S::F32_LANES == 16, T::PER_WORD) {
+                (true, 4) => self.strip::<S, 1, 0, 4>(simd, first),
+                (true, 2) if words - first >= 2 * S::F32_LANES => self.strip::<S, 2, 0, 2>(simd, first),
+                (_, 2) => self.strip::<S, 1, 0, 2>(simd, first),
+                _ => {
+                    self.strip::<S, 1, 0, 2>(simd, first);
+                    self.strip::<S, 1, 2, 2>(simd, first)
+                }
+            };
+        }
+    }
+}
+
+impl<T: Stored, const MR: usize> Rows<'_, T, MR> {
+    /// Elements `FIRST ..` of each of `WV` vectors of words from word `first` on, as many as `ATS`; how many words that were.
+    #[inline(always)]
+    fn strip<S: Simd, const WV: usize, const FIRST: usize, const ATS: usize>(
+        &mut self,
+        simd: S,
+        first: usize,
+    ) -> usize {
+        let column = |v: usize, at: usize| {
+            let word = first + v * S::F32_LANES;
+            word / GROUP_WORDS * GROUP_WORDS * T::PER_WORD + (FIRST + at) * GROUP_WORDS + word % GROUP_WORDS
+        };
+        let mut acc = [[[simd.splat_f32s(0.0); ATS]; WV]; MR];
+        for (r, acc) in acc.iter_mut().enumerate() {
+            for (v, acc) in acc.iter_mut().enumerate() {
+                for (at, acc) in acc.iter_mut().enumerate() {
+                    *acc = S::as_simd_f32s(&self.acc[r * self.width + column(v, at)..][..S::F32_LANES]).0[0];
+                }
+            }
+        }
+        let (a, a_stride) = (self.a.as_ptr(), self.a.row_stride());
+        let words = self.words.as_ptr().wrapping_add(first);
+        for k in 0..self.a.cols() {
+            let mut b = [[simd.splat_f32s(0.0); ATS]; WV];
+            for (v, b) in b.iter_mut().enumerate() {
+                // SAFETY: `with_simd` has asserted that each of `cols` rows, `stride` apart, holds all words of the columns, of which these are some.
+                let words = unsafe {
+                    words.add(k * self.stride + v * S::F32_LANES).cast::<S::u32s>().read_unaligned()
+                };
+                for (at, b) in b.iter_mut().enumerate() {
+                    *b = T::widen(simd, words, FIRST + at);
+                }
+            }
+            for (r, acc) in acc.iter_mut().enumerate() {
+                // SAFETY: the left factor has MR rows of `cols` elements.
+                let a = simd.splat_f32s(unsafe { *a.add(r * a_stride + k) });
+                for (acc, b) in acc.as_flattened_mut().iter_mut().zip(b.as_flattened()) {
+                    *acc = simd.mul_add_e_f32s(a, *b, *acc);
+                }
+            }
+        }
+        for (r, acc) in acc.iter().enumerate() {
+            for (v, acc) in acc.iter().enumerate() {
+                for (at, acc) in acc.iter().enumerate() {
+                    let to = &mut self.acc[r * self.width + column(v, at)..][..S::F32_LANES];
+                    S::as_mut_simd_f32s(to).0[0] = *acc;
+                }
+            }
+        }
+        WV * S::F32_LANES
+    }
+}
+
+/// `acc[r] += a[r]·rows` of words `stride` apart, over the first `columns` columns, whole groups; sums `width` apart.
 #[inline(always)]
 pub(super) fn multiply<S: Simd>(
     simd: S,
     format: CacheFormat,
-    a: &[f32],
-    (words, stride): (&[u32], usize),
-    acc: &mut [f32],
+    a: MatRef<'_>,
+    words: (&[u32], usize),
+    (acc, width, columns): (&mut [f32], usize, usize),
 ) {
     match format {
-        CacheFormat::Bf16 => simd.vectorize(Product { a, words, stride, acc, stored: PhantomData::<Bf16> }),
-        CacheFormat::Int8 => simd.vectorize(Product { a, words, stride, acc, stored: PhantomData::<Int8> }),
+        CacheFormat::Bf16 => multiply_as::<S, Bf16>(simd, a, words, (acc, width, columns)),
+        CacheFormat::Int8 => multiply_as::<S, Int8>(simd, a, words, (acc, width, columns)),
+    }
+}
+
+#[inline(always)]
+fn multiply_as<S: Simd, T: Stored>(
+    simd: S,
+    a: MatRef<'_>,
+    (words, stride): (&[u32], usize),
+    (acc, width, columns): (&mut [f32], usize, usize),
+) {
+    let stored = PhantomData::<T>;
+    let height = even_parts(a.rows(), GROUP, 1);
+    for first in (0..a.rows()).step_by(height) {
+        let rows = first..(first + height).min(a.rows());
+        let acc = &mut acc[first * width..];
+        let a = a.sub(rows.clone(), 0..a.cols());
+        macro_rules! of_height {
+            ($height:literal) => {
+                simd.vectorize(Rows::<T, $height> { a, words, stride, acc, width, columns, stored })
+            };
+        }
+        match rows.len() {
+            1 => simd.vectorize(Product { a: a.row(0), words, stride, acc: &mut acc[..columns], stored }),
+            2 => of_height!(2),
+            3 => of_height!(3),
+            4 => of_height!(4),
+            5 => of_height!(5),
+            _ => of_height!(6),
+        }
     }
 }
 
 /// `acc[r] += p[r]·V` over `keys` of a head's values in fewer bits, and over the columns `cols` of `v_dim`; a row of
-/// `acc` is a multiple of every group.
+/// `acc` is a multiple of every group. `scaled` has room for [`KEY_BLOCK`] elements a row.
 #[inline(always)]
 pub(super) fn add_values<S: Simd>(
     simd: S,
     p: MatRef<'_>,
     (format, words, scales): (CacheFormat, &[u32], &[f32]),
     (keys, v_dim, cols): (Range<usize>, usize, Range<usize>),
-    acc: &mut [f32],
+    (acc, scaled): (&mut [f32], &mut [f32]),
 ) {
     let (stride, width) = (format.words(v_dim), acc.len() / p.rows().max(1));
     let words = &words[keys.start * stride + cols.start / format.per_word()..keys.end * stride];
     let columns = format.words(cols.len()) * format.per_word();
-    for r in 0..p.rows() {
-        let acc = &mut acc[r * width..][..columns];
-        if format == CacheFormat::Bf16 {
-            multiply(simd, format, p.row(r), (words, stride), acc);
-            continue;
-        }
-        let mut scaled = [0.0; KEY_BLOCK];
-        let scaled = &mut scaled[..keys.len()];
-        for ((to, p), scale) in scaled.iter_mut().zip(p.row(r)).zip(&scales[keys.clone()]) {
-            *to = p * scale;
-        }
-        multiply(simd, format, scaled, (words, stride), acc);
+    if format == CacheFormat::Bf16 {
+        return multiply(simd, format, p, (words, stride), (acc, width, columns));
     }
+    for (r, to) in scaled.chunks_exact_mut(KEY_BLOCK).enumerate() {
+        lanes::zip(
+            simd,
+            p.row(r),
+            &scales[keys.clone()],
+            &mut to[..keys.len()],
+            #[inline(always)]
+            |p, scale| simd.mul_f32s(p, scale),
+        );
+    }
+    let p = MatRef::with_strides(scaled, p.rows(), keys.len(), KEY_BLOCK, 1).expect("cut for these rows");
+    multiply(simd, format, p, (words, stride), (acc, width, columns));
 }
 
 /// Whole groups of bf16 as f32, in the order of columns: 32 for 16 words.
@@ -167,6 +300,25 @@ mod tests {
     use crate::gemm::quantise::encode;
     use crate::testing::{assert_same_bits, for_each_isa};
 
+    /// A call of [`multiply_as`] with sums of a gap of 16 between rows.
+    struct Multiplied<'a, T> {
+        a: MatRef<'a>,
+        words: (&'a [u32], usize),
+        acc: &'a mut [f32],
+        columns: usize,
+        stored: PhantomData<T>,
+    }
+
+    impl<T: Stored> WithSimd for Multiplied<'_, T> {
+        type Output = ();
+
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, simd: S) {
+            let Multiplied { a, words, acc, columns, .. } = self;
+            multiply_as::<S, T>(simd, a, words, (acc, columns + 16, columns));
+        }
+    }
+
     /// Small integers, which both formats hold exactly, so that every order of the sum is exact.
     fn check<T: Stored>() {
         for (depth, groups) in [(0, 1), (1, 1), (3, 2), (64, 4), (5, 3)] {
@@ -177,20 +329,27 @@ mod tests {
             for (k, c) in (0..depth).flat_map(|k| (0..cols).map(move |c| (k, c))) {
                 put(&mut words[k * stride..], T::PER_WORD, c, encode(T::STORAGE, value(k, c), 1.0));
             }
-            let a: Vec<f32> = (0..depth).map(|k| (k % 7) as f32 - 3.0).collect();
-            let expected: Vec<f32> =
-                (0..cols).map(|c| 1.0 + (0..depth).map(|k| a[k] * value(k, c)).sum::<f32>()).collect();
-            for_each_isa(|ctx| {
-                let mut acc = vec![1.0; cols];
-                ctx.isa().dispatch(Product {
-                    a: &a,
-                    words: &words,
-                    stride,
-                    acc: &mut acc,
-                    stored: PhantomData::<T>,
+            for rows in 1..=13 {
+                let left: Vec<f32> = (0..rows * depth).map(|x| (x % 7) as f32 - 3.0).collect();
+                let a = MatRef::new(&left, rows, depth).unwrap();
+                let mut expected = vec![1.0; rows * (cols + 16)];
+                for (r, c) in (0..rows).flat_map(|r| (0..cols).map(move |c| (r, c))) {
+                    expected[r * (cols + 16) + c] +=
+                        (0..depth).map(|k| a.at(r, k) * value(k, c)).sum::<f32>();
+                }
+                for_each_isa(|ctx| {
+                    let mut acc = vec![1.0; rows * (cols + 16)];
+                    let stored = PhantomData::<T>;
+                    ctx.isa().dispatch(Multiplied {
+                        a,
+                        words: (&words, stride),
+                        acc: &mut acc,
+                        columns: cols,
+                        stored,
+                    });
+                    assert_same_bits(&acc, &expected);
                 });
-                assert_same_bits(&acc, &expected);
-            });
+            }
         }
     }
 
@@ -198,5 +357,32 @@ mod tests {
     fn words_are_widened_in_order() {
         check::<Bf16>();
         check::<Int8>();
+    }
+
+    /// Numbers whose sums are rounded: a row among others has the bits that it has alone.
+    #[test]
+    fn a_row_has_its_bits_in_any_company() {
+        let (depth, columns) = (37, 128);
+        let mut words = vec![0; depth * 64];
+        let numbers = crate::testing::uniform(depth * columns, 1);
+        for (k, row) in numbers.chunks_exact(columns).enumerate() {
+            for (c, &x) in row.iter().enumerate() {
+                put(&mut words[k * 64..], 2, c, encode(Bf16::STORAGE, x, 1.0));
+            }
+        }
+        for rows in 2..=13 {
+            let left = crate::testing::uniform(rows * depth, rows as u64);
+            let a = MatRef::new(&left, rows, depth).unwrap();
+            for_each_isa(|ctx| {
+                let product = |a: MatRef<'_>| {
+                    let mut acc = vec![0.5; a.rows() * (columns + 16)];
+                    let (words, stored) = ((&words[..], 64), PhantomData::<Bf16>);
+                    ctx.isa().dispatch(Multiplied { a, words, acc: &mut acc, columns, stored });
+                    acc
+                };
+                let alone: Vec<f32> = (0..rows).flat_map(|r| product(a.sub(r..r + 1, 0..depth))).collect();
+                assert_same_bits(&product(a), &alone);
+            });
+        }
     }
 }

@@ -16,6 +16,7 @@
 use pulp::{MemMask, Simd, WithSimd};
 
 use super::cache::PANEL;
+use super::problem::even_parts;
 use crate::gemm::microkernel::prefetch;
 use crate::view::{MatMut, MatRef};
 
@@ -140,9 +141,11 @@ pub(super) struct Extent {
 #[inline(never)]
 pub(super) unsafe fn product<S: Simd>(simd: S, extent: Extent, a: Left, b: Right, c: Dest, onto: Onto) {
     let Extent { rows, cols, depth } = extent;
+    // Equal heights: of 7 rows, 6 and 1 take 1.12 times as long as 4 and 3.
+    let most = even_parts(rows, GROUP, 1);
     let mut first = 0;
     while first < rows {
-        let height = (rows - first).min(GROUP);
+        let height = (rows - first).min(most);
         let a = a.rows_from(first);
         let c = Dest { ptr: c.ptr.wrapping_add(first * c.stride), ..c };
         let onto = match onto {
