@@ -12,6 +12,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::error::{IsaError, ShapeError};
+use crate::invitation::invite;
 use crate::isa::{Isa, IsaName};
 use crate::waiting::Waiting;
 
@@ -188,7 +189,7 @@ impl Context {
         let work = |worker: usize| {
             for run in (worker..worker + runs.len()).map(|run| &runs[run % runs.len()]) {
                 loop {
-                    // Relaxed: the counter hands out indices; the scope's end publishes the results.
+                    // Relaxed: the counter hands out indices; the end of the call publishes the results.
                     let index = run.next.fetch_add(1, Ordering::Relaxed);
                     if index >= run.end {
                         break;
@@ -199,13 +200,7 @@ impl Context {
             }
             Waiting::until(|| finished.load(Ordering::Relaxed) >= tasks, PATIENCE);
         };
-        let work = &work;
-        rayon::in_place_scope(|scope| {
-            for worker in 1..workers {
-                scope.spawn(move |_| work(worker));
-            }
-            work(0);
-        });
+        invite(workers - 1, &work, || work(0));
     }
 
     /// Runs `task` on each of `items`, which it takes by value: what owns disjoint parts of buffers is

@@ -29,6 +29,7 @@ pub mod context;
 pub mod error;
 pub mod gemm;
 mod huge_pages;
+mod invitation;
 pub mod isa;
 pub mod lanes;
 pub mod math;

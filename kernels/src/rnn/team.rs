@@ -20,6 +20,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
+use crate::invitation::invite;
 use crate::waiting::Waiting;
 
 /// How long the caller waits for helpers: a sleeping thread of the pool is awake in about 50 µs.
@@ -96,7 +97,7 @@ pub(super) fn run_together<P: Send>(
     let broken = AtomicBool::new(false);
     let door = AtomicUsize::new(1);
     let work: OnceLock<Work<'_, P>> = OnceLock::new();
-    let help = || {
+    let help = |_: usize| {
         let place = door.fetch_add(1, Ordering::AcqRel);
         if place & SHUT != 0 {
             return;
@@ -118,12 +119,7 @@ pub(super) fn run_together<P: Send>(
     if asked <= 1 {
         return lead();
     }
-    rayon::in_place_scope(|scope| {
-        for _ in 1..asked {
-            scope.spawn(|_| help());
-        }
-        lead();
-    });
+    invite(asked - 1, &help, lead);
 }
 
 /// Waits until all are there or patience ends, shuts the door, and gives the number of members.
