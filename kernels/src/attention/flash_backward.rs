@@ -28,7 +28,7 @@ use super::backward_held::{Held, RowScratch};
 use super::backward_tile::{Block, Head, Tile};
 use super::backward_weights::{HeadWeights, Scores};
 use super::on_tiles::OnTiles;
-use super::problem::{KEY_BLOCK, Shape, Shared, cut, deal, even_parts, pieces_of, take_first};
+use super::problem::{KEY_BLOCK, ROW_CHUNK, Shape, Shared, cut, deal, even_parts, pieces_of, take_first};
 use super::regions::{Cut, Parts, Region, row_tiles};
 use super::stage::{self, Coming, Place};
 use super::tile::GROUP;
@@ -52,6 +52,19 @@ const ALONE: usize = 132;
 /// Rows of a tile of a region of `rows` rows: equal parts of whole groups.
 pub(super) fn tile_of(rows: usize) -> usize {
     even_parts(rows, if rows <= ALONE { ALONE } else { TILE }, GROUP)
+}
+
+impl Backward<'_> {
+    /// The most rows of a tile: the last region of a head may have fewer rows than the others, and then one tile.
+    fn most_of_tile(&self, cut: Cut) -> usize {
+        let seq_q = self.shape.seq_q;
+        let rows = match cut {
+            Cut::Heads { .. } | Cut::Keys => seq_q,
+            Cut::Rows | Cut::BiasRows => seq_q.min(ROW_CHUNK),
+        };
+        let of = |rows: usize| tile_of(rows).min(rows);
+        of(rows).max(of(seq_q % rows.max(1)))
+    }
 }
 
 /// What comes after a block of keys.
@@ -137,10 +150,10 @@ impl Backward<'_> {
     /// Some units of one cut.
     #[inline(always)]
     fn run<S: Simd>(&self, simd: S, cut_into: Cut, units: Range<usize>) {
-        let Shape { seq_q, dim, v_dim, .. } = self.shape;
+        let Shape { dim, v_dim, .. } = self.shape;
         let stride = KEY_BLOCK.next_multiple_of(S::F32_LANES);
         let held = self.rows_of_region(cut_into).min(self.most_held());
-        let tile = ALONE.max(TILE).min(seq_q);
+        let tile = self.most_of_tile(cut_into);
         let of_rows = [held * dim, held * v_dim, held * dim, held];
         let of_keys = [dim * stride, v_dim * stride, KEY_BLOCK * dim, KEY_BLOCK * dim, KEY_BLOCK * v_dim];
         let of_tile = [tile * stride, tile * stride];
@@ -301,7 +314,7 @@ impl Backward<'_> {
         });
         let [d_k, d_v] = grads;
         let tiles = held.len() * region.rows.len().div_ceil(tile);
-        // Before that, copies of dK and dV ask for themselves, and so does that of a dQ that is summed apart.
+        // In other blocks the copies of dK and dV ask for themselves, and at the end that of a dQ that is summed apart does.
         let last = !matches!(next, Next::Keys(_));
         let written = Parts { q: parts.q && last && apart.is_none(), kv: parts.kv && last, bias: false };
         let coming = self.coming(region, &keys, (next, written));
@@ -346,9 +359,7 @@ impl Backward<'_> {
             return [Place::NOWHERE; AFTER];
         }
         let place = |grad: &HeadsMut<'_>, head: usize, rows: &Range<usize>, wanted: bool| {
-            // SAFETY: the unit owns these rows; nothing is read or written through the view, which ends here.
-            let view = wanted.then(|| unsafe { grad.rows_unsync(batch, head, rows.clone()) });
-            view.map_or(Place::NOWHERE, |view| Place::of(view.as_ref()))
+            if wanted { Place::in_head(grad, (batch, head), rows) } else { Place::NOWHERE }
         };
         let read = |of: &HeadsRef<'_>, batch: usize, head: usize, rows: &Range<usize>| {
             let head = of.head(batch, head);

@@ -7,7 +7,7 @@ use pulp::Simd;
 use crate::gemm::microkernel::prefetch;
 use crate::lanes;
 use crate::transpose::transpose_4x4;
-use crate::view::{MatMut, MatRef};
+use crate::view::{HeadsLayout, HeadsMut, MatMut, MatRef};
 
 /// Keys that are transposed at a time: half a cache line of each row of the result.
 const KEYS: usize = 8;
@@ -105,6 +105,14 @@ pub(super) struct Place {
 impl Place {
     /// No rows.
     pub(super) const NOWHERE: Place = Place { ptr: std::ptr::null(), stride: 0, rows: 0, cols: 0 };
+
+    /// Rows of a head that is written.
+    #[inline(always)]
+    pub(super) fn in_head(of: &HeadsMut<'_>, (batch, head): (usize, usize), rows: &Range<usize>) -> Place {
+        let HeadsLayout { seq_stride, dim, .. } = *of.layout();
+        let ptr = of.address(batch, head, rows.start);
+        Place { ptr, stride: seq_stride, rows: rows.len(), cols: dim }
+    }
 
     /// The rows of a view, which may end before they are asked for.
     #[inline(always)]

@@ -175,6 +175,15 @@ impl<'a> HeadsMut<'a> {
         &self.layout
     }
 
+    /// Where a row (position) of a head begins: an address to ask the cache for, while others write there.
+    ///
+    /// # Panics
+    /// When there is no such sequence or head.
+    #[inline]
+    pub(crate) fn address(&self, batch: usize, head: usize, row: usize) -> *const f32 {
+        self.ptr.wrapping_add(self.layout.offset(batch, head) + row * self.layout.seq_stride)
+    }
+
     /// One head of one sequence, to write: `seq × dim`, rows contiguous.
     ///
     /// # Panics
