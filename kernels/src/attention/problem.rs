@@ -144,7 +144,8 @@ pub(super) fn deal<Op: WithSimd<Output = ()>>(
         return;
     }
     let per_task = (TASK_WORK / work.max(1)).clamp(1, units.max(1));
-    ctx.for_each_task(units.div_ceil(per_task), |task| {
+    // In pieces: neighbouring heads lie in the same pages and lines, which two threads by turns would both ask for.
+    ctx.for_each_piece(units.div_ceil(per_task), |task| {
         isa.dispatch(job(piece(task, per_task, units)));
     });
 }
