@@ -12,7 +12,7 @@
 //! - Q and dO of the held rows, and the sums dQ, dK and dV, stand in gapless scratch where heads interleave: their rows lie a power of two
 //!   apart, meet in few sets of the first- and second-level cache, and would come from the third for every block.
 //! - Sums over keys (dQ) and over rows (dK, dV) are chains of multiply-adds in ascending order, so how the
-//!   region is cut changes no bit. With enough heads a task does all three for a head; with few heads and
+//!   region is cut changes no bit. With enough heads, or as many as threads, a task does all three for a head; with few heads and
 //!   several threads, tasks do dK and dV of some keys and then dQ of some rows (7 products instead of
 //!   5, but every thread is at work), with the same bits.
 //! - The bias gradient adds in the order batch, head. One thread does it on the way; several do it in a pass
@@ -107,7 +107,12 @@ pub(super) fn run(ctx: &Context, problems: &[Backward<'_>]) {
         let work = problems.iter().fold(0usize, |sum, problem| sum.saturating_add(problem.work()));
         deal(ctx, units, work / faster / units.max(1), |units| Units { problems, tiles, cut, units });
     };
-    if threads > 1 && pairs < 2 * threads {
+    // As many heads of one length as threads have a whole head each; else few heads leave threads without work, and the seven products of two cuts take less time.
+    let even = match problems {
+        [problem] => problem.spec.mask.key_lengths.is_none() && pairs.is_multiple_of(threads),
+        _ => false,
+    };
+    if threads > 1 && pairs < 2 * threads && !even {
         deal(Cut::Keys);
         deal(Cut::Rows);
     } else {
