@@ -220,7 +220,9 @@ fn multiply_as<S: Simd, T: Stored>(
     (acc, width, columns): (&mut [f32], usize, usize),
 ) {
     let stored = PhantomData::<T>;
-    let height = even_parts(a.rows(), GROUP, 1);
+    // With 16 registers a strip is half as wide, so that memory is read in pieces of 32 bytes: two instructions a vector of bf16 are cheaper than that.
+    let alone = const { S::F32_LANES < 16 && T::PER_WORD == 2 };
+    let height = if alone { 1 } else { even_parts(a.rows(), GROUP, 1) };
     for first in (0..a.rows()).step_by(height) {
         let rows = first..(first + height).min(a.rows());
         let acc = &mut acc[first * width..];
