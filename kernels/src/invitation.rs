@@ -33,11 +33,12 @@ pub(crate) fn invite<G: Fn(usize) + Sync>(guests: usize, guest: &G, host: impl F
         host: thread::current(),
         panic: Mutex::new(None),
     });
+    // Before the first invitation: should a later one fail, those who are in are still waited for.
+    let closing = Closing(&door);
     for place in 1..=guests {
         let door = Arc::clone(&door);
         rayon::spawn(move || door.enter(place));
     }
-    let closing = Closing(&door);
     host();
     drop(closing);
     let panicked = door.panic.lock().unwrap_or_else(PoisonError::into_inner).take();

@@ -63,6 +63,12 @@ impl<T: Stored> WithSimd for Product<'_, T> {
     }
 }
 
+/// The column of element `at` of a word.
+#[inline(always)]
+fn column<T: Stored>(word: usize, at: usize) -> usize {
+    word / GROUP_WORDS * GROUP_WORDS * T::PER_WORD + at * GROUP_WORDS + word % GROUP_WORDS
+}
+
 /// More elements than a word of a cache holds.
 const MOST: usize = 4;
 
@@ -70,10 +76,7 @@ impl<T: Stored> Product<'_, T> {
     /// The columns of `WV` vectors of words from word `first` on; how many words that were.
     #[inline(always)]
     fn strip<S: Simd, const WV: usize>(&mut self, simd: S, first: usize) -> usize {
-        let column = |v: usize, at: usize| {
-            let word = first + v * S::F32_LANES;
-            word / GROUP_WORDS * GROUP_WORDS * T::PER_WORD + at * GROUP_WORDS + word % GROUP_WORDS
-        };
+        let column = |v: usize, at: usize| column::<T>(first + v * S::F32_LANES, at);
         let mut acc = [[simd.splat_f32s(0.0); MOST]; WV];
         for (v, acc) in acc.iter_mut().enumerate() {
             for (at, acc) in acc.iter_mut().enumerate().take(T::PER_WORD) {
@@ -152,10 +155,7 @@ impl<T: Stored, const MR: usize> Rows<'_, T, MR> {
         simd: S,
         first: usize,
     ) -> usize {
-        let column = |v: usize, at: usize| {
-            let word = first + v * S::F32_LANES;
-            word / GROUP_WORDS * GROUP_WORDS * T::PER_WORD + (FIRST + at) * GROUP_WORDS + word % GROUP_WORDS
-        };
+        let column = |v: usize, at: usize| column::<T>(first + v * S::F32_LANES, FIRST + at);
         let mut acc = [[[simd.splat_f32s(0.0); ATS]; WV]; MR];
         for (r, acc) in acc.iter_mut().enumerate() {
             for (v, acc) in acc.iter_mut().enumerate() {
@@ -232,7 +232,8 @@ fn multiply_as<S: Simd, T: Stored>(
                 simd.vectorize(Rows::<T, $height> { a, words, stride, acc, width, columns, stored })
             };
         }
-        match rows.len() {
+        // Where rows are alone the others are not compiled.
+        match if alone { 1 } else { rows.len() } {
             1 => simd.vectorize(Product { a: a.row(0), words, stride, acc: &mut acc[..columns], stored }),
             2 => of_height!(2),
             3 => of_height!(3),
@@ -362,14 +363,13 @@ mod tests {
     }
 
     /// Numbers whose sums are rounded: a row among others has the bits that it has alone.
-    #[test]
-    fn a_row_has_its_bits_in_any_company() {
+    fn check_company<T: Stored>() {
         let (depth, columns) = (37, 128);
         let mut words = vec![0; depth * 64];
         let numbers = crate::testing::uniform(depth * columns, 1);
         for (k, row) in numbers.chunks_exact(columns).enumerate() {
             for (c, &x) in row.iter().enumerate() {
-                put(&mut words[k * 64..], 2, c, encode(Bf16::STORAGE, x, 1.0));
+                put(&mut words[k * 64..], T::PER_WORD, c, encode(T::STORAGE, x, 1.0 / 127.0));
             }
         }
         for rows in 2..=13 {
@@ -378,7 +378,7 @@ mod tests {
             for_each_isa(|ctx| {
                 let product = |a: MatRef<'_>| {
                     let mut acc = vec![0.5; a.rows() * (columns + 16)];
-                    let (words, stored) = ((&words[..], 64), PhantomData::<Bf16>);
+                    let (words, stored) = ((&words[..], 64), PhantomData::<T>);
                     ctx.isa().dispatch(Multiplied { a, words, acc: &mut acc, columns, stored });
                     acc
                 };
@@ -386,5 +386,11 @@ mod tests {
                 assert_same_bits(&product(a), &alone);
             });
         }
+    }
+
+    #[test]
+    fn a_row_has_its_bits_in_any_company() {
+        check_company::<Bf16>();
+        check_company::<Int8>();
     }
 }
