@@ -41,17 +41,20 @@ impl Backward<'_> {
             }
             let deep = on_tiles::steps(depth);
             for first in (0..dim).step_by(BLOCK) {
-                for panel in 0..rows.steps.len() {
-                    let left = &left[first / SIDE * left_words(SIDE, depth, P)..];
-                    let right = &right[panel * right_words(depth, BLOCK, P)..];
-                    let operands = Operands { left, right, steps: deep, rows: BLOCK.min(dim - first) };
-                    let to = &mut state.sums[first * KEY_BLOCK + columns.start + panel * BLOCK..];
-                    product::<P>(&state.unit, operands, 0..deep, to, KEY_BLOCK);
+                let left = &left[first / SIDE * left_words(SIDE, depth, P)..];
+                let height = BLOCK.min(dim - first);
+                for panel in rows.steps.clone() {
+                    // No step of the depth where nobody sees these keys.
+                    let seers = rows.seers(panel);
+                    if seers.is_empty() {
+                        continue;
+                    }
+                    let right = &right[(panel - rows.steps.start) * right_words(depth, BLOCK, P)..];
+                    let operands = Operands { left, right, steps: deep, rows: height };
+                    product::<P>(&state.unit, operands, seers, state.sums, BLOCK);
+                    let acc = &mut acc[first * KEY_BLOCK + panel * BLOCK..];
+                    add_block(simd, (state.sums, height), acc, state.written[panel]);
                 }
-            }
-            for c in 0..dim {
-                let part = c * KEY_BLOCK + columns.start..c * KEY_BLOCK + columns.end;
-                add(simd, &state.sums[part.clone()], &mut acc[part]);
             }
             for local in (0..depth).filter(|local| odd[*local]) {
                 let row = &odd_rows[local * dim..][..dim];
@@ -64,6 +67,9 @@ impl Backward<'_> {
                     }
                 }
             }
+        }
+        for panel in rows.steps.clone() {
+            state.written[panel] |= !rows.seers(panel).is_empty();
         }
     }
 
@@ -87,13 +93,22 @@ impl Backward<'_> {
         let add_to = self.spec.mask.blocks.is_some()
             || block.sight.rows(&rows.rows, &(0..block.keys.end)).start < block.keys.start;
         let Some(d_q) = &mut head.d_q else { return };
-        for top in (0..n).step_by(BLOCK) {
-            let height = BLOCK.min(n - top);
+        for (some, own) in rows.blocks() {
+            let (top, height) = (some.start - rows.rows.start, some.len());
+            let own = [own.start, own.end].map(|step| step.saturating_sub(rows.steps.start));
+            let own = own[0]..own[1];
             let left = &state.left[top / SIDE * left_words(SIDE, columns.len(), P)..];
             for first in (0..dim).step_by(BLOCK) {
                 let right = &state.k[first / BLOCK * panel + rows.steps.start * step..];
                 let operands = Operands { left, right, steps: rows.steps.len(), rows: height };
-                product::<P>(&state.unit, operands, 0..rows.steps.len(), &mut state.sums[first..], width);
+                let sums = &mut state.sums[first..];
+                if own.is_empty() {
+                    sums.chunks_mut(width)
+                        .take(height)
+                        .for_each(|row| row[..BLOCK.min(dim - first)].fill(0.0));
+                } else {
+                    product::<P>(&state.unit, operands, own.clone(), sums, width);
+                }
             }
             for (r, sums) in state.sums.chunks_exact(width).enumerate().take(height) {
                 let i = rows.rows.start + top + r;
@@ -120,11 +135,16 @@ impl Backward<'_> {
     pub(super) fn write_keys(&self, block: &Block<'_>, state: &mut State<'_>) {
         let Region { batch, kv, .. } = *block.region;
         for (grad, sums, dim) in
-            [(self.d_k, &*state.d_k, self.shape.dim), (self.d_v, &*state.d_v, self.shape.v_dim)]
+            [(self.d_k, &mut *state.d_k, self.shape.dim), (self.d_v, &mut *state.d_v, self.shape.v_dim)]
         {
+            for panel in (0..block.keys.len().div_ceil(BLOCK)).filter(|panel| !state.written[*panel]) {
+                sums.chunks_exact_mut(KEY_BLOCK)
+                    .take(dim)
+                    .for_each(|row| row[panel * BLOCK..][..BLOCK].fill(0.0));
+            }
             let stride = dim.next_multiple_of(8);
-            let sums =
-                MatRef::with_strides(sums, dim, block.keys.len(), KEY_BLOCK, 1).expect("sums of these keys");
+            let sums = MatRef::with_strides(&*sums, dim, block.keys.len(), KEY_BLOCK, 1)
+                .expect("sums of these keys");
             stage::transpose(sums, state.sums, stride);
             // SAFETY: a unit that owns dK and dV owns these keys of this key head alone, and blocks are disjoint.
             let mut grad = unsafe { grad.rows_unsync(batch, kv, block.keys.clone()) };
@@ -145,4 +165,17 @@ fn add<S: Simd>(simd: S, x: &[f32], to: &mut [f32]) {
         #[inline(always)]
         |x, to| simd.add_f32s(x, to),
     );
+}
+
+/// `to += sums` of 32 columns, rows [`KEY_BLOCK`] apart; to zeros, so that no zero is negative, if nothing is written there.
+#[inline(always)]
+fn add_block<S: Simd>(simd: S, (sums, rows): (&[f32], usize), to: &mut [f32], written: bool) {
+    let sums = sums.as_chunks::<BLOCK>().0.iter().take(rows);
+    for (sums, to) in sums.zip(to.chunks_mut(KEY_BLOCK)) {
+        let to = to.first_chunk_mut::<BLOCK>().expect("the columns of a panel");
+        for (sum, to) in S::as_simd_f32s(sums).0.iter().zip(S::as_mut_simd_f32s(to).0) {
+            let before = if written { *to } else { simd.splat_f32s(0.0) };
+            *to = simd.add_f32s(*sum, before);
+        }
+    }
 }

@@ -87,10 +87,11 @@ impl<'a> Chunk<'a> {
         self.out.as_ref()
     }
 
-    /// Whether the rows see all of `columns` of a block of keys and nothing is added to their scores or dropped from their P.
+    /// Whether P is made of the scores alone: nothing is added to them and nothing dropped.
     #[inline(always)]
-    pub(super) fn takes_all(&self, rows: &Range<usize>, keys: &Range<usize>, columns: &Range<usize>) -> bool {
-        self.dropout.is_none() && self.adds_nothing(rows, keys, columns)
+    pub(super) fn takes_scores(&self) -> bool {
+        let Mask { bias, alibi, .. } = &self.problem.spec.mask;
+        self.dropout.is_none() && bias.is_none() && alibi.is_none()
     }
 
     /// Whether the rows see all of `columns` of a block of keys and nothing is added to their scores.

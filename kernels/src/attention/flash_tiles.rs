@@ -12,7 +12,7 @@
 //! - l is the sum of the probabilities before they are rounded: the log-sum-exp has no error of theirs, and the backward pass makes the same P from it.
 //! - o stays in f32 memory and takes the sums of a block by one multiply-add with α: tiles have no α, and the key block is as deep as a product gets.
 //! - 32 rows know which steps of 32 keys they see, so causal order saves half of the tiles; inside of them P is 0 where a key is hidden.
-//! - Where 32 rows see all of the keys and nothing is added, dropped or odd, P goes from its exponential straight into its tiles ([`conversion::weigh`]), with the same bits: no
+//! - Where nothing is added, dropped or odd, P goes from its exponential straight into its tiles ([`conversion::weigh`]), with the same bits: no
 //!   P in f32 is stored and read again. A sixth of the time of the pass at 64 elements.
 //!
 //! Rejected: S as K·Qᵀ, with queries across. P would come out as the right operand's rows, without a transposition of K, but the softmax
@@ -24,7 +24,7 @@ use std::ops::Range;
 use pulp::Simd;
 
 use super::chunk::{Chunk, Rows, groups, vectors};
-use super::conversion;
+use super::conversion::{self, Seen};
 use super::flash::{First, Forward};
 use super::on_tiles::{self, OnTiles, Operands, Unit, left_words, product, right_words};
 use super::online::{self, Carried};
@@ -226,21 +226,23 @@ impl Chunk<'_> {
         coming.ask();
         self.scores_on_tiles::<P>(state, block, &rows, &seen_steps);
         state.rows.first = rows.start;
-        let columns = seen_steps.start * STEP..seen_steps.end * STEP;
-        let plain = block.odd_values.is_none() && self.takes_all(&rows, keys, &columns);
+        let local = rows.start - self.rows.start;
+        let odd = block.odd_keys.contains(&true) || state.odd_rows[local..][..rows.len()].contains(&true);
+        let plain = block.odd_values.is_none() && !odd && self.takes_scores();
         let fused = state.unit.conversion::<P>().filter(|_| plain);
         if let Some(proof) = fused {
-            let local = rows.start - self.rows.start;
             let carried = Carried {
                 m: &mut state.rows.m[local..][..rows.len()],
                 l: &mut state.rows.l[local * S::F32_LANES..][..rows.len() * S::F32_LANES],
                 alpha: &mut state.rows.alpha[..rows.len()],
             };
-            conversion::weigh(proof, state.rows.scores, &seen_steps, carried, state.p);
+            let seen = Seen { sight: self.sight, first_row: rows.start, keys };
+            conversion::weigh(proof, state.rows.scores, (&seen_steps, seen), carried, state.p);
             coming.ask();
             self.values_on_tiles::<S, P>(simd, state, block, &rows, &seen_steps);
             return;
         }
+        let columns = seen_steps.start * STEP..seen_steps.end * STEP;
         for group in groups(&rows) {
             let seen = self.sight.rows(&group, keys);
             let own = vectors::<S>(&seen, keys);

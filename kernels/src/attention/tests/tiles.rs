@@ -185,6 +185,37 @@ fn threads_change_no_bit() {
     for_each_precision(|ctx, _| cases.iter().for_each(|case| bits::check_threads(ctx, case)));
 }
 
+/// With a bias, P and its gradient are made before they are packed; without one they are packed as they are made, and steps that 32 rows do not see take no part.
+#[test]
+fn a_bias_of_zeros_changes_no_bit() {
+    let mut cases: Vec<Case> = fewer().filter(|case| case.bias_heads == 0).collect();
+    let window = |offset, left, right| Some(Window { offset, left, right });
+    for (window, lengths) in [
+        (None, None),
+        (window(0, 40, 0), None),
+        (window(100, 2, 70), Some(vec![131])),
+        (window(7, 1, 1), None),
+    ] {
+        for causal in [None, Some(0), Some(20)] {
+            let shape = shape(1, 1, 165, 190, 8);
+            cases.push(Case { causal, window, lengths: lengths.clone(), ..Case::new(shape) });
+        }
+    }
+    cases.extend(blocks::cases().into_iter().filter(|case| case.bias_heads == 0).take(3));
+    for_each_precision(|ctx, _| {
+        for case in &cases {
+            let mut biased = Case { bias_heads: 1, ..case.clone() };
+            biased.data.bias = vec![0.0; case.shape.seq_q * case.shape.seq_k];
+            let (plain, biased) = (case.run(ctx), biased.run(ctx));
+            assert_same_bits(&plain.out, &biased.out);
+            assert_same_bits(&plain.lse, &biased.lse);
+            assert_same_bits(&plain.grads.d_q, &biased.grads.d_q);
+            assert_same_bits(&plain.grads.d_k, &biased.grads.d_k);
+            assert_same_bits(&plain.grads.d_v, &biased.grads.d_v);
+        }
+    });
+}
+
 /// `data` [batch, seq, width], rows `rows` of each sequence.
 fn rows_of(data: &[f32], seq: usize, width: usize, rows: std::ops::Range<usize>) -> Vec<f32> {
     data.chunks_exact(seq * width).flat_map(|s| s[rows.start * width..rows.end * width].to_vec()).collect()
