@@ -1,8 +1,7 @@
 //! Per-thread scratch memory: 64-byte aligned f32 buffers that are kept for the next kernel call.
 //!
 //! A kernel that packs or stages data takes a [`ScratchBuf`] and drops it; the memory goes to the
-//! dropping thread's free list, so a training loop allocates in its first step only. This is the only
-//! `thread_local!` of the crate.
+//! dropping thread's free list, so a training loop allocates in its first step only.
 
 use std::cell::RefCell;
 use std::ops::{Deref, DerefMut};
