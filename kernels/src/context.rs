@@ -12,7 +12,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::error::{IsaError, ShapeError};
-use crate::invitation::invite;
+use crate::invitation::{company_is_likely, invite};
 use crate::isa::{Isa, IsaName};
 use crate::waiting::Waiting;
 
@@ -20,6 +20,10 @@ use crate::waiting::Waiting;
 /// need about 50 µs to be awake again. Two tasks of 50 and 150 µs, called one after the other on two threads of an AMD Zen 3, took 189 µs (minimum of 40
 /// samples; median 221) and take 151 (153) so; tasks of 150 and 50 µs 157 (159) and 151 (152).
 const PATIENCE: Duration = Duration::from_micros(500);
+
+/// A call that takes so long alone is worth waking threads for, whose waking costs the caller 9 µs and which are there 50 µs later
+/// (docs/decisions/001-foundations.md).
+const WAKES: Duration = Duration::from_micros(80);
 
 /// How exact a matrix product must be, in PyTorch's words. It is a floor: where the CPU has no
 /// faster means, a more exact kernel runs, and its name stands in every benchmark record.
@@ -128,6 +132,15 @@ impl Context {
         self.threads(NonZeroUsize::MIN)
     }
 
+    /// The same for a call that takes about `alone` without help: on the calling thread alone where that is little and the others are likely to sleep.
+    pub(crate) fn for_call_of(self, alone: Duration) -> Context {
+        if self.thread_count() == 1 || alone >= WAKES || company_is_likely(alone) {
+            self
+        } else {
+            self.single_threaded()
+        }
+    }
+
     /// The same with another precision.
     #[must_use]
     pub fn precision(self, precision: Precision) -> Context {
@@ -200,7 +213,7 @@ impl Context {
             }
             Waiting::until(|| finished.load(Ordering::Relaxed) >= tasks, PATIENCE);
         };
-        invite(workers - 1, &work, || work(0));
+        invite(workers - 1, &work, |_| work(0));
     }
 
     /// Runs `task` on each of `items`, which it takes by value: what owns disjoint parts of buffers is

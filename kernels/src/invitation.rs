@@ -51,7 +51,7 @@ pub(crate) fn company_is_likely(alone: Duration) -> bool {
 /// What a thread remembers of its calls.
 #[derive(Clone, Copy)]
 struct Company {
-    /// When the last call is likely to have ended.
+    /// When the last call is sure to have ended.
     ended: Option<Instant>,
     /// Whether somebody came to it.
     came: bool,
@@ -68,7 +68,8 @@ impl Company {
 
     fn is_likely(&mut self, now: Instant, alone: Duration) -> bool {
         let follows = self.ended.is_some_and(|ended| now.saturating_duration_since(ended) < AWAKE);
-        self.ended = Some(now + alone);
+        // Twice, for processors that are slower than thought.
+        self.ended = Some(now + 2 * alone);
         if std::mem::take(&mut self.came) && follows {
             return true;
         }
@@ -93,12 +94,12 @@ impl Company {
     }
 }
 
-/// Runs `host` on this thread, and `guest(1)`, …, `guest(guests)` on those threads of the current pool that come before it has ended: each of them once, or
-/// not at all. Returns when all who came have left.
+/// Runs `host` on this thread, and `guest(1)`, `guest(2)`, … on those of `guests` threads of the current pool that come before it has ended or has
+/// shut the door, counted as they come. Returns when all who came have left.
 ///
 /// # Panics
 /// When `host` or a guest does.
-pub(crate) fn invite<G: Fn(usize) + Sync>(guests: usize, guest: &G, host: impl FnOnce()) {
+pub(crate) fn invite<G: Fn(usize) + Sync>(guests: usize, guest: &G, host: impl FnOnce(&Guests<'_>)) {
     let door = Arc::new(Door {
         state: AtomicU64::new(0),
         guest: std::ptr::from_ref(guest).cast(),
@@ -109,15 +110,31 @@ pub(crate) fn invite<G: Fn(usize) + Sync>(guests: usize, guest: &G, host: impl F
     });
     // Before the first invitation: should a later one fail, those who are in are still waited for.
     let closing = Closing(&door);
-    for place in 1..=guests {
+    for _ in 0..guests {
         let door = Arc::clone(&door);
-        rayon::spawn(move || door.enter(place));
+        rayon::spawn(move || door.enter());
     }
-    host();
+    host(&Guests(&door));
     drop(closing);
     let panicked = door.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
     if let Some(payload) = panicked {
         panic::resume_unwind(payload);
+    }
+}
+
+/// Those who come to a call, as its host sees them.
+pub(crate) struct Guests<'a>(&'a Door);
+
+impl Guests<'_> {
+    /// How many have come so far.
+    pub(crate) fn came(&self) -> usize {
+        (self.0.state.load(Ordering::Relaxed) & (IN - 1)) as usize
+    }
+
+    /// Lets nobody in any more; how many have come.
+    pub(crate) fn shut(&self) -> usize {
+        self.0.state.fetch_or(SHUT, Ordering::Relaxed);
+        self.came()
     }
 }
 
@@ -140,14 +157,13 @@ unsafe impl Sync for Door {}
 
 impl Door {
     /// Does a guest's part, unless the door is shut.
-    fn enter(&self, place: usize) {
+    fn enter(&self) {
         // Acquire: what the host wrote before it invited. The count keeps the host from returning.
         let counted = self.state.fetch_update(Ordering::Acquire, Ordering::Relaxed, |state| {
             (state & SHUT == 0).then_some(state + IN + 1)
         });
-        if counted.is_err() {
-            return;
-        }
+        let Ok(before) = counted else { return };
+        let place = (before & (IN - 1)) as usize + 1;
         if let Err(payload) = panic::catch_unwind(AssertUnwindSafe(|| (self.run)(self.guest, place))) {
             self.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(payload);
         }
@@ -165,12 +181,11 @@ impl Drop for Closing<'_> {
     fn drop(&mut self) {
         let Closing(door) = self;
         let empty = || door.state.load(Ordering::Acquire) & !(IN - 1) == SHUT;
-        door.state.fetch_or(SHUT, Ordering::Relaxed);
+        let came = Guests(door).shut() > 0;
         Waiting::until(empty, PATIENCE);
         while !empty() {
             thread::park();
         }
-        let came = door.state.load(Ordering::Relaxed) & (IN - 1) > 0;
         COMPANY.with(|cell| {
             let mut company = cell.get();
             company.invited(Instant::now(), came);
@@ -205,7 +220,7 @@ mod tests {
             };
             let inside = AtomicU32::new(0);
             pool.install(|| {
-                invite(2, &guest, || {
+                invite(2, &guest, |_| {
                     Waiting::until(|| came.load(Ordering::Acquire), Duration::from_secs(60));
                     inside.store(1, Ordering::Relaxed);
                 });
@@ -230,10 +245,32 @@ mod tests {
             });
             Waiting::until(|| busy.load(Ordering::Acquire), Duration::from_secs(60));
             let began = Instant::now();
-            pool.install(|| invite(1, &|_| panic!("nobody is free to come"), || ()));
+            pool.install(|| invite(1, &|_| panic!("nobody is free to come"), |_| ()));
             assert!(began.elapsed() < Duration::from_secs(30), "the other thread was waited for");
             free.store(true, Ordering::Release);
         });
+    }
+
+    #[test]
+    fn nobody_comes_through_a_shut_door() {
+        let pool = pool(3);
+        for _ in 0..100 {
+            let places = Mutex::new(Vec::new());
+            let guest = |place: usize| places.lock().unwrap().push(place);
+            let count = AtomicU32::new(0);
+            pool.install(|| {
+                invite(2, &guest, |guests| {
+                    Waiting::until(|| guests.came() > 0, Duration::from_millis(1));
+                    let came = guests.shut();
+                    thread::sleep(Duration::from_micros(100));
+                    assert_eq!(guests.shut(), came);
+                    count.store(came as u32, Ordering::Relaxed);
+                });
+            });
+            let mut places = places.into_inner().unwrap();
+            places.sort_unstable();
+            assert_eq!(places, (1..=count.into_inner() as usize).collect::<Vec<_>>());
+        }
     }
 
     #[test]
@@ -275,11 +312,11 @@ mod tests {
     fn a_thread_remembers_who_came() {
         let pool = pool(2);
         let came = AtomicBool::new(false);
-        let waits = || Waiting::until(|| came.load(Ordering::Acquire), Duration::from_secs(60));
+        let waits = |_: &Guests<'_>| Waiting::until(|| came.load(Ordering::Acquire), Duration::from_secs(60));
         pool.install(|| {
             invite(1, &|_| came.store(true, Ordering::Release), waits);
             assert!(COMPANY.get().came);
-            invite(0, &|_| (), || ());
+            invite(0, &|_| (), |_| ());
             assert!(!COMPANY.get().came);
         });
     }
@@ -293,7 +330,7 @@ mod tests {
             panic!("from a guest");
         };
         let call = || {
-            invite(1, &guest, || {
+            invite(1, &guest, |_| {
                 Waiting::until(|| came.load(Ordering::Acquire), Duration::from_secs(60));
             });
         };
@@ -307,7 +344,7 @@ mod tests {
             left.store(true, Ordering::Release);
         };
         let call = || {
-            invite(1, &guest, || {
+            invite(1, &guest, |_| {
                 Waiting::until(|| came.load(Ordering::Acquire), Duration::from_secs(60));
                 panic!("from the host");
             });

@@ -1,6 +1,7 @@
 //! The shape of a problem, checked once; how its units of work are dealt to tasks; the blocks.
 
 use std::ops::Range;
+use std::time::Duration;
 
 use pulp::WithSimd;
 
@@ -137,15 +138,19 @@ pub(super) fn deal<Op: WithSimd<Output = ()>>(
     job: impl Fn(Range<usize>) -> Op + Sync,
 ) {
     let isa = ctx.isa();
+    let per_task = (TASK_WORK / work.max(1)).clamp(1, units.max(1));
+    let tasks = units.div_ceil(per_task);
+    // 50 multiplications a nanosecond: about an AVX-512 core's peak.
+    let alone = Duration::from_nanos(units.saturating_mul(work) as u64 / 50);
+    let ctx = if tasks > 1 { ctx.for_call_of(alone) } else { ctx.single_threaded() };
     if ctx.thread_count() == 1 {
         if units > 0 {
             isa.dispatch(job(0..units));
         }
         return;
     }
-    let per_task = (TASK_WORK / work.max(1)).clamp(1, units.max(1));
     // In pieces: neighbouring heads lie in the same pages and lines, which two threads by turns would both ask for.
-    ctx.for_each_piece(units.div_ceil(per_task), |task| {
+    ctx.for_each_piece(tasks, |task| {
         isa.dispatch(job(piece(task, per_task, units)));
     });
 }

@@ -12,22 +12,15 @@ use super::macrokernel::{Part, Problem, RightOperand};
 use super::microkernel::{KernelInfo, with_bf16_kernel, with_kernel};
 use super::tiles::{Proofs, TilePart};
 use crate::context::Context;
-use crate::invitation::company_is_likely;
 use crate::isa::{Bf16Dots, Isa, IsaName};
 
-/// Multiply-adds of a product that is worth waking other threads (about 80 µs on vectors), and of each of its tasks.
-const WAKES: usize = 1 << 22;
-const MIN_TASK_WORK: usize = 1 << 20;
-/// Multiply-adds of a task that is worth handing to a thread that is awake (about 10 µs).
-const MIN_TASK_WORK_OF_COMPANY: usize = 1 << 19;
+/// Multiply-adds below which a task is not worth handing to another thread that is awake (about 10 µs on vectors).
+const MIN_TASK_WORK: usize = 1 << 19;
+/// Likewise of a product that may wake it.
+const MIN_TASK_WORK_OF_LARGE: usize = 1 << 20;
 /// A product of fewer rows takes as long as one of this many: it waits for memory. With it a second thread that is awake gains from 512×512 on
 /// (docs/decisions/001-foundations.md).
 const MEMORY_BOUND_ROWS: usize = 4;
-
-/// How long about a product of so many multiply-adds takes; rather too long, for slower processors.
-fn time(work: usize) -> Duration {
-    Duration::from_micros((work >> 15) as u64)
-}
 
 /// How many threads a product of `m × n × k` is worth.
 fn threads_for(ctx: &Context, kernel: &KernelInfo, [m, n, k]: [usize; 3]) -> usize {
@@ -39,15 +32,13 @@ fn threads_for(ctx: &Context, kernel: &KernelInfo, [m, n, k]: [usize; 3]) -> usi
         _ => 1,
     };
     let work = m.max(rate * MEMORY_BOUND_ROWS).saturating_mul(n).saturating_mul(k.max(1)) / rate;
-    let tasks = if work >= WAKES {
-        work / MIN_TASK_WORK
-    } else if ctx.thread_count() > 1 && work >= 2 * MIN_TASK_WORK_OF_COMPANY && company_is_likely(time(work))
-    {
-        work / MIN_TASK_WORK_OF_COMPANY
-    } else {
-        1
-    };
-    ctx.thread_count().min(tasks)
+    if work < 2 * MIN_TASK_WORK {
+        return 1;
+    }
+    // 50 multiply-adds a nanosecond: an AVX-512 core's peak, which slower ones reach half of.
+    let alone = Duration::from_nanos(work as u64 / 50);
+    let of_task = if work < 4 * MIN_TASK_WORK_OF_LARGE { MIN_TASK_WORK } else { MIN_TASK_WORK_OF_LARGE };
+    ctx.for_call_of(alone).thread_count().min(work / of_task)
 }
 
 /// Computes all of C.

@@ -6,9 +6,8 @@
 //! own cache) to the end.
 //!
 //! # Why it cannot deadlock
-//! - The caller waits for helpers for a bounded time and then shuts the door. Joining and shutting are operations
-//!   on one atomic word, so a helper either came before and is counted, or finds the door shut and returns:
-//!   nobody is ever waited for who has not joined. Where the pool has no free thread, the caller is the team.
+//! - The caller waits for helpers for a bounded time and then shuts the door ([`crate::invitation`]): a helper either came before and is
+//!   counted, or finds it shut and returns, so nobody is ever waited for who has not joined. Where the pool has no free thread, the caller is the team.
 //! - A member has joined from a running thread. Until its part is done it runs only the given function, which
 //!   starts no task, takes no job of the pool and holds no lock at a barrier. So every member goes on to the next
 //!   barrier, and as all parts have equally many, every barrier fills.
@@ -20,13 +19,11 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
-use crate::invitation::invite;
+use crate::invitation::{Guests, invite};
 use crate::waiting::Waiting;
 
 /// How long the caller waits for helpers: a sleeping thread of the pool is awake in about 50 µs.
 const PATIENCE: Duration = Duration::from_micros(200);
-/// The bit of the door's word that says it is shut; below it stands the number of members.
-const SHUT: usize = 1 << (usize::BITS - 1);
 
 /// Where the members of a team wait for each other.
 pub(super) struct Barrier<'a> {
@@ -95,21 +92,9 @@ pub(super) fn run_together<P: Send>(
 ) {
     // Before the flag's guard, so that it outlives every borrower.
     let broken = AtomicBool::new(false);
-    let door = AtomicUsize::new(1);
     let work: OnceLock<Work<'_, P>> = OnceLock::new();
-    let help = |_: usize| {
-        let place = door.fetch_add(1, Ordering::AcqRel);
-        if place & SHUT != 0 {
-            return;
-        }
+    let lead = |members: usize| {
         let _guard = BreakOnPanic(&broken);
-        wait_until(&broken, || work.get().is_some());
-        let work = work.get().expect("waited for");
-        run(work.take(place), &work.barrier);
-    };
-    let lead = || {
-        let _guard = BreakOnPanic(&broken);
-        let members = assemble(&door, asked);
         let parts: Vec<_> = deal(members).into_iter().map(|part| Mutex::new(Some(part))).collect();
         assert_eq!(parts.len(), members, "a part for each member");
         let barrier = Barrier { members, arrived: AtomicUsize::new(0), broken: &broken };
@@ -117,15 +102,18 @@ pub(super) fn run_together<P: Send>(
         run(work.take(0), &work.barrier);
     };
     if asked <= 1 {
-        return lead();
+        return lead(1);
     }
-    invite(asked - 1, &help, lead);
-}
-
-/// Waits until all are there or patience ends, shuts the door, and gives the number of members.
-fn assemble(door: &AtomicUsize, asked: usize) -> usize {
-    Waiting::until(|| door.load(Ordering::Relaxed) >= asked, PATIENCE);
-    door.fetch_or(SHUT, Ordering::AcqRel)
+    let help = |place: usize| {
+        let _guard = BreakOnPanic(&broken);
+        wait_until(&broken, || work.get().is_some());
+        let work = work.get().expect("waited for");
+        run(work.take(place), &work.barrier);
+    };
+    invite(asked - 1, &help, |guests: &Guests<'_>| {
+        Waiting::until(|| guests.came() + 1 >= asked, PATIENCE);
+        lead(1 + guests.shut());
+    });
 }
 
 #[cfg(test)]
