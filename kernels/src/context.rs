@@ -134,7 +134,8 @@ impl Context {
 
     /// The same for a call that takes about `alone` without help: on the calling thread alone where that is little and the others are likely to sleep.
     pub(crate) fn for_call_of(self, alone: Duration) -> Context {
-        if self.thread_count() == 1 || alone >= WAKES || company_is_likely(alone) {
+        // Tests are of small problems and must not depend on who happens to be awake.
+        if self.thread_count() == 1 || alone >= WAKES || cfg!(test) || company_is_likely(alone) {
             self
         } else {
             self.single_threaded()
