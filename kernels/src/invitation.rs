@@ -40,12 +40,10 @@ thread_local! {
 /// Whether a call that takes about `alone` without help, too little to wake a thread for it, should invite others: they came to this thread's last call, a
 /// moment ago, or calls have followed one another for so long that it is time to try. What a call computes must not depend on it.
 pub(crate) fn company_is_likely(alone: Duration) -> bool {
-    COMPANY.with(|cell| {
-        let mut company = cell.get();
-        let likely = company.is_likely(Instant::now(), alone);
-        cell.set(company);
-        likely
-    })
+    let mut company = COMPANY.get();
+    let likely = company.is_likely(Instant::now(), alone);
+    COMPANY.set(company);
+    likely
 }
 
 /// What a thread remembers of its calls.
@@ -186,11 +184,9 @@ impl Drop for Closing<'_> {
         while !empty() {
             thread::park();
         }
-        COMPANY.with(|cell| {
-            let mut company = cell.get();
-            company.invited(Instant::now(), came);
-            cell.set(company);
-        });
+        let mut company = COMPANY.get();
+        company.invited(Instant::now(), came);
+        COMPANY.set(company);
     }
 }
 

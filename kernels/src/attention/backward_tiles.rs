@@ -43,7 +43,7 @@ use super::chunk::groups;
 use super::conversion::{self, Seen};
 use super::flash_backward::{AFTER, Backward, Next};
 use super::mask::Sight;
-use super::on_tiles::{self, OnTiles, Operands, Unit, left_words, product, right_words};
+use super::on_tiles::{self, OnTiles, Operands, Unit, left_words, product, right_words, steps_of};
 use super::problem::{KEY_BLOCK, Shape, cut};
 use super::regions::{Cut, Parts, Region, row_tiles};
 use super::stage::{self, Coming};
@@ -118,16 +118,6 @@ pub(super) struct Rows {
     pub(super) odd: OddRows,
     /// Whether P and dS are packed as they are made.
     pub(super) packed: bool,
-}
-
-/// The steps of a block's keys that hold what is seen of it.
-#[inline(always)]
-fn steps_of(seen: &Range<usize>, keys: &Range<usize>) -> Range<usize> {
-    if seen.is_empty() {
-        0..0
-    } else {
-        (seen.start - keys.start) / STEP..(seen.end - keys.start).div_ceil(STEP)
-    }
 }
 
 impl Rows {
@@ -338,10 +328,7 @@ impl Backward<'_> {
     /// Whether nothing of a tile is odd, added or dropped.
     #[inline(always)]
     fn is_plain(&self, block: &Block<'_>, odd: &OddRows) -> bool {
-        let mask = &self.spec.mask;
-        mask.bias.is_none()
-            && mask.alibi.is_none()
-            && mask.dropout.is_none()
+        self.spec.mask.takes_scores()
             && !block.region.parts.bias
             && block.odd_scaled.is_none()
             && ![&odd.q, &odd.d_out, &block.odd_keys, &block.odd_values].iter().any(|odd| odd.contains(&true))

@@ -87,13 +87,6 @@ impl<'a> Chunk<'a> {
         self.out.as_ref()
     }
 
-    /// Whether P is made of the scores alone: nothing is added to them and nothing dropped.
-    #[inline(always)]
-    pub(super) fn takes_scores(&self) -> bool {
-        let Mask { bias, alibi, .. } = &self.problem.spec.mask;
-        self.dropout.is_none() && bias.is_none() && alibi.is_none()
-    }
-
     /// Whether the rows see all of `columns` of a block of keys and nothing is added to their scores.
     #[inline(always)]
     fn adds_nothing(&self, rows: &Range<usize>, keys: &Range<usize>, columns: &Range<usize>) -> bool {

@@ -151,9 +151,7 @@ impl Weigh<'_> {
         }
         sum
     }
-}
 
-impl Weigh<'_> {
     /// All rows, which see all of the steps unless `CUT`.
     #[inline(always)]
     fn rows<D: Bf16Products, const CUT: bool>(mut self, dots: D) {

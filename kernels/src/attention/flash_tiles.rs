@@ -26,7 +26,7 @@ use pulp::Simd;
 use super::chunk::{Chunk, Rows, groups, vectors};
 use super::conversion::{self, Seen};
 use super::flash::{First, Forward};
-use super::on_tiles::{self, OnTiles, Operands, Unit, left_words, product, right_words};
+use super::on_tiles::{self, OnTiles, Operands, Unit, left_words, product, right_words, steps_of};
 use super::online::{self, Carried};
 use super::problem::{KEY_BLOCK, Shape, cut, take_first};
 use super::stage::{self, Coming};
@@ -222,13 +222,12 @@ impl Chunk<'_> {
         if seen.is_empty() {
             return;
         }
-        let seen_steps = (seen.start - keys.start) / STEP..(seen.end - keys.start).div_ceil(STEP);
+        let seen_steps = steps_of(&seen, keys);
         coming.ask();
-        self.scores_on_tiles::<P>(state, block, &rows, &seen_steps);
+        let odd = self.scores_on_tiles::<P>(state, block, &rows, &seen_steps);
         state.rows.first = rows.start;
         let local = rows.start - self.rows.start;
-        let odd = block.odd_keys.contains(&true) || state.odd_rows[local..][..rows.len()].contains(&true);
-        let plain = block.odd_values.is_none() && !odd && self.takes_scores();
+        let plain = block.odd_values.is_none() && !odd && self.problem.spec.mask.takes_scores();
         let fused = state.unit.conversion::<P>().filter(|_| plain);
         if let Some(proof) = fused {
             let carried = Carried {
@@ -266,7 +265,7 @@ impl Chunk<'_> {
         self.values_on_tiles::<S, P>(simd, state, block, &rows, &seen_steps);
     }
 
-    /// S of at most 32 rows, over the steps of keys that they see.
+    /// S of at most 32 rows, over the steps of keys that they see; whether one of them or of the keys is odd.
     #[inline(always)]
     fn scores_on_tiles<const P: usize>(
         &self,
@@ -274,7 +273,7 @@ impl Chunk<'_> {
         block: &Block,
         rows: &Range<usize>,
         seen: &Range<usize>,
-    ) {
+    ) -> bool {
         let dim = self.q.cols();
         let (steps, local) = (on_tiles::steps(dim), rows.start - self.rows.start);
         let left = &state.q[local / SIDE * left_words(SIDE, dim, P)..];
@@ -285,9 +284,11 @@ impl Chunk<'_> {
             product::<P>(&state.unit, operands, 0..steps, to, KEY_BLOCK);
         }
         let odd_rows = &state.odd_rows[local..][..rows.len()];
-        if block.odd_keys.contains(&true) || odd_rows.contains(&true) {
+        let odd = block.odd_keys.contains(&true) || odd_rows.contains(&true);
+        if odd {
             self.mend(state, block, rows, seen);
         }
+        odd
     }
 
     /// Computes the scores of odd queries and odd keys by f32 multiply-adds.

@@ -175,6 +175,12 @@ impl<'a> Mask<'a> {
         Ok(())
     }
 
+    /// Whether probabilities are made of the scores alone, seen or hidden: nothing is added to them and nothing dropped.
+    #[inline(always)]
+    pub(super) fn takes_scores(&self) -> bool {
+        self.bias.is_none() && self.alibi.is_none() && self.dropout.is_none()
+    }
+
     /// The block list of one query head.
     #[inline]
     pub(super) fn list(&self, head: usize) -> Option<&'a BlockList> {

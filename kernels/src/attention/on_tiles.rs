@@ -136,6 +136,16 @@ pub(super) const fn steps(depth: usize) -> usize {
     depth.div_ceil(STEP)
 }
 
+/// The steps of a block's keys that hold what is seen of it.
+#[inline(always)]
+pub(super) fn steps_of(seen: &Range<usize>, keys: &Range<usize>) -> Range<usize> {
+    if seen.is_empty() {
+        0..0
+    } else {
+        (seen.start - keys.start) / STEP..(seen.end - keys.start).div_ceil(STEP)
+    }
+}
+
 /// Words of the left tiles of that many rows.
 pub(super) fn left_words(rows: usize, depth: usize, parts: usize) -> usize {
     rows.next_multiple_of(SIDE) * split::column_words(depth, parts)
