@@ -24,6 +24,9 @@ const PATIENCE: Duration = Duration::from_micros(500);
 /// A call that takes so long alone is worth waking threads for, whose waking costs the caller 9 µs and which are there 50 µs later
 /// (docs/decisions/001-foundations.md).
 const WAKES: Duration = Duration::from_micros(80);
+/// Rows that multiply with one operand take as long as this many where they are fewer: they wait for its memory. A product of 512×512 with one row gains from
+/// a second thread that is awake (docs/decisions/001-foundations.md).
+pub(crate) const MEMORY_BOUND_ROWS: usize = 4;
 
 /// How exact a matrix product must be, in PyTorch's words. It is a floor: where the CPU has no
 /// faster means, a more exact kernel runs, and its name stands in every benchmark record.
@@ -135,7 +138,17 @@ impl Context {
     /// The same for a call that takes about `alone` without help: on the calling thread alone where that is little and the others are likely to sleep.
     pub(crate) fn for_call_of(self, alone: Duration) -> Context {
         // Tests are of small problems and must not depend on who happens to be awake.
-        if self.thread_count() == 1 || alone >= WAKES || cfg!(test) || company_is_likely(alone) {
+        self.for_call_where(alone, || cfg!(test) || company_is_likely(alone))
+    }
+
+    /// [`Context::for_call_of`] so many multiply-adds, 50 a nanosecond: an AVX-512 core's peak, which slower ones reach half of. Where fewer than
+    /// [`MEMORY_BOUND_ROWS`] share an operand, as many as if they were that many.
+    pub(crate) fn for_multiply_adds(self, count: usize) -> Context {
+        self.for_call_of(Duration::from_nanos(count as u64 / 50))
+    }
+
+    fn for_call_where(self, alone: Duration, others_are_awake: impl FnOnce() -> bool) -> Context {
+        if self.thread_count() == 1 || alone >= WAKES || others_are_awake() {
             self
         } else {
             self.single_threaded()
@@ -260,6 +273,18 @@ mod tests {
                 assert!(ran.iter().all(|r| r.load(Ordering::Relaxed) == 2));
             }
         }
+    }
+
+    #[test]
+    fn a_short_call_is_shared_with_those_who_are_awake() {
+        let two = Context::with_isa(Isa::scalar()).threads(NonZeroUsize::new(2).unwrap());
+        let threads = |alone, awake| two.for_call_where(alone, || awake).thread_count();
+        let short = WAKES - Duration::from_nanos(1);
+        assert_eq!([threads(short, false), threads(short, true), threads(WAKES, false)], [1, 2, 2]);
+        let unasked =
+            || -> bool { unreachable!("there is nobody to share with, or it is worth to wake them") };
+        assert_eq!(two.single_threaded().for_call_where(short, unasked).thread_count(), 1);
+        assert_eq!(two.for_call_where(WAKES, unasked).thread_count(), 2);
     }
 
     #[test]

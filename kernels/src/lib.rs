@@ -8,7 +8,8 @@
 //! | [`context`] | how a kernel runs: ISA, threads, precision, blocking |
 //! | [`view`] | checked matrices, batches of them, and head tensors |
 //! | [`lanes`] | loops over vectors, the only tail code |
-//! | [`scratch`] | aligned per-thread memory |
+//! | [`memory`] | aligned memory for large operands, on huge pages |
+//! | [`scratch`] | the same, kept by each thread for its next call |
 //! | [`attention`] | flash attention: forward, backward, probabilities |
 //! | [`math`] | exp, log, tanh, sigmoid, erf, GELU over vectors |
 //! | [`rowwise`] | kernels over rows and elements: activations, softmax, norms, losses, embedding, dropout |
@@ -28,11 +29,11 @@ pub mod attention;
 pub mod context;
 pub mod error;
 pub mod gemm;
-mod huge_pages;
 mod invitation;
 pub mod isa;
 pub mod lanes;
 pub mod math;
+pub mod memory;
 pub mod optim;
 mod random;
 pub mod reference;

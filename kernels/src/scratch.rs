@@ -6,68 +6,49 @@
 use std::cell::RefCell;
 use std::ops::{Deref, DerefMut};
 
-use crate::huge_pages;
+use pulp::bytemuck::{cast_slice, cast_slice_mut};
 
-/// One cache line of f32; a `Vec` of these is 64-byte aligned.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-struct Line([f32; Line::LEN]);
-
-impl Line {
-    const LEN: usize = 16;
-}
+use crate::memory::AlignedVec;
 
 /// At most this many buffers wait in one thread's free list; what goes beyond is freed. A training step of a deep
 /// recurrent model keeps three for each layer until it goes back.
 const KEPT_BUFFERS: usize = 64;
 
 thread_local! {
-    static FREE: RefCell<Vec<Vec<Line>>> = const { RefCell::new(Vec::new()) };
-}
-
-/// Makes it `needed` lines; new ones are zero.
-fn lengthen(lines: &mut Vec<Line>, needed: usize) {
-    if needed > lines.capacity() {
-        lines.reserve_exact(needed - lines.len());
-        huge_pages::advise(lines.as_ptr(), needed * size_of::<Line>());
-    }
-    lines.resize(needed, Line([0.0; Line::LEN]));
+    static FREE: RefCell<Vec<AlignedVec<f32>>> = const { RefCell::new(Vec::new()) };
 }
 
 /// A 64-byte aligned `[f32]`. Its contents are whatever the last user left: initialised memory, but not zero.
 pub struct ScratchBuf {
-    lines: Vec<Line>,
+    memory: AlignedVec<f32>,
     len: usize,
 }
 
 impl ScratchBuf {
     /// A buffer of `len` f32 with unspecified contents.
     pub fn take(len: usize) -> ScratchBuf {
-        let needed = len.div_ceil(Line::LEN);
-        let mut lines = FREE.with(|free| {
+        let mut memory = FREE.with(|free| {
             let mut free = free.borrow_mut();
             // The smallest that fits, else the largest there is (it will grow).
-            let fit = free.iter().enumerate().filter(|(_, b)| b.len() >= needed).min_by_key(|(_, b)| b.len());
+            let fit = free.iter().enumerate().filter(|(_, b)| b.len() >= len).min_by_key(|(_, b)| b.len());
             let pick = fit.or_else(|| free.iter().enumerate().max_by_key(|(_, b)| b.len())).map(|(i, _)| i);
             pick.map(|i| free.swap_remove(i)).unwrap_or_default()
         });
-        if lines.len() < needed {
-            lines.clear();
-            lengthen(&mut lines, needed);
+        if memory.len() < len {
+            memory.resize(0);
+            memory.resize(len);
         }
-        ScratchBuf { lines, len }
+        ScratchBuf { memory, len }
     }
 
     /// The buffer as 32-bit words.
     pub(crate) fn words_mut(&mut self) -> &mut [u32] {
-        // SAFETY: as in `deref_mut`; f32 and u32 have the same size and alignment, and every bit pattern is one of both.
-        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast::<u32>(), self.len) }
+        cast_slice_mut(self)
     }
 
     /// The same to read.
     pub(crate) fn words(&self) -> &[u32] {
-        // SAFETY: as in `deref`; f32 and u32 have the same size and alignment, and every bit pattern is one of both.
-        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast::<u32>(), self.len) }
+        cast_slice(self)
     }
 
     /// A buffer of `len` zeros.
@@ -83,28 +64,25 @@ impl Deref for ScratchBuf {
 
     #[inline]
     fn deref(&self) -> &[f32] {
-        // SAFETY: `Line` is `repr(C)` around `[f32; 16]` with no padding, and `take` made sure that
-        // `lines` holds at least `len` initialised f32.
-        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast::<f32>(), self.len) }
+        &self.memory[..self.len]
     }
 }
 
 impl DerefMut for ScratchBuf {
     #[inline]
     fn deref_mut(&mut self) -> &mut [f32] {
-        // SAFETY: as in `deref`; `&mut self` makes the access unique.
-        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast::<f32>(), self.len) }
+        &mut self.memory[..self.len]
     }
 }
 
 impl Drop for ScratchBuf {
     fn drop(&mut self) {
-        let lines = std::mem::take(&mut self.lines);
+        let memory = std::mem::take(&mut self.memory);
         // During thread exit the list may be gone already; then the memory is simply freed.
         let _ = FREE.try_with(|free| {
             let mut free = free.borrow_mut();
-            if free.len() < KEPT_BUFFERS && !lines.is_empty() {
-                free.push(lines);
+            if free.len() < KEPT_BUFFERS && !memory.is_empty() {
+                free.push(memory);
             }
         });
     }
@@ -113,7 +91,7 @@ impl Drop for ScratchBuf {
 /// 64-byte aligned 32-bit words that stay with their owner: no load of a vector crosses a cache line.
 #[derive(Default)]
 pub(crate) struct Words {
-    lines: Vec<Line>,
+    memory: AlignedVec<u32>,
     len: usize,
     /// Whether the memory goes to the free list of the thread that drops it.
     lent: bool,
@@ -122,45 +100,40 @@ pub(crate) struct Words {
 impl Words {
     /// `len` words out of the thread's free list, with unspecified values: for an owner that lives for one call.
     pub(crate) fn lent(len: usize) -> Words {
-        let lines = std::mem::take(&mut ScratchBuf::take(len).lines);
-        Words { lines, len, lent: true }
+        let memory = std::mem::take(&mut ScratchBuf::take(len).memory).cast();
+        Words { memory, len, lent: true }
     }
 
     /// Makes it `len` words; those it had keep their values, new ones are 0 or what they were before.
     pub(crate) fn resize(&mut self, len: usize) {
-        let needed = len.div_ceil(Line::LEN);
-        if !self.lent || needed > self.lines.len() {
-            lengthen(&mut self.lines, needed);
+        if !self.lent || len > self.memory.len() {
+            self.memory.resize(len);
         }
         self.len = len;
     }
 
     /// Some of the words as f32.
     pub(crate) fn as_f32(&self, part: std::ops::Range<usize>) -> &[f32] {
-        let words = &self[part];
-        // SAFETY: u32 and f32 have the same size and alignment, and every bit pattern is one of both.
-        unsafe { std::slice::from_raw_parts(words.as_ptr().cast::<f32>(), words.len()) }
+        cast_slice(&self[part])
     }
 
     /// The words as f32.
     pub(crate) fn as_f32_mut(&mut self) -> &mut [f32] {
-        // SAFETY: `resize` made sure that `lines` holds at least `len` initialised f32; `&mut self` makes
-        // the access unique.
-        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast::<f32>(), self.len) }
+        cast_slice_mut(self)
     }
 }
 
 impl Clone for Words {
     /// A copy that is nobody's scratch memory.
     fn clone(&self) -> Words {
-        Words { lines: self.lines[..self.len.div_ceil(Line::LEN)].to_vec(), len: self.len, lent: false }
+        Words { memory: AlignedVec::from(&self[..]), len: self.len, lent: false }
     }
 }
 
 impl Drop for Words {
     fn drop(&mut self) {
         if self.lent {
-            drop(ScratchBuf { lines: std::mem::take(&mut self.lines), len: self.len });
+            drop(ScratchBuf { memory: std::mem::take(&mut self.memory).cast(), len: self.len });
         }
     }
 }
@@ -170,16 +143,14 @@ impl Deref for Words {
 
     #[inline]
     fn deref(&self) -> &[u32] {
-        // SAFETY: `resize` made sure that `lines` holds at least `len` words; every bit pattern is a u32.
-        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast::<u32>(), self.len) }
+        &self.memory[..self.len]
     }
 }
 
 impl DerefMut for Words {
     #[inline]
     fn deref_mut(&mut self) -> &mut [u32] {
-        // SAFETY: as in `deref`, and every bit pattern is an f32; `&mut self` makes the access unique.
-        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast::<u32>(), self.len) }
+        &mut self.memory[..self.len]
     }
 }
 

@@ -6,6 +6,7 @@
 use std::ops::Range;
 
 use kavanam_kernels::MatRef;
+use kavanam_kernels::memory::AlignedVec;
 
 use crate::error::ModelError;
 use crate::random::SplitMix64;
@@ -55,13 +56,13 @@ struct Entry {
 pub struct ParamStore {
     seed: u64,
     entries: Vec<Entry>,
-    values: Vec<f32>,
+    values: AlignedVec<f32>,
 }
 
 impl ParamStore {
     /// A store without tensors, whose tensors will be initialised from `seed`.
     pub fn new(seed: u64) -> ParamStore {
-        ParamStore { seed, entries: Vec::new(), values: Vec::new() }
+        ParamStore { seed, entries: Vec::new(), values: AlignedVec::new() }
     }
 
     /// Adds a tensor and fills it.
@@ -73,15 +74,17 @@ impl ParamStore {
         let start = self.values.len();
         let elements: usize = shape.iter().product();
         let mut random = SplitMix64::new(self.seed ^ fnv1a(name));
+        self.values.resize(start + elements);
+        let values = &mut self.values[start..];
         match init {
-            Init::Zeros => self.values.resize(start + elements, 0.0),
-            Init::Ones => self.values.resize(start + elements, 1.0),
-            Init::Uniform(bound) => self.values.extend((0..elements).map(|_| random.symmetric() * bound)),
-            Init::Normal(std) => self.values.extend((0..elements).map(|_| random.normal() * std)),
+            Init::Zeros => {}
+            Init::Ones => values.fill(1.0),
+            Init::Uniform(bound) => values.fill_with(|| random.symmetric() * bound),
+            Init::Normal(std) => values.fill_with(|| random.normal() * std),
             Init::Xavier { stacked } => {
                 let [rows, cols] = *shape else { panic!("{name:?}: Xavier needs a matrix, not {shape:?}") };
                 let bound = (6.0 / (rows / stacked + cols) as f32).sqrt();
-                self.values.extend((0..elements).map(|_| random.symmetric() * bound));
+                values.fill_with(|| random.symmetric() * bound);
             }
         }
         self.entries.push(Entry {
@@ -180,7 +183,7 @@ impl ParamStore {
 /// One gradient for each value of a [`ParamStore`], in the same order.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Grads {
-    values: Vec<f32>,
+    values: AlignedVec<f32>,
     ranges: Vec<Range<usize>>,
 }
 
@@ -188,7 +191,7 @@ impl Grads {
     /// Zeros for every tensor of the store.
     pub fn zeros(store: &ParamStore) -> Grads {
         Grads {
-            values: vec![0.0; store.values.len()],
+            values: AlignedVec::zeroed(store.values.len()),
             ranges: store.entries.iter().map(|e| e.range.clone()).collect(),
         }
     }

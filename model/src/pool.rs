@@ -9,11 +9,12 @@ use std::collections::BTreeMap;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use kavanam_kernels::memory::AlignedVec;
 use kavanam_kernels::{MatRef, ShapeError};
 
 /// A free list of buffers, shared by its clones.
 #[derive(Debug, Clone, Default)]
-pub struct Pool(Arc<Mutex<BTreeMap<usize, Vec<Vec<f32>>>>>);
+pub struct Pool(Arc<Mutex<BTreeMap<usize, Vec<AlignedVec<f32>>>>>);
 
 impl Pool {
     /// An empty free list.
@@ -28,7 +29,7 @@ impl Pool {
             let mut free = self.0.lock().unwrap_or_else(PoisonError::into_inner);
             free.range_mut(len..=len.saturating_mul(2)).find_map(|(_, buffers)| buffers.pop())
         };
-        let values = reused.unwrap_or_else(|| vec![0.0; round_up(len)]);
+        let values = reused.unwrap_or_else(|| AlignedVec::zeroed(round_up(len)));
         let mut buffer = Buffer { values, len, pool: self.clone() };
         if cfg!(debug_assertions) {
             buffer.fill(f32::NAN);
@@ -58,7 +59,7 @@ fn round_up(len: usize) -> usize {
 /// `[f32]` that goes back to its [`Pool`] when it is dropped.
 #[derive(Debug)]
 pub struct Buffer {
-    values: Vec<f32>,
+    values: AlignedVec<f32>,
     len: usize,
     pool: Pool,
 }

@@ -5,6 +5,7 @@ use std::borrow::Cow;
 
 use kavanam_kernels::attention::cache::CacheFormat;
 use kavanam_kernels::attention::{BigBird, BlockList};
+use kavanam_kernels::memory::AlignedVec;
 use kavanam_kernels::{Precision, reference};
 
 use crate::cases::{Case, Op, Work, check_close, tolerance};
@@ -214,13 +215,13 @@ pub(crate) struct Problem {
     /// The shape.
     pub(crate) shape: Shape,
     /// Queries.
-    pub(crate) q: Vec<f32>,
+    pub(crate) q: AlignedVec<f32>,
     /// Keys.
-    pub(crate) k: Vec<f32>,
+    pub(crate) k: AlignedVec<f32>,
     /// Values.
-    pub(crate) v: Vec<f32>,
+    pub(crate) v: AlignedVec<f32>,
     /// The gradient that comes in.
-    pub(crate) d_out: Vec<f32>,
+    pub(crate) d_out: AlignedVec<f32>,
 }
 
 /// Up to this length all queries of a head are compared, beyond it [`FEW_QUERIES`] of them.
@@ -233,7 +234,7 @@ impl Problem {
     /// Random operands in [−1, 1).
     pub(crate) fn new(shape: Shape) -> Problem {
         let mut random = SplitMix64(((shape.seq as u64) << 32) ^ shape.key_elements() as u64);
-        let mut fill = |len: usize| (0..len).map(|_| random.signed_unit()).collect::<Vec<f32>>();
+        let mut fill = |len: usize| AlignedVec::from_fn(len, |_| random.signed_unit());
         let (queries, keys) = (shape.query_elements(), shape.key_elements());
         Problem { shape, q: fill(queries), k: fill(keys), v: fill(keys), d_out: fill(queries) }
     }

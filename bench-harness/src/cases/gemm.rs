@@ -2,6 +2,7 @@
 
 use kavanam_kernels::Precision;
 use kavanam_kernels::gemm::WeightFormat;
+use kavanam_kernels::memory::AlignedVec;
 
 use crate::cases::{Case, Op, Work, rounding};
 use crate::error::HarnessError;
@@ -237,9 +238,9 @@ pub(crate) struct Problem {
     /// The shape.
     pub(crate) shape: Shape,
     /// A, as the layout says.
-    pub(crate) a: Vec<f32>,
+    pub(crate) a: AlignedVec<f32>,
     /// B, as the layout says.
-    pub(crate) b: Vec<f32>,
+    pub(crate) b: AlignedVec<f32>,
     /// The copies of B in its reusable form, of which successive calls take the next one.
     pub(crate) copies: usize,
 }
@@ -251,7 +252,7 @@ impl Problem {
     /// Random operands in [−1, 1).
     pub(crate) fn new(shape: Shape) -> Problem {
         let mut random = SplitMix64(((shape.m as u64) << 42) ^ ((shape.n as u64) << 21) ^ shape.k as u64);
-        let mut fill = |len: usize| (0..len).map(|_| random.signed_unit()).collect::<Vec<f32>>();
+        let mut fill = |len: usize| AlignedVec::from_fn(len, |_| random.signed_unit());
         let copies = if shape.cold {
             roofline::uncached_bytes(&Machine::detect()).div_ceil(shape.weight_bytes() as u64) as usize
         } else {

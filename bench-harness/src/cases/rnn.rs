@@ -4,6 +4,7 @@
 use std::borrow::Cow;
 
 use kavanam_kernels::Precision;
+use kavanam_kernels::memory::AlignedVec;
 use kavanam_kernels::reference::{self, MinRnn, Recurrent, RecurrentOutput};
 use kavanam_kernels::rnn::Cell;
 use kavanam_kernels::rnn::min_rnn::MinCell;
@@ -136,17 +137,17 @@ pub(crate) struct Problem {
     /// The shape.
     pub(crate) shape: Shape,
     /// Inputs `[seq·batch, width]`.
-    pub(crate) x: Vec<f32>,
+    pub(crate) x: AlignedVec<f32>,
     /// The gradient that comes in, `[seq·batch, width]`.
-    pub(crate) d_y: Vec<f32>,
+    pub(crate) d_y: AlignedVec<f32>,
     /// Weights of the input `[gates·width, width]`.
-    pub(crate) w_ih: Vec<f32>,
+    pub(crate) w_ih: AlignedVec<f32>,
     /// Weights of the state `[gates·width, width]`; none for a scan.
-    pub(crate) w_hh: Vec<f32>,
+    pub(crate) w_hh: AlignedVec<f32>,
     /// Bias of the input's product `[gates·width]`.
-    pub(crate) b_ih: Vec<f32>,
+    pub(crate) b_ih: AlignedVec<f32>,
     /// Bias of the state's product `[gates·width]`; none for a scan.
-    pub(crate) b_hh: Vec<f32>,
+    pub(crate) b_hh: AlignedVec<f32>,
     /// The steps of every sequence.
     pub(crate) lengths: Vec<usize>,
 }
@@ -162,9 +163,7 @@ impl Problem {
     /// Random operands; the weights in ±1/√width, as a layer is initialised.
     pub(crate) fn new(shape: Shape) -> Problem {
         let mut random = SplitMix64(((shape.width as u64) << 32) ^ shape.elements() as u64);
-        let mut fill = |len: usize, factor: f32| -> Vec<f32> {
-            (0..len).map(|_| factor * random.signed_unit()).collect()
-        };
+        let mut fill = |len: usize, factor: f32| AlignedVec::from_fn(len, |_| factor * random.signed_unit());
         let bound = 1.0 / (shape.width as f32).sqrt();
         Problem {
             shape,

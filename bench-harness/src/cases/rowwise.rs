@@ -3,6 +3,7 @@
 
 use std::borrow::Cow;
 
+use kavanam_kernels::memory::AlignedVec;
 use kavanam_kernels::optim::adamw::AdamW;
 use kavanam_kernels::{MatRef, reference};
 
@@ -146,17 +147,17 @@ pub(crate) struct Problem {
     /// The shape.
     pub(crate) shape: Shape,
     /// x, the logits, or the y of a backward pass: `[rows, cols]`.
-    pub(crate) x: Vec<f32>,
+    pub(crate) x: AlignedVec<f32>,
     /// The gradient that comes in: `[rows, cols]`, or one a row for the cross-entropy.
-    pub(crate) d_y: Vec<f32>,
+    pub(crate) d_y: AlignedVec<f32>,
     /// Scale of the normalisation, `[cols]`.
-    pub(crate) gamma: Vec<f32>,
+    pub(crate) gamma: AlignedVec<f32>,
     /// Shift of the normalisation, `[cols]`.
-    pub(crate) beta: Vec<f32>,
+    pub(crate) beta: AlignedVec<f32>,
     /// One class a row.
     pub(crate) targets: Vec<u32>,
     /// What the operation has beside x: up of a gate, W of a projection, the second moments of AdamW.
-    pub(crate) second: Vec<f32>,
+    pub(crate) second: AlignedVec<f32>,
 }
 
 /// Positive numbers whose sum is 1.
@@ -175,8 +176,8 @@ impl Problem {
     pub(crate) fn new(shape: Shape) -> Problem {
         let Shape { rows, cols, .. } = shape;
         let mut random = SplitMix64(((rows as u64) << 32) ^ cols as u64);
-        let mut fill = |len: usize, factor: f32, shift: f32| -> Vec<f32> {
-            (0..len).map(|_| factor * random.signed_unit() + shift).collect()
+        let mut fill = |len: usize, factor: f32, shift: f32| {
+            AlignedVec::from_fn(len, |_| factor * random.signed_unit() + shift)
         };
         let mut x = match shape.op {
             RowOp::ProjectedCrossEntropy { dim } => fill(rows * dim, 1.0, 0.0),
@@ -196,7 +197,7 @@ impl Problem {
                 RowOp::ProjectedCrossEntropy { dim } => fill(cols * dim, 0.125, 0.0),
                 RowOp::Swiglu | RowOp::SwigluBackward => fill(rows * cols, 1.0, 0.0),
                 RowOp::AdamW => fill(rows * cols, 0.25, 0.5),
-                _ => Vec::new(),
+                _ => AlignedVec::new(),
             },
             targets: (0..rows).map(|i| (i * 7919 % cols) as u32).collect(),
         }

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::hint::black_box;
 
-use kavanam_kernels::scratch::ScratchBuf;
+use kavanam_kernels::memory::AlignedVec;
 use kavanam_kernels::{Context, Isa};
 use pulp::{Simd, WithSimd};
 use serde::Serialize;
@@ -112,7 +112,7 @@ fn read_buffer_gbps(context: &Context, bytes: usize) -> f64 {
     let threads = context.thread_count();
     let share = bytes / size_of::<f32>() / threads;
     // Written, not merely allocated: untouched memory is one shared page of zeros and reads twice as fast.
-    let buffer: Vec<f32> = (0..share * threads).map(|i| (i % 7) as f32).collect();
+    let buffer = AlignedVec::from_fn(share * threads, |i| (i % 7) as f32);
     // The widest set that there is: a limit of the memory must not be one of the instructions.
     let isa = Isa::best();
     let ns = fastest_ns(context, |task| {
@@ -126,18 +126,14 @@ fn read_buffer_gbps(context: &Context, bytes: usize) -> f64 {
 /// computation does.
 pub(crate) struct Reading {
     context: Context,
-    buffers: Vec<ScratchBuf>,
+    buffers: Vec<AlignedVec<f32>>,
     next: usize,
 }
 
 impl Reading {
     /// On the context's threads, with the widest vectors that there are.
     pub(crate) fn new(context: &Context, bytes: f64, copies: usize) -> Reading {
-        let filled = || {
-            let mut buffer = ScratchBuf::take(bytes as usize / size_of::<f32>());
-            buffer.fill(1.0);
-            buffer
-        };
+        let filled = || AlignedVec::filled(bytes as usize / size_of::<f32>(), 1.0);
         let buffers = (0..copies).map(|_| filled()).collect();
         let context = Context::with_isa(Isa::best()).threads(threads::count(context.thread_count()));
         Reading { context, buffers, next: 0 }

@@ -6,6 +6,7 @@
 use std::borrow::Cow;
 
 use kavanam_kernels::Context;
+use kavanam_kernels::memory::AlignedVec;
 
 use crate::cases::Problem;
 use crate::cases::gemm::Problem as GemmProblem;
@@ -38,7 +39,7 @@ impl Peer for Gemm {
             Problem::Gemm(problem) if problem.shape.in_fewer_bits() => Err(Unready::fewer_bits()),
             Problem::Gemm(problem) if problem.shape.cold => Err(Unready::cold()),
             Problem::Gemm(problem) => {
-                let c = vec![f32::NAN; problem.shape.m * problem.shape.n];
+                let c = AlignedVec::filled(problem.shape.m * problem.shape.n, f32::NAN);
                 Ok(Box::new(Product { problem, c, parallelism }))
             }
             _ => Err(Unready::family()),
@@ -48,7 +49,7 @@ impl Peer for Gemm {
 
 struct Product<'a> {
     problem: &'a GemmProblem,
-    c: Vec<f32>,
+    c: AlignedVec<f32>,
     parallelism: gemm_common::Parallelism,
 }
 

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::time::Instant;
 
 use kavanam_kernels::Context;
+use kavanam_kernels::memory::AlignedVec;
 
 use crate::cases::Problem;
 use crate::cases::gemm::{Layout, Problem as GemmProblem, Shape};
@@ -37,7 +38,8 @@ impl Peer for GemmKit {
             Problem::Gemm(problem) if problem.shape.cold => Err(Unready::cold()),
             Problem::Gemm(problem) => {
                 let Shape { m, n, .. } = problem.shape;
-                let mut product = Product { problem, packed: None, c: vec![f32::NAN; m * n], parallelism };
+                let mut product =
+                    Product { problem, packed: None, c: AlignedVec::filled(m * n, f32::NAN), parallelism };
                 if problem.shape.layout == Layout::Packed {
                     product.choose_form();
                 }
@@ -52,7 +54,7 @@ struct Product<'a> {
     problem: &'a GemmProblem,
     packed: Option<gemmkit::PackedRhs<f32>>,
     /// Row-major; column-major when `packed`, because the crate takes a prepacked B for no other C.
-    c: Vec<f32>,
+    c: AlignedVec<f32>,
     parallelism: gemmkit::Parallelism,
 }
 

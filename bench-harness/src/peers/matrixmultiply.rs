@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 
 use kavanam_kernels::Context;
+use kavanam_kernels::memory::AlignedVec;
 
 use crate::cases::Problem;
 use crate::cases::gemm;
@@ -37,7 +38,7 @@ impl Peer for MatrixMultiply {
             Problem::Gemm(problem) if problem.shape.in_fewer_bits() => Err(Unready::fewer_bits()),
             Problem::Gemm(problem) if problem.shape.cold => Err(Unready::cold()),
             Problem::Gemm(problem) => {
-                let c = vec![f32::NAN; problem.shape.m * problem.shape.n];
+                let c = AlignedVec::filled(problem.shape.m * problem.shape.n, f32::NAN);
                 Ok(Box::new(Product { problem, c }))
             }
             _ => Err(Unready::family()),
@@ -47,7 +48,7 @@ impl Peer for MatrixMultiply {
 
 struct Product<'a> {
     problem: &'a gemm::Problem,
-    c: Vec<f32>,
+    c: AlignedVec<f32>,
 }
 
 impl Workload for Product<'_> {

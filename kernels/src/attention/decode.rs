@@ -25,7 +25,7 @@ use super::mask::Mask;
 use super::on_tiles::OnTiles;
 use super::problem::{KEY_BLOCK, Shape, Shared, deal, piece};
 use super::stored::GROUP_WORDS;
-use crate::context::Context;
+use crate::context::{Context, MEMORY_BOUND_ROWS};
 use crate::error::{ShapeError, expect_dim};
 use crate::scratch::ScratchBuf;
 use crate::view::{HeadsLayout, HeadsMut, HeadsRef};
@@ -194,14 +194,15 @@ impl Decode<'_> {
             });
         };
         let keys = places.stride;
+        let reading = rows.max(MEMORY_BOUND_ROWS);
         if self.whole_units(ctx.thread_count(), units) {
-            run(Step::All, 1, rows.saturating_mul((self.dim + self.v_dim).saturating_mul(keys)));
+            run(Step::All, 1, reading.saturating_mul((self.dim + self.v_dim).saturating_mul(keys)));
             return;
         }
-        run(Step::Scores, keys.div_ceil(KEYS_PER_TASK), rows * keys.min(KEYS_PER_TASK) * self.dim);
+        run(Step::Scores, keys.div_ceil(KEYS_PER_TASK), reading * keys.min(KEYS_PER_TASK) * self.dim);
         run(Step::Weights, 1, rows.saturating_mul(16 * keys));
         let cols = self.cols_per_task();
-        run(Step::Output, self.v_dim.div_ceil(cols), rows.saturating_mul(keys * cols));
+        run(Step::Output, self.v_dim.div_ceil(cols), reading.saturating_mul(keys * cols));
     }
 
     /// Whether a unit is one task: where there are enough of them, or as many of the same length for every thread. Three passes over parts of units, each of which

@@ -1,7 +1,6 @@
 //! The shape of a problem, checked once; how its units of work are dealt to tasks; the blocks.
 
 use std::ops::Range;
-use std::time::Duration;
 
 use pulp::WithSimd;
 
@@ -140,9 +139,8 @@ pub(super) fn deal<Op: WithSimd<Output = ()>>(
     let isa = ctx.isa();
     let per_task = (TASK_WORK / work.max(1)).clamp(1, units.max(1));
     let tasks = units.div_ceil(per_task);
-    // 50 multiplications a nanosecond: about an AVX-512 core's peak.
-    let alone = Duration::from_nanos(units.saturating_mul(work) as u64 / 50);
-    let ctx = if tasks > 1 { ctx.for_call_of(alone) } else { ctx.single_threaded() };
+    let ctx =
+        if tasks > 1 { ctx.for_multiply_adds(units.saturating_mul(work)) } else { ctx.single_threaded() };
     if ctx.thread_count() == 1 {
         if units > 0 {
             isa.dispatch(job(0..units));

@@ -4,23 +4,19 @@
 //! all of K: there is no barrier, and no bit depends on where the cuts lie.
 
 use std::ops::Range;
-use std::time::Duration;
 
 use half::bf16;
 
 use super::macrokernel::{Part, Problem, RightOperand};
 use super::microkernel::{KernelInfo, with_bf16_kernel, with_kernel};
 use super::tiles::{Proofs, TilePart};
-use crate::context::Context;
+use crate::context::{Context, MEMORY_BOUND_ROWS};
 use crate::isa::{Bf16Dots, Isa, IsaName};
 
 /// Multiply-adds below which a task is not worth handing to another thread that is awake (about 10 µs on vectors).
 const MIN_TASK_WORK: usize = 1 << 19;
 /// Likewise of a product that may wake it.
 const MIN_TASK_WORK_OF_LARGE: usize = 1 << 20;
-/// A product of fewer rows takes as long as one of this many: it waits for memory. With it a second thread that is awake gains from 512×512 on
-/// (docs/decisions/001-foundations.md).
-const MEMORY_BOUND_ROWS: usize = 4;
 
 /// How many threads a product of `m × n × k` is worth.
 fn threads_for(ctx: &Context, kernel: &KernelInfo, [m, n, k]: [usize; 3]) -> usize {
@@ -35,10 +31,8 @@ fn threads_for(ctx: &Context, kernel: &KernelInfo, [m, n, k]: [usize; 3]) -> usi
     if work < 2 * MIN_TASK_WORK {
         return 1;
     }
-    // 50 multiply-adds a nanosecond: an AVX-512 core's peak, which slower ones reach half of.
-    let alone = Duration::from_nanos(work as u64 / 50);
     let of_task = if work < 4 * MIN_TASK_WORK_OF_LARGE { MIN_TASK_WORK } else { MIN_TASK_WORK_OF_LARGE };
-    ctx.for_call_of(alone).thread_count().min(work / of_task)
+    ctx.for_multiply_adds(work).thread_count().min(work / of_task)
 }
 
 /// Computes all of C.

@@ -13,7 +13,7 @@ use crate::tape::Tape;
 /// A layer's cell, ready for single steps.
 #[derive(Debug)]
 pub(crate) enum StepCell {
-    Recurrent(PackedCell),
+    Recurrent(Box<PackedCell>),
     /// Nothing is packed.
     Naive(RecurrentWeights),
     /// Its weights are packed with the linear layers'.
@@ -28,7 +28,7 @@ impl StepCell {
     ) -> Result<StepCell, ShapeError> {
         Ok(match weights {
             CellWeights::Recurrent(weights) => {
-                StepCell::Recurrent(PackedCell::pack(ctx, &weights.views(params))?)
+                StepCell::Recurrent(Box::new(PackedCell::pack(ctx, &weights.views(params))?))
             }
             CellWeights::Naive(weights) => StepCell::Naive(*weights),
             CellWeights::Scan(weights) => StepCell::Scan(*weights),

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use kavanam_kernels::attention::{self as kernel, AttentionSpec, Mask};
+use kavanam_kernels::memory::AlignedVec;
 use kavanam_kernels::{HeadsLayout, HeadsMut, HeadsRef, MatMut, ShapeError};
 
 use crate::ops::{AttentionShape, fused_part};
@@ -20,7 +21,7 @@ pub struct LayerCache {
 /// Keys and values of the positions so far, `[rows, capacity, 2 · width]`; grows by doubling.
 #[derive(Debug, Clone)]
 pub struct SelfCache {
-    values: Vec<f32>,
+    values: AlignedVec<f32>,
     rows: usize,
     width: usize,
     capacity: usize,
@@ -34,7 +35,8 @@ impl SelfCache {
     /// No position yet.
     pub fn new(rows: usize, width: usize) -> SelfCache {
         let capacity = FIRST_CAPACITY;
-        SelfCache { values: vec![0.0; rows * capacity * 2 * width], rows, width, capacity, len: 0 }
+        let values = AlignedVec::zeroed(rows * capacity * 2 * width);
+        SelfCache { values, rows, width, capacity, len: 0 }
     }
 
     /// How many sequences.
@@ -61,7 +63,7 @@ impl SelfCache {
         let (used, old, new) =
             (self.len * 2 * self.width, self.capacity * 2 * self.width, capacity * 2 * self.width);
         let count = rows.len();
-        let mut values = vec![0.0; count * new];
+        let mut values = AlignedVec::zeroed(count * new);
         for (i, row) in rows.enumerate() {
             values[i * new..][..used].copy_from_slice(&self.values[row * old..][..used]);
         }

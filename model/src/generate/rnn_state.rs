@@ -46,7 +46,7 @@ impl Packed {
                     let embedding = params.shape(layers.target.table)[1];
                     token_cell = Some(PackedCell::pack(ctx, &columns(0..embedding))?);
                     let of_context = PackedCell::pack(ctx, &columns(embedding..whole.input()))?;
-                    cells.push(StepCell::Recurrent(of_context));
+                    cells.push(StepCell::Recurrent(Box::new(of_context)));
                 }
                 weights => cells.push(StepCell::pack(ctx, params, weights)?),
             }

@@ -6,6 +6,7 @@
 use std::fs;
 use std::path::Path;
 
+use kavanam_kernels::memory::AlignedVec;
 use serde::{Deserialize, Serialize};
 
 use super::trainer::{Progress, Trainer, TrainerConfig};
@@ -102,7 +103,7 @@ impl<M: Trainable + ?Sized> Trainer<M> {
         // Moments have the layout of the parameters: they pass through the store, the weights last.
         for (prefix, target) in [(FIRST, 0), (SECOND, 1), (MODEL, 2)] {
             fill(trainer.model_mut().weights_mut(), &contents, prefix, &path)?;
-            let values = trainer.model().weights().values().to_vec();
+            let values = AlignedVec::from(trainer.model().weights().values());
             match target {
                 0 => trainer.moments.first = values,
                 1 => trainer.moments.second = values,

@@ -12,6 +12,7 @@
 use std::sync::{Mutex, PoisonError};
 
 use kavanam_kernels::Context;
+use kavanam_kernels::memory::AlignedVec;
 use kavanam_kernels::optim::adamw::{self, AdamW, Buffers};
 use serde::{Deserialize, Serialize};
 
@@ -103,9 +104,9 @@ pub struct Progress {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Moments {
     /// The running mean of gradients.
-    pub first: Vec<f32>,
+    pub first: AlignedVec<f32>,
     /// The running mean of squared gradients.
-    pub second: Vec<f32>,
+    pub second: AlignedVec<f32>,
 }
 
 /// One shard's memory, kept from step to step.
@@ -148,7 +149,7 @@ impl<M: Trainable + ?Sized> Trainer<M> {
             Mutex::new(Shard { grads, pool: Pool::new(), loss: Ok(0.0) })
         };
         let shards = (0..config.grad_shards).map(|_| shard()).collect();
-        let moments = Moments { first: vec![0.0; len], second: vec![0.0; len] };
+        let moments = Moments { first: AlignedVec::zeroed(len), second: AlignedVec::zeroed(len) };
         Ok(Trainer { model, config, examples, batches, moments, progress: Progress::default(), shards })
     }
 

@@ -6,6 +6,7 @@ use kavanam_kernels::attention::cache::{
     Cache, CacheFormat, CacheLayout, CacheMut, PANEL, StoredBuffers, StoredBuffersMut, StoredSizes,
 };
 use kavanam_kernels::attention::{self, AttentionSpec, BlockList, Grads, Inputs, Mask, Part, Saved};
+use kavanam_kernels::memory::AlignedVec;
 use kavanam_kernels::{Context, HeadsLayout, HeadsMut, HeadsRef, Precision, ShapeError};
 
 use crate::cases::attention::{Pass, Problem, Shape};
@@ -20,7 +21,7 @@ pub(super) fn prepare(problem: &Problem, context: Context) -> Result<Box<dyn Wor
         Pass::DecodeStored(format) => return Ok(Box::new(Decode::new(problem, context, Some(format))?)),
         _ => {}
     }
-    let zeros = |elements| vec![0.0; elements];
+    let zeros = |elements| AlignedVec::zeroed(elements);
     let (queries, keys) = (shape.query_elements(), shape.key_elements());
     let mut attention = Attention {
         context,
@@ -28,8 +29,8 @@ pub(super) fn prepare(problem: &Problem, context: Context) -> Result<Box<dyn Wor
         of_keys: HeadsLayout::batch_seq_heads(shape.batch, shape.seq, shape.kv_heads, shape.dim),
         lists: shape.list().map(|list| vec![list]),
         problem,
-        out: vec![f32::NAN; queries],
-        lse: vec![0.0; shape.batch * shape.heads * shape.seq],
+        out: AlignedVec::filled(queries, f32::NAN),
+        lse: AlignedVec::zeroed(shape.batch * shape.heads * shape.seq),
         grads: (shape.pass == Pass::Backward).then(|| [queries, keys, keys].map(zeros)),
     };
     attention.forward()?;
@@ -44,10 +45,10 @@ struct Attention<'a> {
     /// The blocks that are seen, under a pattern.
     lists: Option<Vec<BlockList>>,
     problem: &'a Problem,
-    out: Vec<f32>,
-    lse: Vec<f32>,
+    out: AlignedVec<f32>,
+    lse: AlignedVec<f32>,
     /// d_q, d_k, d_v when they are what is measured.
-    grads: Option<[Vec<f32>; 3]>,
+    grads: Option<[AlignedVec<f32>; 3]>,
 }
 
 /// Scale and mask of the case.
@@ -90,7 +91,7 @@ impl Workload for Attention<'_> {
 
     fn outputs(&mut self) -> Result<Vec<Cow<'_, [f32]>>, HarnessError> {
         Ok(match &self.grads {
-            Some(grads) => grads.iter().map(|grad| Cow::Borrowed(grad.as_slice())).collect(),
+            Some(grads) => grads.iter().map(|grad| Cow::Borrowed(&grad[..])).collect(),
             None => vec![Cow::Borrowed(&self.out)],
         })
     }
@@ -108,21 +109,27 @@ struct Decode<'a> {
     contents: Contents,
     sequences: Vec<usize>,
     lengths: Vec<usize>,
-    out: Vec<f32>,
-    lse: Vec<f32>,
+    out: AlignedVec<f32>,
+    lse: AlignedVec<f32>,
 }
 
 /// The buffers of a cache: keys and values.
 enum Contents {
-    F32([Vec<f32>; 2]),
-    Stored(CacheFormat, [Vec<u32>; 2], [Vec<f32>; 2]),
+    F32([AlignedVec<f32>; 2]),
+    Stored(CacheFormat, [AlignedVec<u32>; 2], [AlignedVec<f32>; 2]),
 }
 
 impl Contents {
     fn new(cache: CacheLayout, format: Option<CacheFormat>) -> Result<Contents, ShapeError> {
-        let Some(format) = format else { return Ok(Contents::F32(cache.sizes()?.map(|len| vec![0.0; len]))) };
+        let Some(format) = format else {
+            return Ok(Contents::F32(cache.sizes()?.map(AlignedVec::zeroed)));
+        };
         let StoredSizes { keys, values, scales } = cache.stored_sizes(format)?;
-        Ok(Contents::Stored(format, [vec![0; keys], vec![0; values]], [vec![0.0; scales], vec![0.0; scales]]))
+        Ok(Contents::Stored(
+            format,
+            [AlignedVec::zeroed(keys), AlignedVec::zeroed(values)],
+            [AlignedVec::zeroed(scales), AlignedVec::zeroed(scales)],
+        ))
     }
 
     fn writer(&mut self, cache: CacheLayout) -> Result<CacheMut<'_>, ShapeError> {
@@ -171,8 +178,8 @@ impl<'a> Decode<'a> {
             contents,
             sequences: (0..shape.batch).collect(),
             lengths: vec![shape.seq; shape.batch],
-            out: vec![f32::NAN; shape.query_elements()],
-            lse: vec![0.0; shape.batch * shape.heads],
+            out: AlignedVec::filled(shape.query_elements(), f32::NAN),
+            lse: AlignedVec::zeroed(shape.batch * shape.heads),
         })
     }
 }

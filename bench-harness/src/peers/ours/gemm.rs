@@ -6,6 +6,7 @@ use half::bf16;
 use kavanam_kernels::gemm::{
     Accum, Epilogue, Int8Rows, PackedWeights, WeightFormat, gemm, gemm_int8, gemm_packed, int8_kernel_name,
 };
+use kavanam_kernels::memory::AlignedVec;
 use kavanam_kernels::{Context, MatMut, MatRef, Precision, ShapeError};
 
 use crate::cases::gemm::{Layout, Problem, RowBits, Shape};
@@ -26,7 +27,8 @@ pub(super) fn prepare(problem: &Problem, context: Context) -> Result<Box<dyn Wor
     };
     let packed = format.map(|format| PackedWeights::pack_as(&context, b, format)).transpose()?;
     let packed = packed.map_or_else(Vec::new, |packed| vec![packed; problem.copies]);
-    Ok(Box::new(Product { context, a, b, packed, next: 0, shape: problem.shape, c: vec![f32::NAN; m * n] }))
+    let c = AlignedVec::filled(m * n, f32::NAN);
+    Ok(Box::new(Product { context, a, b, packed, next: 0, shape: problem.shape, c }))
 }
 
 /// All in bf16, which is what Medium rounds to.
@@ -90,7 +92,7 @@ struct Product<'a> {
     /// The one for the next call.
     next: usize,
     shape: Shape,
-    c: Vec<f32>,
+    c: AlignedVec<f32>,
 }
 
 impl Workload for Product<'_> {

@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 
 use kavanam_kernels::gemm::{self, Accum, Epilogue};
+use kavanam_kernels::memory::AlignedVec;
 use kavanam_kernels::rnn::Direction;
 use kavanam_kernels::rnn::min_rnn::{self, Candidate, MinCell, Scan, Upstream};
 use kavanam_kernels::rowwise::reduce;
@@ -23,12 +24,12 @@ pub(super) fn prepare(
         problem,
         cell,
         context,
-        gates: vec![f32::NAN; shape.seq * shape.batch * shape.gate_rows()],
-        y: vec![f32::NAN; shape.elements()],
-        d_x: vec![f32::NAN; shape.elements()],
-        d_weight: vec![0.0; shape.gate_rows() * shape.width],
-        d_bias: vec![0.0; shape.gate_rows()],
-        sums: vec![0.0; shape.gate_rows()],
+        gates: AlignedVec::filled(shape.seq * shape.batch * shape.gate_rows(), f32::NAN),
+        y: AlignedVec::filled(shape.elements(), f32::NAN),
+        d_x: AlignedVec::filled(shape.elements(), f32::NAN),
+        d_weight: AlignedVec::zeroed(shape.gate_rows() * shape.width),
+        d_bias: AlignedVec::zeroed(shape.gate_rows()),
+        sums: AlignedVec::zeroed(shape.gate_rows()),
     }))
 }
 
@@ -36,14 +37,14 @@ struct Layer<'a> {
     problem: &'a Problem,
     cell: MinCell,
     context: Context,
-    gates: Vec<f32>,
-    y: Vec<f32>,
-    d_x: Vec<f32>,
+    gates: AlignedVec<f32>,
+    y: AlignedVec<f32>,
+    d_x: AlignedVec<f32>,
     /// Every call adds to the gradients of weight and bias, as accumulated gradients do.
-    d_weight: Vec<f32>,
-    d_bias: Vec<f32>,
+    d_weight: AlignedVec<f32>,
+    d_bias: AlignedVec<f32>,
     /// The bias's gradient of one call.
-    sums: Vec<f32>,
+    sums: AlignedVec<f32>,
 }
 
 impl Layer<'_> {

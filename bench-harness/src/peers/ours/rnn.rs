@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 
+use kavanam_kernels::memory::AlignedVec;
 use kavanam_kernels::rnn::{
     self, Cell, Direction, InputGrads, Output, OutputGrads, Sequence, WeightGrads, Weights,
 };
@@ -23,10 +24,10 @@ pub(super) fn prepare(
         problem,
         cell,
         context,
-        y: vec![f32::NAN; shape.elements()],
-        d_x: vec![f32::NAN; shape.elements()],
-        d_weights: [vec![0.0; weights], vec![0.0; weights]],
-        d_biases: [vec![0.0; biases], vec![0.0; biases]],
+        y: AlignedVec::filled(shape.elements(), f32::NAN),
+        d_x: AlignedVec::filled(shape.elements(), f32::NAN),
+        d_weights: [AlignedVec::zeroed(weights), AlignedVec::zeroed(weights)],
+        d_biases: [AlignedVec::zeroed(biases), AlignedVec::zeroed(biases)],
     }))
 }
 
@@ -34,11 +35,11 @@ struct Layer<'a> {
     problem: &'a Problem,
     cell: Cell,
     context: Context,
-    y: Vec<f32>,
-    d_x: Vec<f32>,
+    y: AlignedVec<f32>,
+    d_x: AlignedVec<f32>,
     /// Of the input's and the state's weights. Every call adds to them, as accumulated gradients do.
-    d_weights: [Vec<f32>; 2],
-    d_biases: [Vec<f32>; 2],
+    d_weights: [AlignedVec<f32>; 2],
+    d_biases: [AlignedVec<f32>; 2],
 }
 
 impl Layer<'_> {

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 
+use kavanam_kernels::memory::AlignedVec;
 use kavanam_kernels::optim::adamw;
 use kavanam_kernels::rowwise::cross_entropy::{self, CrossEntropy};
 use kavanam_kernels::rowwise::layernorm::{self, LayerNorm, RowStats};
@@ -21,9 +22,14 @@ pub(super) fn prepare(problem: &Problem, context: Context) -> Result<Box<dyn Wor
     let mut rowwise = Rowwise {
         problem,
         context: context.precision(Precision::Strict),
-        outputs: problem.shape.output_lengths().into_iter().map(|len| vec![f32::NAN; len]).collect(),
+        outputs: problem
+            .shape
+            .output_lengths()
+            .into_iter()
+            .map(|len| AlignedVec::filled(len, f32::NAN))
+            .collect(),
         stats: vec![RowStats::default(); rows],
-        rstd: vec![0.0; rows],
+        rstd: AlignedVec::zeroed(rows),
     };
     match problem.shape.op {
         RowOp::LayerNormBackward => {
@@ -41,9 +47,9 @@ pub(super) fn prepare(problem: &Problem, context: Context) -> Result<Box<dyn Wor
 struct Rowwise<'a> {
     problem: &'a Problem,
     context: Context,
-    outputs: Vec<Vec<f32>>,
+    outputs: Vec<AlignedVec<f32>>,
     stats: Vec<RowStats>,
-    rstd: Vec<f32>,
+    rstd: AlignedVec<f32>,
 }
 
 impl Rowwise<'_> {

@@ -129,6 +129,8 @@ impl Process {
     fn spawn(python: &Path, modules: &Modules) -> std::io::Result<Process> {
         let mut child = Command::new(python)
             .args(["-c", LAUNCH])
+            // Its tensors lie as the others' operands do: at cache lines, on huge pages where they are large.
+            .env("THP_MEM_ALLOC_ENABLE", "1")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
