@@ -20,7 +20,9 @@ use std::ops::Range;
 use super::epilogue::{Accum, Epilogue};
 use super::int8::rows_at_once;
 use super::int8_rows::{Int8Rows, quantise_blocks};
-use super::microkernel::{ByteKernel, ByteProducts, ByteVisitor, GroupStrip, Order, Out, Rhs, WordBlock};
+use super::microkernel::{
+    ByteKernel, ByteProducts, ByteVisitor, Chains, GroupStrip, Order, Out, Rhs, WordBlock,
+};
 use super::packed::PackedWeights;
 use super::placement::lies_far;
 use crate::scratch::{ScratchBuf, Words};
@@ -50,8 +52,8 @@ impl ByteVisitor for GroupPart<'_> {
     fn visit<P: ByteProducts, const MR: usize, const VECS: usize>(self, kernel: ByteKernel<P, MR, VECS>) {
         let GroupPart { product: GroupProduct { a, b, out, accum, epilogue }, rows, cols } = self;
         let (order, nr) = (Order::Nibbles, ByteKernel::<P, MR, VECS>::NR);
-        let depths: Vec<_> = b.depths().into_iter().flat_map(|depth| groups(depth, b.group())).collect();
-        let words_of = |depth: &Range<usize>| depth.len().div_ceil(order.elements());
+        let all = b.depths();
+        let depths: Vec<_> = all.iter().flat_map(|depth| groups(depth.clone(), b.group())).collect();
         let row_words = order.words() * depths.iter().map(words_of).sum::<usize>();
         let held = rows_at_once(rows.len(), row_words);
         let (mut left, mut excess) = (Words::default(), Words::default());
@@ -59,6 +61,7 @@ impl ByteVisitor for GroupPart<'_> {
         excess.resize(held * depths.len());
         let mut scales = vec![0.0; held];
         let mut staging = ScratchBuf::take(b.rows());
+        let mut chains = ScratchBuf::take(cols.len().next_multiple_of(nr));
         let mut blocks = Vec::with_capacity(depths.len());
         for first in rows.clone().step_by(held) {
             let block = first..(first + held).min(rows.end);
@@ -75,42 +78,76 @@ impl ByteVisitor for GroupPart<'_> {
                     |sum| *of_groups.next().expect("one sum a group") = sum.wrapping_mul(8),
                 );
             }
-            let mut j = cols.start;
-            while j < cols.end {
-                // One panel; or, for few rows, all whole ones.
-                let whole = (cols.end - j) / nr;
-                let several = block.len() <= ByteKernel::<P, MR, VECS>::THIN_GROUP_ROWS;
-                let panel = match if several { whole } else { whole.min(1) } {
-                    0 => j..cols.end,
-                    panels => j..j + panels * nr,
-                };
-                j = panel.end;
-                blocks.clear();
-                for depth in b.depths() {
-                    let Rhs { mut ptr, panel_stride, .. } = b.panels(depth.clone(), panel.clone());
-                    for group in groups(depth, b.group()) {
-                        let words = words_of(&group);
-                        // The words of a group follow its row of scales.
-                        blocks.push(WordBlock { ptr: ptr.wrapping_add(nr), words, panel_stride });
-                        ptr = ptr.wrapping_add((1 + words) * nr);
+            // One row goes through memory as it lies: all panels of a block of K, then the next block.
+            let at_once = if block.len() == 1 { 1 } else { all.len() }.max(1);
+            let sweeps = all.len().div_ceil(at_once).max(1);
+            let (mut word, mut of_group) = (0, 0);
+            for sweep in 0..sweeps {
+                let part = &all[sweep * at_once..((sweep + 1) * at_once).min(all.len())];
+                let of_part = || part.iter().flat_map(|depth| groups(depth.clone(), b.group()));
+                let words = order.words() * of_part().map(|group| words_of(&group)).sum::<usize>();
+                let mut j = cols.start;
+                while j < cols.end {
+                    // One panel; or, for few rows, all whole ones.
+                    let whole = (cols.end - j) / nr;
+                    let several = block.len() <= ByteKernel::<P, MR, VECS>::THIN_GROUP_ROWS;
+                    let panel = match if several { whole } else { whole.min(1) } {
+                        0 => j..cols.end,
+                        panels => j..j + panels * nr,
+                    };
+                    blocks.clear();
+                    for depth in part {
+                        push_groups(&mut blocks, b, (depth, &panel), nr);
                     }
+                    let strip = GroupStrip {
+                        rows: &scales[..block.len()],
+                        cols: panel.len(),
+                        far: lies_far(b.bytes()),
+                        lhs: &left[word..][..block.len() * words],
+                        groups: &blocks,
+                        excess: &excess[of_group..][..block.len() * blocks.len()],
+                        chains: Chains {
+                            at: chains[j - cols.start..].as_mut_ptr(),
+                            begin: sweep == 0,
+                            end: sweep + 1 == sweeps,
+                        },
+                        out: out.from(block.start, panel.start),
+                        finish: epilogue.finish(block.clone(), panel.clone(), (accum == Accum::Add, true)),
+                    };
+                    // SAFETY: the groups are those of these panels, each with its scales; this task alone writes these rows and columns of C,
+                    // and the shapes of the epilogue were checked. `chains` has whole panels of places; each sweep but the first begins
+                    // where the one before has ended, and of several sweeps there are only where there is one row.
+                    unsafe { kernel.run_groups(&strip) };
+                    j = panel.end;
                 }
-                let strip = GroupStrip {
-                    rows: &scales[..block.len()],
-                    cols: panel.len(),
-                    far: lies_far(b.bytes()),
-                    lhs: &left[..block.len() * row_words],
-                    groups: &blocks,
-                    excess: &excess[..block.len() * depths.len()],
-                    out: out.from(block.start, panel.start),
-                    finish: epilogue.finish(block.clone(), panel, (accum == Accum::Add, true)),
-                };
-                // SAFETY: the groups are those of these panels, each with its scales; this task alone writes these rows and columns of C,
-                // and the shapes of the epilogue were checked.
-                unsafe { kernel.run_groups(&strip) };
+                word += words;
+                of_group += of_part().count();
             }
         }
     }
+}
+
+/// Pushes where the words of each group of a block of K stand, in a panel or in the first of several.
+#[inline(always)]
+fn push_groups(
+    blocks: &mut Vec<WordBlock>,
+    b: &PackedWeights,
+    (depth, panel): (&Range<usize>, &Range<usize>),
+    nr: usize,
+) {
+    let Rhs { mut ptr, panel_stride, .. } = b.panels(depth.clone(), panel.clone());
+    for group in groups(depth.clone(), b.group()) {
+        let words = words_of(&group);
+        // They follow the row of its scales.
+        blocks.push(WordBlock { ptr: ptr.wrapping_add(nr), words, panel_stride });
+        ptr = ptr.wrapping_add((1 + words) * nr);
+    }
+}
+
+/// Words of a column of a group.
+#[inline(always)]
+fn words_of(group: &Range<usize>) -> usize {
+    group.len().div_ceil(Order::Nibbles.elements())
 }
 
 /// The groups of a block of K, which begins with a group.

@@ -40,7 +40,7 @@ pub(crate) use bytes::{
 #[cfg(all(test, target_arch = "x86_64"))]
 pub(crate) use dots::plain::with_plain_dots;
 pub(crate) use finish::Tile;
-pub(crate) use nibbles::GroupStrip;
+pub(crate) use nibbles::{Chains, GroupStrip};
 use outer_product::OuterProduct;
 pub use stored::Storage;
 pub(crate) use stored::{Bf16, F32, Int4, Int8, Stored};

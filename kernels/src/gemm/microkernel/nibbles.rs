@@ -13,6 +13,7 @@
 //!   from the sum of the group.
 //! - One or two rows take 4 or 2 panels at a time on AVX2, group by group: several streams of weights from memory arrive sooner than one.
 //! - While the first tile runs it asks for the next panel, group by group: with weights in memory one row gains 1.09 (minima) and 1.18 (medians) on AVX2.
+//! - One row goes through all panels of a block of K before the next block, as the weights lie in memory; its chains wait meanwhile.
 //! - A group's sums stay in registers; the chains in f32 wait in L1 meanwhile, and cost a load, a multiply-add and a store a group.
 
 use pulp::Simd;
@@ -22,7 +23,18 @@ use super::finish::Tile;
 use super::prefetch::{self, Ahead};
 use super::{F32, Finish, Out};
 
-/// One panel of C, all of K; or few rows of C over several whole panels.
+/// The chains of one row, from one block of K to the next.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Chains {
+    /// Where they wait: whole panels of them.
+    pub(crate) at: *mut f32,
+    /// Whether these groups are the first.
+    pub(crate) begin: bool,
+    /// Whether they are the last.
+    pub(crate) end: bool,
+}
+
+/// One panel of C, all of K or, for one row, a part of it; or few rows of C over several whole panels.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct GroupStrip<'a> {
     /// The scale of each row.
@@ -36,6 +48,7 @@ pub(crate) struct GroupStrip<'a> {
     pub(crate) groups: &'a [WordBlock],
     /// `8·Σ_p lhs[p]` over each group, row-major `[rows, groups]`.
     pub(crate) excess: &'a [u32],
+    pub(crate) chains: Chains,
     pub(crate) out: Out<f32>,
     pub(crate) finish: Finish<'a>,
 }
@@ -48,6 +61,7 @@ impl<P: ByteProducts, const MR: usize, const VECS: usize> ByteKernel<P, MR, VECS
     ///
     /// # Safety
     /// - each group reaches `words` rows of NR readable words, and NR f32 before them;
+    /// - where chains do not begin or end here, there is one row and they have their places, of which those that do not begin have been written;
     /// - `out` reaches `rows × cols` elements that no one else uses meanwhile, readable if it is added to;
     /// - bias, gate and residual, if any, have `cols` elements and `rows × cols`.
     #[inline(always)]
@@ -130,6 +144,15 @@ impl<P: ByteProducts, const MR: usize, const VECS: usize> ByteKernel<P, MR, VECS
         let count = strip.groups.len();
         let excess = &strip.excess[first * count..(first + H) * count];
         let mut tiles = [[[simd.splat_f32s(0.0); VECS]; H]; Q];
+        let Chains { at: waiting, begin, end } = strip.chains;
+        let waiting = waiting.wrapping_add(panel * Self::NR).cast::<<P::Simd as Simd>::f32s>();
+        debug_assert!(begin && end || H == 1 && strip.rows.len() == 1);
+        if const { H == 1 } && !begin {
+            for (x, w) in tiles.as_flattened_mut().as_flattened_mut().iter_mut().zip(0..) {
+                // SAFETY: the contract on chains.
+                *x = unsafe { waiting.add(w).read_unaligned() };
+            }
+        }
         for (at, group) in strip.groups.iter().enumerate() {
             for (q, tile) in tiles.iter_mut().enumerate() {
                 let ptr = group.ptr.wrapping_add((panel + q) * group.panel_stride);
@@ -151,6 +174,13 @@ impl<P: ByteProducts, const MR: usize, const VECS: usize> ByteKernel<P, MR, VECS
                 }
             }
             lhs = lhs.wrapping_add(Order::Nibbles.words() * group.words);
+        }
+        if const { H == 1 } && !end {
+            for (x, w) in tiles.as_flattened().as_flattened().iter().zip(0..) {
+                // SAFETY: the contract on chains.
+                unsafe { waiting.add(w).write_unaligned(*x) };
+            }
+            return;
         }
         let GroupStrip { cols, ref finish, out, .. } = *strip;
         for (panel, mut tile) in (panel..).zip(tiles) {
