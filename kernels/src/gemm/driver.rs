@@ -78,6 +78,8 @@ pub(super) struct Grid {
 /// a half (16 rows are 6 + 10) and a thread's few rows leave it to wait for the weights. Two threads, by columns / by rows, alternating, minima and medians of one run each (none under results/): 16×512×2048
 /// 1.27, 1.26 times as fast, 16×768×3072 1.20, 1.39, 16×2048×512 1.23, 1.29, 32×1024×4096 1.04, 1.16, 32×3072×768 0.94, 1.11, 128×768×768 1.02, 1.01, 128×2048×512 0.92, 1.02.
 const TILES_A_THREAD: usize = 4;
+/// Half as many are enough where rows come out more even than columns.
+const EVEN_TILES_A_THREAD: usize = 2;
 
 impl Grid {
     /// As many parts as threads, cut along one side: the longer one, or along the rows where the weights are packed and there are enough rows.
@@ -89,7 +91,13 @@ impl Grid {
     ) -> Grid {
         let threads = threads_for(ctx, kernel, [m, n, k]);
         let (row_tiles, col_tiles) = (m.div_ceil(kernel.mr), n.div_ceil(kernel.nr));
-        let by_rows = m >= n || packed && row_tiles >= TILES_A_THREAD * threads;
+        // The share of the last part, which no other exceeds by a tile.
+        let share = |len, tile, parts: usize| slab(len, tile, parts, parts - 1).len() as f64 / len as f64;
+        let evener = || share(m, kernel.mr, threads) < share(n, kernel.nr, threads);
+        let by_rows = m >= n
+            || packed
+                && row_tiles >= EVEN_TILES_A_THREAD * threads
+                && (row_tiles >= TILES_A_THREAD * threads || evener());
         let (row_parts, col_parts) =
             if by_rows { (threads.min(row_tiles), 1) } else { (1, threads.min(col_tiles)) };
         Grid { m, n, kernel, row_parts, col_parts }
@@ -100,8 +108,9 @@ impl Grid {
         self.row_parts * self.col_parts
     }
 
-    /// The rows and columns of one part.
+    /// The rows and columns of one part. The first part, which the caller takes before anybody has come, is the last slab: none has more tiles.
     pub(super) fn part(&self, index: usize) -> (Range<usize>, Range<usize>) {
+        let index = self.parts() - 1 - index;
         let (row, col) = (index / self.col_parts, index % self.col_parts);
         (slab(self.m, self.kernel.mr, self.row_parts, row), slab(self.n, self.kernel.nr, self.col_parts, col))
     }
