@@ -72,14 +72,19 @@ impl<T> AlignedVec<T> {
     /// Room for so many lines.
     fn reserve(&mut self, lines: usize) {
         if lines > self.lines.capacity() {
-            let more = lines - self.lines.len();
-            // What has grown once grows on.
-            if self.lines.is_empty() {
-                self.lines.reserve_exact(more)
+            let mut old = std::mem::take(&mut self.lines);
+            let room = if old.is_empty() {
+                // Given back before more is asked for.
+                old = Vec::new();
+                lines
             } else {
-                self.lines.reserve(more)
-            }
-            advise_huge_pages(self.lines.as_ptr(), self.lines.capacity() * size_of::<Line>());
+                // What has grown once grows on.
+                lines.max(2 * old.capacity())
+            };
+            // A new vector and not a longer one, whose pages would be touched before the advice.
+            self.lines.reserve_exact(room);
+            advise_huge_pages(self.lines.as_ptr(), room * size_of::<Line>());
+            self.lines.extend_from_slice(&old);
         }
     }
 }
