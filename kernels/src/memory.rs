@@ -111,7 +111,7 @@ impl<T: Element> AlignedVec<T> {
         new
     }
 
-    /// Makes it `len` elements: those it had keep their values, new ones are 0. Memory is given back by no call but the end of its life.
+    /// Makes it `len` elements: those it had keep their values, new ones are 0. A shorter length gives no memory back.
     pub fn resize(&mut self, len: usize) {
         let (old, lines) = (self.len, len.div_ceil(Line::LEN));
         self.reserve(lines);
