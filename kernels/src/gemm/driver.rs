@@ -132,3 +132,40 @@ pub(super) fn slab(len: usize, tile: usize, parts: usize, index: usize) -> Range
     let edge = |i: usize| (tiles * i / parts * tile).min(len);
     edge(index)..edge(index + 1)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::num::NonZeroUsize;
+
+    use super::super::microkernel::{Storage, kernel_of};
+    use super::*;
+
+    #[test]
+    fn parts_cover_c_and_none_has_more_tiles_than_the_first() {
+        let kernel = kernel_of(Isa::scalar(), Storage::F32);
+        for n in 1usize..200 {
+            for col_parts in 1..=n.div_ceil(kernel.nr).min(7) {
+                let grid = Grid { m: 3, n, kernel, row_parts: 1, col_parts };
+                let parts: Vec<_> = (0..grid.parts()).map(|index| grid.part(index).1).collect();
+                let most = parts.iter().map(|cols| cols.len().div_ceil(kernel.nr)).max();
+                assert_eq!(Some(parts[0].len().div_ceil(kernel.nr)), most);
+                let mut covered: Vec<usize> = parts.into_iter().flatten().collect();
+                covered.sort_unstable();
+                assert!(covered.into_iter().eq(0..n));
+            }
+        }
+    }
+
+    #[test]
+    fn packed_weights_are_shared_by_rows_where_rows_come_out_more_even() {
+        let kernel = kernel_of(Isa::scalar(), Storage::F32);
+        let two = Context::with_isa(Isa::scalar()).threads(NonZeroUsize::new(2).unwrap());
+        // Four tiles of rows; 255 tiles of columns, or 256.
+        let rows = 4 * kernel.mr;
+        let parts = |tiles: usize, packed| {
+            let grid = Grid::of(&two, kernel, [rows, tiles * kernel.nr, 1024], packed);
+            (grid.row_parts, grid.col_parts)
+        };
+        assert_eq!([parts(255, true), parts(256, true), parts(255, false)], [(2, 1), (1, 2), (1, 2)]);
+    }
+}

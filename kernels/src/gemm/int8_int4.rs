@@ -84,9 +84,7 @@ impl ByteVisitor for GroupPart<'_> {
             let (mut word, mut of_group) = (0, 0);
             for sweep in 0..sweeps {
                 let part = &all[sweep * at_once..((sweep + 1) * at_once).min(all.len())];
-                let of_part = || part.iter().flat_map(|depth| groups(depth.clone(), b.group()));
-                let words = order.words() * of_part().map(|group| words_of(&group)).sum::<usize>();
-                let mut j = cols.start;
+                let (mut j, mut words) = (cols.start, 0);
                 while j < cols.end {
                     // One panel; or, for few rows, all whole ones.
                     let whole = (cols.end - j) / nr;
@@ -99,6 +97,7 @@ impl ByteVisitor for GroupPart<'_> {
                     for depth in part {
                         push_groups(&mut blocks, b, (depth, &panel), nr);
                     }
+                    words = order.words() * blocks.iter().map(|group| group.words).sum::<usize>();
                     let strip = GroupStrip {
                         rows: &scales[..block.len()],
                         cols: panel.len(),
@@ -121,7 +120,7 @@ impl ByteVisitor for GroupPart<'_> {
                     j = panel.end;
                 }
                 word += words;
-                of_group += of_part().count();
+                of_group += blocks.len();
             }
         }
     }

@@ -21,7 +21,6 @@ pub(super) fn prepare(problem: &Problem, context: Context) -> Result<Box<dyn Wor
         Pass::DecodeStored(format) => return Ok(Box::new(Decode::new(problem, context, Some(format))?)),
         _ => {}
     }
-    let zeros = |elements| AlignedVec::zeroed(elements);
     let (queries, keys) = (shape.query_elements(), shape.key_elements());
     let mut attention = Attention {
         context,
@@ -31,7 +30,7 @@ pub(super) fn prepare(problem: &Problem, context: Context) -> Result<Box<dyn Wor
         problem,
         out: AlignedVec::filled(queries, f32::NAN),
         lse: AlignedVec::zeroed(shape.batch * shape.heads * shape.seq),
-        grads: (shape.pass == Pass::Backward).then(|| [queries, keys, keys].map(zeros)),
+        grads: (shape.pass == Pass::Backward).then(|| [queries, keys, keys].map(AlignedVec::zeroed)),
     };
     attention.forward()?;
     Ok(Box::new(attention))

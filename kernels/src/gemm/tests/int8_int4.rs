@@ -57,7 +57,8 @@ proptest! {
     ) {
         let (a, b) = (uniform(m * k, seed), uniform(k * n, seed ^ 1));
         let (a, b) = (row_major(&a, m, k), row_major(&b, k, n));
-        for_each_isa(|ctx| {
+        // One row goes through blocks of K in another order than several.
+        for_each_isa(|ctx| for ctx in &[*ctx, ctx.blocking(TINY)] {
             let packed = PackedWeights::pack_as(ctx, b, WeightFormat::Int4 { group: 32 }).unwrap();
             let all = product(ctx, Int8Rows::Quantise(a), m, &packed);
             for (first, rows) in [(0, 1), (m / 2, 1), (m / 3, (m - m / 3).min(2)), (0, m.min(5))] {
